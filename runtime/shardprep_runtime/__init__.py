@@ -1,0 +1,29 @@
+"""Start a worker from a manifest: map, verify and hand out only its own shard.
+
+    manifest  ->  view  ->  parts  ->  tensors  ->  load
+
+`manifest` says what a shard set holds, `view` what is this worker's, `parts` opens and proves files, `tensors`
+makes tensors of mapped bytes, `load` puts them together. Importing this package imports neither torch nor numpy,
+nor blake3: each is imported when its first tensor or digest is asked for.
+"""
+
+from .errors import ShardprepError
+from .grid import Grid
+from .load import Shard, load
+from .manifest import Manifest
+from .manifest import read as read_manifest
+from .view import View, plan_view
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Grid",
+    "Manifest",
+    "Shard",
+    "ShardprepError",
+    "View",
+    "__version__",
+    "load",
+    "plan_view",
+    "read_manifest",
+]

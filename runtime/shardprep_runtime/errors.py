@@ -1,0 +1,66 @@
+"""Name every way in which shardprep refuses or fails.
+
+    ShardprepError
+    ├── InputError            refused before any work; the command line exits with 2
+    │   ├── FormatError       a file is not what its format says: damaged, hostile, truncated
+    │   ├── UnsupportedError  the file is sound, but holds what cannot be represented
+    │   ├── ManifestError     the manifest is damaged, newer than this reader, or contradicts itself
+    │   └── LayoutError       a grid, rank or size that the layout rules do not allow
+    └── ProblemError          the work was begun and a problem is reported; the command line exits with 1
+        ├── IntegrityError    bytes that do not match their digest
+        ├── SourceError       a source could not be read to its end, or changed while it was
+        └── WriteError        the destination could not take the bytes
+
+A message says what is wrong, what was expected, what was found and what to do, and puts every name that came
+from a file through `quote`.
+"""
+
+from __future__ import annotations
+
+import json
+
+
+class ShardprepError(Exception):
+    """Base of all errors that shardprep raises on purpose."""
+
+
+class InputError(ShardprepError):
+    """Refused input: nothing was done and nothing was written."""
+
+
+class FormatError(InputError):
+    """A file is not what its format says."""
+
+
+class UnsupportedError(InputError):
+    """Sound input that shardprep cannot represent or does not know."""
+
+
+class ManifestError(InputError):
+    """A manifest that must not be followed."""
+
+
+class LayoutError(InputError):
+    """A grid, rank or size that the layout rules do not allow."""
+
+
+class ProblemError(ShardprepError):
+    """A problem found while working."""
+
+
+class IntegrityError(ProblemError):
+    """Bytes that do not match their digest."""
+
+
+class SourceError(ProblemError):
+    """A source that could not be read to its end, or changed meanwhile."""
+
+
+class WriteError(ProblemError):
+    """The destination could not take the bytes."""
+
+
+def quote(name: object, *, limit: int = 120) -> str:
+    """`name` as printable ASCII on one line, control characters escaped, at most about `limit` characters."""
+    text = json.dumps(str(name))[1:-1].replace('\\"', '"').replace("\x7f", "\\u007f")
+    return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 2) :]}"

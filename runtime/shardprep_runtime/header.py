@@ -1,0 +1,173 @@
+"""Read and write the header of a safetensors file, strictly by the format.
+
+The format (safetensors README, "Format", and `safetensors/src/tensor.rs`): 8 bytes little-endian length N, then N
+bytes of UTF-8 JSON that begin with `{` and may end in spaces, then the data. Each tensor's `data_offsets` are
+relative to the data; sorted, they are contiguous from 0 to the end of the file, without hole or overlap.
+We are stricter than the reference reader where it lets a duplicate name through (the last would win).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from . import dtypes
+from .errors import FormatError, quote
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The format's own limit."""
+
+PAGE: Final = 4096
+"""Headers are padded to a multiple of this, so that large tensors lie at page boundaries."""
+
+MAX_DIMS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One tensor of a safetensors file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the start of the file."""
+    stop: int
+    """One past the last byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    nbytes: int
+    """Bytes before the data: 8 and the JSON."""
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, Span]
+    """In the order of their bytes."""
+
+
+def loads_strict(text: str, *, where: str) -> Any:
+    """Parse JSON, refusing duplicate keys, NaN and absurd nesting. Raises FormatError naming `where`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise FormatError(f"{where}: the key {quote(twice)} stands twice in one object")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise FormatError(f"{where}: {constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError:
+        raise FormatError(f"{where}: JSON nested too deeply") from None
+    except ValueError as error:  # also an integer with more digits than Python converts
+        raise FormatError(f"{where}: not JSON: {quote(error)}") from None
+
+
+def is_size(value: object) -> bool:
+    """Whether `value` is an int (and no bool) from 0 to 2**63 - 1."""
+    return type(value) is int and 0 <= value <= dtypes.MAX_ELEMENTS
+
+
+def header_length(first8: bytes, file_size: int, *, where: str) -> int:
+    """The N that the first eight bytes declare, checked against the size of the file before anyone allocates it."""
+    if len(first8) < 8:
+        raise FormatError(
+            f"{where}: truncated: a safetensors file has at least 8 bytes, this one {file_size}"
+        )
+    length = int.from_bytes(first8, "little")
+    if length > MAX_HEADER_BYTES:
+        raise FormatError(
+            f"{where}: the header claims {length} bytes, more than the format's {MAX_HEADER_BYTES}; not a safetensors file?"
+        )
+    if 8 + length > file_size:
+        raise FormatError(f"{where}: truncated: the header claims {length} bytes, the file has {file_size}")
+    return length
+
+
+def parse_header(raw: bytes, file_size: int, *, where: str) -> Header:
+    """Parse `raw`, the first 8 + N bytes of a file of `file_size` bytes. Raises FormatError on any breach."""
+    length = header_length(raw[:8], file_size, where=where)
+    if len(raw) != 8 + length:
+        raise FormatError(f"{where}: truncated: expected a header of {8 + length} bytes, found {len(raw)}")
+    if raw[8:9] != b"{":
+        raise FormatError(f"{where}: the header does not begin with '{{'; not a safetensors file?")
+    try:
+        text = raw[8:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{where}: the header is not UTF-8 at byte {8 + error.start}") from None
+    fields = loads_strict(text, where=f"{where}: header")
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{where}: __metadata__ must map strings to strings")
+    spans = {name: _span(name, entry, 8 + length, where=where) for name, entry in fields.items()}
+    ordered = dict(sorted(spans.items(), key=lambda item: (item[1].start, item[1].stop)))
+    end = 8 + length
+    for name, span in ordered.items():
+        if span.start != end:
+            kind = "overlaps the tensor before it" if span.start < end else "leaves a hole before it"
+            raise FormatError(
+                f"{where}: tensor {quote(name)} {kind}: begins at byte {span.start}, expected {end}"
+            )
+        end = span.stop
+    if end != file_size:
+        kind = "truncated" if file_size < end else "has trailing bytes"
+        raise FormatError(f"{where}: {kind}: the header accounts for {end} bytes, the file has {file_size}")
+    return Header(8 + length, metadata, ordered)
+
+
+def _span(name: str, entry: Any, base: int, *, where: str) -> Span:
+    where = f"{where}: tensor {quote(name)}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where}: expected exactly dtype, shape and data_offsets")
+    dtype = dtypes.check_dtype(entry["dtype"], where=where)
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(is_size, shape)):
+        raise FormatError(f"{where}: shape must be a list of at most {MAX_DIMS} sizes")
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(map(is_size, offsets))
+        or offsets[0] > offsets[1]
+    ):
+        raise FormatError(f"{where}: data_offsets must be [begin, end] with begin <= end")
+    size = dtypes.nbytes(dtype, tuple(shape))
+    if size != offsets[1] - offsets[0]:
+        raise FormatError(
+            f"{where}: {dtype} {shape} takes {size} bytes, data_offsets hold {offsets[1] - offsets[0]}"
+        )
+    return Span(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def read_header(fd: int, *, where: str) -> tuple[bytes, Header]:
+    """The raw header of the open file `fd` and what it says. Raises FormatError on any breach."""
+    size = os.fstat(fd).st_size
+    length = header_length(os.pread(fd, 8, 0), size, where=where)
+    raw = os.pread(fd, 8 + length, 0)
+    return raw, parse_header(raw, size, where=where)
+
+
+def dump_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The header of a file whose data are `tensors` (name -> dtype, shape) in that order without holes.
+
+    Padded with spaces to a multiple of PAGE. Raises FormatError where the format could not hold it.
+    """
+    fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + dtypes.nbytes(dtype, shape)
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = -(-(8 + len(text)) // PAGE) * PAGE - 8
+    if padded > MAX_HEADER_BYTES:
+        raise FormatError(
+            f"a header of {padded} bytes is more than the format's {MAX_HEADER_BYTES}; use smaller parts"
+        )
+    return padded.to_bytes(8, "little") + text.ljust(padded)

@@ -1,0 +1,266 @@
+"""Open parts and prove them: the header against the manifest, each piece against the layout, each block against its digest."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from . import cut, dtypes
+from .errors import FormatError, IntegrityError, ManifestError, quote
+from .header import Header, Span, loads_strict, parse_header
+from .manifest import Form, Manifest, Part, digest_of
+
+METADATA_KEY: Final = "shardprep"
+"""Our own key in a part's `__metadata__`; torch's are FORMAT and DCP_VERSION and DCP_SHARDING_INFO."""
+
+READ_AHEAD: Final = 128 * 2**10
+"""Bytes that one fadvise asks for: the kernel reads at most its own read-ahead size for each call."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceSpan:
+    """Where a piece lies in its part."""
+
+    name: str
+    piece: cut.Piece
+    span: Span
+    digests: tuple[str, ...]
+    """blake3 of each block of the piece, in hex."""
+
+
+def part_metadata(
+    pieces: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], Iterable[str]]], block_bytes: int
+) -> dict[str, str]:
+    """The `__metadata__` of a part of `pieces` (name -> full shape, offset in it, digests of the blocks).
+
+    The first three keys are torch.distributed.checkpoint's dialect of safetensors (torch 2.13,
+    torch/distributed/checkpoint/_hf_utils.py), so that DCP and transformers read the folder as it is.
+    """
+    sharding = {name: {"saved_offsets": offset} for name, (_, offset, _) in pieces.items()}
+    own = {
+        "block_bytes": block_bytes,
+        "pieces": {
+            name: {"shape": shape, "offset": offset, "blocks": list(digests)}
+            for name, (shape, offset, digests) in pieces.items()
+        },
+    }
+    return {
+        "format": "pt",
+        "DCP_VERSION": "1.0",
+        "DCP_SHARDING_INFO": json.dumps(sharding, separators=(",", ":")),
+        METADATA_KEY: json.dumps(own, separators=(",", ":")),
+    }
+
+
+def piece_block(form: Form, piece: cut.Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offset in the full tensor, shape) of a piece of a tensor of this form."""
+    dim = form.layout.dim
+    if dim is None:
+        return (0,) * len(form.shape), form.shape
+    offset = tuple(piece.start if i == dim else 0 for i in range(len(form.shape)))
+    shape = (*form.shape[:dim], piece.stop - piece.start, *form.shape[dim + 1 :])
+    return offset, shape
+
+
+def check_pieces(
+    header: Header, manifest: Manifest, part: Part, *, where: str
+) -> dict[tuple[str, int], PieceSpan]:
+    """The pieces of a part, by (name, start along the cut dim), each proved to be one that the layout makes.
+
+    Raises ManifestError where header and manifest contradict each other.
+    """
+    try:
+        own = loads_strict(header.metadata[METADATA_KEY], where=where)
+        block_bytes, pieces = own["block_bytes"], own["pieces"]
+        if block_bytes != manifest.block_bytes or pieces.keys() != header.tensors.keys():
+            raise ManifestError(
+                f"{where}: its list of pieces does not match its tensors or the manifest's block size"
+            )
+        found = {}
+        for name, span in header.tensors.items():
+            piece = _match(manifest, part, name, span, pieces[name], where=f"{where}: {quote(name)}")
+            found[name, piece.piece.start] = piece
+    except (KeyError, TypeError, AttributeError):
+        raise ManifestError(
+            f"{where}: its own metadata is missing or malformed; not a part of a shard set"
+        ) from None
+    return found
+
+
+def _match(manifest: Manifest, part: Part, name: str, span: Span, own: Any, *, where: str) -> PieceSpan:
+    entry = manifest.tensors.get(name)
+    if entry is None:
+        raise ManifestError(f"{where}: not a tensor of the manifest")
+    form, dim = entry.form, entry.form.layout.dim
+    offset, blocks = tuple(own["offset"]), own["blocks"]
+    if tuple(own["shape"]) != form.shape or span.dtype != form.dtype or len(offset) != len(form.shape):
+        raise ManifestError(
+            f"{where}: {span.dtype} piece of {quote(own['shape'])}, expected {form.dtype} {list(form.shape)}"
+        )
+    start = 0 if dim is None else offset[dim]
+    for piece in cut.pieces(form.layout, form.shape, manifest.grain):
+        if piece.start == start and (piece.first_rank, piece.last_rank) == part.ranks:
+            break
+    else:
+        raise ManifestError(
+            f"{where}: offset {list(offset)} is no piece of ranks {list(part.ranks)} of grain {manifest.grain}"
+        )
+    if (offset, span.shape) != piece_block(form, piece):
+        raise ManifestError(
+            f"{where}: shape {list(span.shape)} at {list(offset)}, expected {piece_block(form, piece)}"
+        )
+    count = -(-(span.stop - span.start) // manifest.block_bytes)
+    if len(blocks) != count or not all(isinstance(block, str) and len(block) == 64 for block in blocks):
+        raise ManifestError(f"{where}: {len(blocks)} digests of blocks, expected {count}")
+    return PieceSpan(name, piece, span, tuple(blocks))
+
+
+class OpenPart:
+    """A part that is open and mapped. Its size and header are proved when it is made.
+
+    The mapping is private and writable (torch warns about read-only memory), so nobody can change the file
+    through it. Pages come in as they are touched.
+    """
+
+    def __init__(self, folder: Path, part: Part, manifest: Manifest, *, check_digest: bool = True) -> None:
+        self.part = part
+        self.path = folder / part.path
+        self.where = quote(self.path)
+        try:
+            # O_NONBLOCK: a FIFO under this name must not hang us
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise FormatError(f"{self.where}: cannot open the part: {error.strerror}") from None
+        try:
+            self._check(manifest, check_digest=check_digest)
+            self.map = mmap.mmap(self.fd, part.size, access=mmap.ACCESS_COPY)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def _check(self, manifest: Manifest, *, check_digest: bool) -> None:
+        found = os.fstat(self.fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise FormatError(f"{self.where}: not a regular file")
+        if found.st_size != self.part.size:
+            kind = "truncated" if found.st_size < self.part.size else "longer than it should be"
+            raise FormatError(
+                f"{self.where}: {kind}: {found.st_size} bytes, the manifest says {self.part.size}"
+            )
+        raw = os.pread(self.fd, self.part.header_size, 0)
+        if check_digest and digest_of(raw) != self.part.digest:
+            raise IntegrityError(
+                f"{self.where}: the header's digest is {digest_of(raw)}, the manifest says {self.part.digest}; "
+                "the part was changed or belongs to another shard set"
+            )
+        self.pieces = check_pieces(
+            parse_header(raw, found.st_size, where=self.where), manifest, self.part, where=self.where
+        )
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Ask the kernel to read bytes [start, stop) of the file, and no others."""
+        for at in range(start, stop, READ_AHEAD):
+            os.posix_fadvise(self.fd, at, min(READ_AHEAD, stop - at), os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Close the descriptor. The mapping lives as long as a tensor uses it."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A run of at most `block_bytes` bytes of a piece, with its digest."""
+
+    part: OpenPart
+    piece: PieceSpan
+    index: int
+    start: int
+    stop: int
+
+    def check(self) -> None:
+        """Raises IntegrityError where the bytes do not match the digest."""
+        from blake3 import blake3
+
+        self.part.will_need(self.start, self.stop)
+        with memoryview(self.part.map) as data, data[self.start : self.stop] as block:
+            found = blake3(block).hexdigest()
+        if found != self.piece.digests[self.index]:
+            raise IntegrityError(
+                f"{self.part.where}: tensor {quote(self.piece.name)}: block {self.index} (bytes {self.start} to "
+                f"{self.stop}) does not match its digest: the file is damaged; fetch or split it again"
+            )
+
+
+def blocks_of(
+    part: OpenPart, piece: PieceSpan, block_bytes: int, *, start: int, stop: int
+) -> Iterator[Block]:
+    """The blocks that hold bytes [start, stop), counted within the piece."""
+    span = piece.span
+    for index in range(start // block_bytes, -(-stop // block_bytes)):
+        low = span.start + index * block_bytes
+        yield Block(part, piece, index, low, min(low + block_bytes, span.stop))
+
+
+def check_blocks(blocks: Iterable[Block], *, workers: int, parts: Iterable[OpenPart]) -> None:
+    """Check every block, `workers` at a time. Raises the IntegrityError of the first bad one, in the order given.
+
+    While it runs the mappings of `parts` are advised to be read at random: each block is asked for by its exact
+    bytes, and the kernel's own read-ahead would bring in what belongs to others.
+    """
+    opened = list(parts)
+    for part in opened:
+        part.map.madvise(mmap.MADV_RANDOM)
+    try:
+        _check_blocks(blocks, workers=workers)
+    finally:
+        for part in opened:
+            part.map.madvise(mmap.MADV_NORMAL)
+
+
+def _check_blocks(blocks: Iterable[Block], *, workers: int) -> None:
+    pending = iter(blocks)
+    lock = threading.Lock()
+    stop = threading.Event()
+    bad: list[tuple[int, IntegrityError]] = []
+    count = 0
+
+    def work() -> None:
+        nonlocal count
+        while not stop.is_set():
+            with lock:
+                block = next(pending, None)
+                number = count = count + 1
+            if block is None:
+                return
+            try:
+                block.check()
+            except IntegrityError as error:
+                bad.append((number, error))
+                stop.set()
+
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="shardprep-verify") as pool:
+        done, _ = wait([pool.submit(work) for _ in range(workers)], return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    if bad:
+        raise min(bad, key=lambda item: item[0])[1]
+
+
+def byte_range(form: Form, piece: PieceSpan, take: cut.Take) -> tuple[int, int]:
+    """Bytes [start, stop) of the piece, counted within it, that hold what `take` takes.
+
+    Contiguous for all of a piece, and for rows of a piece that is cut along dim 0.
+    """
+    size = piece.span.stop - piece.span.start
+    if take.all_of_it:
+        return 0, size
+    row = dtypes.nbytes(form.dtype, form.shape[1:])
+    return take.start * row, take.stop * row

@@ -1,0 +1,76 @@
+"""The command line: each command parses, calls one library function and renders its dataclass."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from shardprep_runtime import ShardprepError, __version__
+from shardprep_runtime.errors import ProblemError
+
+COMMANDS = {
+    "inspect": "Show what a checkpoint or a shard set holds.",
+    "convert": "Turn a checkpoint into safetensors, without running its pickle.",
+    "split": "Cut a checkpoint into a shard set for tensor x pipeline parallel workers.",
+    "verify": "Check a shard set, every byte of it.",
+    "export": "Restore the checkpoint from a shard set, bit for bit.",
+}
+"""Name -> one line of help, so that --help imports no command."""
+
+
+class Refused(click.ClickException):
+    """An error of ours, as click reports it: no traceback."""
+
+    def __init__(self, error: ShardprepError) -> None:
+        super().__init__(str(error))
+        self.exit_code = 1 if isinstance(error, ProblemError) else 2
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is run, and turns our errors into click's in one place."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"shardprep.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with its hint about similar names, which it draws from `commands` alone."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], COMMANDS)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ShardprepError as error:
+            raise Refused(error) from None
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
+def main() -> None:
+    """Get model weights from wherever they lie to the workers that run them."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""shardprep inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardprep_runtime.errors import quote
+
+from . import parse, render
+from .split import span
+
+
+@click.command("inspect")
+@click.argument("path", type=parse.SOURCE)
+@parse.json_option
+def command(path: Path, as_json: bool) -> None:
+    """Show what PATH (a checkpoint, one weight file or a shard set) holds. Reads no tensor data, runs no pickle."""
+    from shardprep.inspect import inspect
+
+    report = inspect(path)
+    if as_json:
+        render.print_json({**render.plain(report), "tied": report.tied})
+        return
+    render.table(
+        [
+            ("tensor", "dtype", "shape", "bytes", "file"),
+            *(
+                (
+                    quote(tensor.name),
+                    tensor.dtype,
+                    "x".join(map(str, tensor.shape)) or "scalar",
+                    f"{tensor.nbytes:,}",
+                    quote(tensor.extents[0].file)
+                    + (f" +{len(tensor.extents) - 1}" if len(tensor.extents) > 1 else ""),
+                )
+                for tensor in report.tensors
+            ),
+        ],
+        right=(3,),
+    )
+    click.echo()
+    render.table(
+        [
+            ("layer", "tensors", "bytes"),
+            *(
+                (quote(layer), str(count), f"{nbytes:,}")
+                for layer, (count, nbytes) in report.by_layer.items()
+            ),
+        ],
+        right=(1, 2),
+    )
+    click.echo()
+    render.table(
+        [
+            ("dtype", "tensors", "bytes"),
+            *((dtype, str(count), f"{nbytes:,}") for dtype, (count, nbytes) in report.by_dtype.items()),
+        ],
+        right=(1, 2),
+    )
+    click.echo()
+    if report.parts:
+        render.table(
+            [
+                ("part", "ranks", "layers", "bytes"),
+                *((quote(p.path), span(p.ranks), span(p.layers) or "-", f"{p.size:,}") for p in report.parts),
+            ],
+            right=(3,),
+        )
+        click.echo(f"grain {report.grain}")
+    click.echo(
+        f"{report.kind}, {quote(report.model_type or 'no model_type')}: {len(report.tensors)} tensors, "
+        f"{report.parameters:,} parameters, {render.size(report.nbytes)} in {len(report.files)} file(s)"
+    )
+    render.notes(report.aliases, report.left_out)

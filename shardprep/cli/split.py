@@ -1,0 +1,103 @@
+"""shardprep split"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardprep_runtime.errors import quote
+
+from . import parse, render
+
+
+@click.command("split")
+@click.argument("source", type=parse.SOURCE)
+@click.argument("destination", type=parse.SOURCE)
+@click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    type=click.IntRange(1, 4096),
+    required=True,
+    help="The finest size that will be wanted; every size that divides it can be loaded from the same copy.",
+)
+@click.option(
+    "-pp",
+    "--pipeline-parallel-size",
+    type=click.IntRange(1, 4096),
+    help="Even stages, at which parts end. Others can be loaded as well.",
+)
+@click.option(
+    "--stages", type=parse.StageList(), help="Stages of any size, by first and last layer: 0-15,16-31."
+)
+@click.option("--max-part-size", type=parse.Size(), default="1GiB", show_default=True, help="Of one file.")
+@click.option("--include-code", is_flag=True, help="Copy *.py files too; they are code that others may run.")
+@click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
+@parse.workers_option
+@parse.json_option
+def command(
+    source: Path,
+    destination: Path,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int | None,
+    stages: list[tuple[int, int]] | None,
+    max_part_size: int,
+    include_code: bool,
+    dry_run: bool,
+    max_workers: int | None,
+    as_json: bool,
+) -> None:
+    """Cut the checkpoint SOURCE (a folder, pickle or safetensors) into a shard set in DESTINATION.
+
+    One copy serves every tensor parallel size that divides -tp, and any pipeline stages. DESTINATION must be new
+    or empty; the manifest is written last, and the same command resumes after a kill.
+    """
+    from shardprep.split import split
+
+    with render.progress("split") as bar:
+        report = split(
+            source,
+            destination,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            stages=stages,
+            max_part_bytes=max_part_size,
+            include_code=include_code,
+            dry_run=dry_run,
+            workers=max_workers,
+            progress=bar.step,
+            begin=bar.begin,
+            warn=render.warn,
+        )
+    if as_json:
+        render.print_json(report)
+        return
+    render.table(
+        [
+            ("part", "ranks", "layers", "bytes"),
+            *(
+                (path, span(ranks), span(layers) or "-", f"{nbytes:,}")
+                for path, nbytes, ranks, layers in report.parts
+            ),
+        ],
+        right=(3,),
+    )
+    click.echo(
+        f"{report.model_type}: {report.tensors} tensors, {render.size(report.source_bytes)}, "
+        f"{report.layers} layers, grain {report.grain}"
+    )
+    click.echo(
+        f"each rank keeps {render.size(min(report.rank_bytes))} to {render.size(max(report.rank_bytes))}, "
+        f"of it {render.size(report.shared_bytes)} whole; stored {report.stored_bytes / report.source_bytes:.4f} x the model"
+    )
+    render.notes(report.aliases, report.left_out)
+    if report.manifest_digest:
+        click.echo(f"manifest {report.manifest_digest} in {quote(destination)}")
+    else:
+        click.echo("dry run: nothing was written")
+
+
+def span(bounds: tuple[int, int]) -> str:
+    """[start, stop) as people read it: 0-3."""
+    start, stop = bounds
+    return "" if start == stop else str(start) if stop - start == 1 else f"{start}-{stop - 1}"

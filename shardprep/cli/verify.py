@@ -1,0 +1,32 @@
+"""shardprep verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardprep_runtime.errors import quote
+
+from . import parse, render
+
+
+@click.command("verify")
+@click.argument("shard_set", type=parse.SOURCE)
+@click.option("--fast", is_flag=True, help="Structure, sizes and headers only; reads no tensor data.")
+@click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
+@parse.workers_option
+@parse.json_option
+def command(
+    shard_set: Path, fast: bool, manifest_digest: str | None, max_workers: int | None, as_json: bool
+) -> None:
+    """Check SHARD_SET: complete, consistent, and every byte the one that was split."""
+    from shardprep.verify import verify
+
+    report = verify(shard_set, fast=fast, manifest_digest=manifest_digest, workers=max_workers)
+    if as_json:
+        render.print_json(report)
+        return
+    what = "structure and headers" if fast else f"{report.blocks} blocks, {render.size(report.nbytes)}"
+    click.echo(f"{quote(shard_set)}: sound: {report.parts} parts, {report.pieces} pieces, {what}")
+    click.echo(f"manifest {report.manifest_digest}")

@@ -1,0 +1,116 @@
+"""Turn a checkpoint into safetensors in the Hugging Face layout: the plan with whole tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from shardprep_runtime.errors import InputError, quote
+
+from .index import Index, LeftOut
+from .plan import Plan, check_cast, plan_convert, settle_aliases
+from .side_files import copy_side_files
+from .source import read_checkpoint
+from .staging import Staging
+from .write import Progress, carry_out, fingerprint, planned_size
+
+INDEX_NAME = "model.safetensors.index.json"
+DEFAULT_PART_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What convert did."""
+
+    destination: Path
+    tensors: int
+    nbytes: int
+    """Bytes of tensor data."""
+    files: tuple[tuple[str, int], ...]
+    """(name, size) of each weight file."""
+    aliases: dict[str, str]
+    left_out: tuple[LeftOut, ...]
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    max_part_bytes: int = DEFAULT_PART_BYTES,
+    dtype: str | None = None,
+    include_code: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+    begin: Callable[[int], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> ConvertReport:
+    """Convert the checkpoint at `source` into `destination`, a new or empty folder.
+
+    dtype          one of F64, F32, F16, BF16: cast every floating-point tensor of these kinds; None: keep
+    begin          called once with the bytes that will be moved, before `progress` is
+    Raises InputError before anything is written; WriteError, IntegrityError or SourceError later, in which case
+    nothing stands under a final name and the same call resumes.
+    """
+    index = settle_aliases(read_checkpoint(source, include_code=include_code))
+    if index.kind == "shard set":
+        raise InputError(f"{quote(source)}: a shard set; `shardprep export` restores the checkpoint")
+    plan = plan_convert(
+        index,
+        max_part_bytes=max_part_bytes,
+        dtype=check_cast(dtype) if dtype else None,
+        aliases=index.aliases,
+    )
+    begin(plan.nbytes)
+    write_checkpoint(plan, index, destination, dtype=dtype, workers=workers, progress=progress, warn=warn)
+    return report(plan, index, destination)
+
+
+def write_checkpoint(
+    plan: Plan,
+    index: Index,
+    destination: Path,
+    *,
+    dtype: str | None = None,
+    workers: int | None = None,
+    progress: Progress,
+    warn: Callable[[str], None],
+    prove: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Carry out a plan of whole tensors. `prove` is called with the folder of the finished files before they get
+    their final names, and raises where they are not what they should be."""
+    parts = [part.path for part in plan.parts]
+    last = INDEX_NAME if len(parts) > 1 else parts.pop()
+    files = [*parts, *index.side_files, last]
+    with Staging(destination, fingerprint(plan, index), files, warn=warn) as staging:
+        copy_side_files(index, staging, dtype=dtype, name_dtype=False)
+        carry_out(plan, index, staging, workers=workers, progress=progress)
+        if last == INDEX_NAME:
+            staging.write(INDEX_NAME, _index_json(plan))
+        prove(staging.folder)
+        staging.publish()
+
+
+def report(plan: Plan, index: Index, destination: Path) -> ConvertReport:
+    """What carrying out `plan` has written."""
+    return ConvertReport(
+        destination=destination,
+        tensors=len(plan.moves),
+        nbytes=plan.nbytes,
+        files=tuple((part.path, planned_size(plan, part)) for part in plan.parts),
+        aliases=dict(index.aliases),
+        left_out=index.left_out,
+    )
+
+
+def _index_json(plan: Plan) -> bytes:
+    fields = {
+        "metadata": {
+            "total_parameters": sum(prod(move.tensor.shape) for move in plan.moves),
+            "total_size": plan.nbytes,
+        },
+        "weight_map": dict(sorted((piece.name, part.path) for part in plan.parts for piece in part.pieces)),
+    }
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()

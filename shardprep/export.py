@@ -1,0 +1,91 @@
+"""Restore the checkpoint from a shard set, and prove by digest that every bit is what was split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from shardprep_runtime import cut
+from shardprep_runtime.errors import IntegrityError, quote
+from shardprep_runtime.manifest import Manifest
+
+from .convert import DEFAULT_PART_BYTES, ConvertReport, report, write_checkpoint
+from .plan import Move, Plan, PlannedPart, PlannedPiece, plan_convert
+from .source import locate_pieces, open_parts, read_shard_set
+from .source.checkpoint import read_weights
+from .write import Progress, digest_pieces
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExportReport(ConvertReport):
+    """What export did."""
+
+    blocks: int
+    """Digests of blocks, all of them equal in the exported files and in the parts."""
+
+
+def export(
+    source: Path,
+    destination: Path,
+    *,
+    max_part_bytes: int = DEFAULT_PART_BYTES,
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+    begin: Callable[[int], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> ExportReport:
+    """Write the checkpoint that the shard set at `source` was split from: the very files that convert writes.
+
+    Before a file gets its final name, all are read again, cut as the shard set is, and the digest of every block
+    is compared with the one in the parts. Raises IntegrityError naming the first that differs.
+    """
+    index, manifest = read_shard_set(source)
+    plan = plan_convert(index, max_part_bytes=max_part_bytes, aliases=index.aliases)
+    begin(plan.nbytes)
+    blocks = 0
+
+    def prove(folder: Path) -> None:
+        nonlocal blocks
+        blocks = _prove(source, manifest, folder, [part.path for part in plan.parts], workers=workers)
+
+    write_checkpoint(plan, index, destination, workers=workers, progress=progress, warn=warn, prove=prove)
+    done = report(plan, index, destination)
+    return ExportReport(
+        **{field.name: getattr(done, field.name) for field in dataclasses.fields(done)}, blocks=blocks
+    )
+
+
+def _prove(source: Path, manifest: Manifest, folder: Path, files: list[str], *, workers: int | None) -> int:
+    """Compare the digests of the written files with those of the parts; the number of blocks compared."""
+    written = read_weights(folder, "safetensors", files)
+    pieces = [
+        PlannedPiece(name, entry.form, piece, 0, 0)
+        for name, entry in manifest.tensors.items()
+        for piece in cut.pieces(entry.form.layout, entry.form.shape, manifest.grain)
+    ]
+    of_tensor: dict[str, list[PlannedPiece]] = {}
+    for piece in pieces:
+        of_tensor.setdefault(piece.name, []).append(piece)
+    moves = tuple(
+        Move(written.tensors[name], own[0].form.dtype, own[0].form.layout.dim or 0, tuple(own))
+        for name, own in of_tensor.items()
+    )
+    found = digest_pieces(
+        Plan((PlannedPart("", tuple(pieces)),), moves, manifest.block_bytes), written, workers=workers
+    )
+    blocks = 0
+    parts = open_parts(source, manifest)
+    try:
+        for name, located in locate_pieces(manifest, parts).items():
+            for part, piece in located:
+                blocks += len(piece.digests)
+                if tuple(found[name, piece.piece.start]) != piece.digests:
+                    raise IntegrityError(
+                        f"{part.where}: tensor {quote(name)}: its bytes do not match their digests; "
+                        "nothing was exported; `shardprep verify` names the block"
+                    )
+    finally:
+        for part in parts:
+            part.close()
+    return blocks

@@ -1,0 +1,105 @@
+"""Say what a checkpoint holds, without its data: each tensor's name, dtype, shape and where its bytes lie.
+
+An index is the same whatever the checkpoint was made by; everything that follows is planned from it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shardprep_runtime.dtypes import nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A run of bytes of a source file that carries a checksum of its own: the data of one member of a zip."""
+
+    start: int
+    """First byte, counted from the start of the file."""
+    stop: int
+    """One past the last byte."""
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a block of a tensor lies in one source file."""
+
+    file: str
+    """Path relative to the checkpoint's folder."""
+    offset: int
+    """Byte of the block's element (0, ..., 0), counted from the start of the file."""
+    start: int = 0
+    """First index of the block along the tensor's `dim`."""
+    stop: int | None = None
+    """One past its last index; None: the whole tensor."""
+    strides: tuple[int, ...] | None = None
+    """Elements from one index to the next, per dim; None: packed row-major."""
+    big_endian: bool = False
+    record: Record | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a checkpoint."""
+
+    name: str
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+    """Its blocks in order along `dim`. One extent, the whole tensor, in every source but a shard set."""
+    dim: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor once packed."""
+        return nbytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file that holds tensor data."""
+
+    path: str
+    """Relative to the checkpoint's folder."""
+    size: int
+    mtime_ns: int
+    digest: str
+    """`sha256:...` of what describes the data: a safetensors header, or the pickle and the directory of a zip
+    (which holds the crc32 of every record)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Something beside the weights that is not carried over."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a checkpoint holds."""
+
+    root: Path
+    kind: str
+    """`torch`, `safetensors` or `shard set`."""
+    tensors: Mapping[str, Tensor]
+    """By name, in the order of names. A tied tensor stands here once, under the first of its names."""
+    aliases: Mapping[str, str]
+    """Other names of tied tensors -> the name in `tensors`."""
+    files: tuple[SourceFile, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """config.json, or empty where there is none."""
+    side_files: tuple[str, ...] = ()
+    """Files that travel with the weights (config, tokenizer, licence), relative to the folder."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones once."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())

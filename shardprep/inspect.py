@@ -1,0 +1,90 @@
+"""Say what a checkpoint or a shard set holds, without reading tensor data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.manifest import Part
+
+from .index import LeftOut, SourceFile, Tensor
+from .plan import natural
+from .source import read_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What lies at a path."""
+
+    path: Path
+    kind: str
+    model_type: str | None
+    tensors: tuple[Tensor, ...]
+    """In natural order of their names."""
+    aliases: Mapping[str, str]
+    left_out: tuple[LeftOut, ...]
+    files: tuple[SourceFile, ...]
+    side_files: tuple[str, ...]
+    parameters: int
+    """Elements of all tensors, tied ones once."""
+    nbytes: int
+    by_dtype: Mapping[str, tuple[int, int]]
+    """dtype -> (tensors, bytes)."""
+    by_layer: Mapping[str, tuple[int, int]]
+    """Layer number, or `outside the layers` -> (tensors, bytes)."""
+    parts: tuple[Part, ...] = ()
+    """Of a shard set."""
+    grain: int | None = None
+
+    @property
+    def tied(self) -> list[list[str]]:
+        """Groups of names that are one tensor; the first is the one that is stored."""
+        groups: dict[str, list[str]] = {}
+        for alias, name in self.aliases.items():
+            groups.setdefault(name, [name]).append(alias)
+        return list(groups.values())
+
+
+OUTSIDE = "outside the layers"
+
+
+def inspect(path: Path) -> Inspection:
+    """What lies at `path`. Raises InputError where it is not sound."""
+    index = read_checkpoint(path)
+    manifest = manifests.read(path) if index.kind == "shard set" else None
+    tensors = tuple(sorted(index.tensors.values(), key=lambda tensor: natural(tensor.name)))
+    model_type = index.config.get("model_type")
+    return Inspection(
+        path=path,
+        kind=index.kind,
+        model_type=model_type if isinstance(model_type, str) else None,
+        tensors=tensors,
+        aliases=index.aliases,
+        left_out=index.left_out,
+        files=index.files,
+        side_files=index.side_files,
+        parameters=sum(prod(tensor.shape) for tensor in tensors),
+        nbytes=index.nbytes,
+        by_dtype=_totals((tensor.dtype, tensor) for tensor in tensors),
+        by_layer=_totals((layer_of(tensor.name), tensor) for tensor in tensors),
+        parts=manifest.parts if manifest else (),
+        grain=manifest.grain if manifest else None,
+    )
+
+
+def layer_of(name: str) -> str:
+    """The first number in a tensor's name, which is its layer in every model we know; or that it has none."""
+    return next((word for word in name.split(".") if word.isascii() and word.isdigit()), OUTSIDE)
+
+
+def _totals(items: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[int, int]]:
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for key, tensor in items:
+        counts[key] += 1
+        sizes[key] += tensor.nbytes
+    return {key: (counts[key], sizes[key]) for key in counts}

@@ -1,0 +1,77 @@
+"""Read the index of a shard set: tensors whose blocks lie in several parts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shardprep_runtime import cut
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.errors import ManifestError, quote
+from shardprep_runtime.manifest import Manifest
+from shardprep_runtime.parts import OpenPart, PieceSpan
+
+from ..index import Extent, Index, SourceFile, Tensor
+
+
+def open_parts(folder: Path, manifest: Manifest) -> list[OpenPart]:
+    """Open every part, headers checked. Raises IntegrityError, FormatError or ManifestError; the caller closes them."""
+    parts: list[OpenPart] = []
+    try:
+        for part in manifest.parts:
+            parts.append(OpenPart(folder, part, manifest))  # noqa: PERF401 - what is open is closed if the next fails
+    except BaseException:
+        for opened in parts:
+            opened.close()
+        raise
+    return parts
+
+
+def locate_pieces(manifest: Manifest, parts: list[OpenPart]) -> dict[str, list[tuple[OpenPart, PieceSpan]]]:
+    """Where each tensor's pieces lie, in order along its dim: all that the layout makes, each once.
+
+    Raises ManifestError where one is missing, or stored twice.
+    """
+    found: dict[tuple[str, int], tuple[OpenPart, PieceSpan]] = {}
+    for part in parts:
+        for key, piece in part.pieces.items():
+            if key in found:
+                raise ManifestError(
+                    f"{part.where}: {quote(key[0])}: the same piece is in {found[key][0].where} too"
+                )
+            found[key] = part, piece
+    located = {}
+    for name, entry in manifest.tensors.items():
+        expected = cut.pieces(entry.form.layout, entry.form.shape, manifest.grain)
+        try:
+            located[name] = [found[name, piece.start] for piece in expected]
+        except KeyError:
+            raise ManifestError(
+                f"{quote(name)}: a piece of it is in none of the parts; the shard set is broken"
+            ) from None
+    return located
+
+
+def read_shard_set(folder: Path) -> tuple[Index, Manifest]:
+    """The index of a shard set's tensors, put together from their pieces, and its manifest."""
+    manifest = manifests.read(folder)
+    parts = open_parts(folder, manifest)
+    try:
+        tensors = {}
+        for name, pieces in sorted(locate_pieces(manifest, parts).items()):
+            form = manifest.tensors[name].form
+            extents = tuple(
+                Extent(part.part.path, piece.span.start, piece.piece.start, piece.piece.stop or None)
+                for part, piece in pieces
+            )
+            tensors[name] = Tensor(name, form.dtype, form.shape, extents, form.layout.dim or 0)
+        files = tuple(
+            SourceFile(part.part.path, found.st_size, found.st_mtime_ns, part.part.digest)
+            for part in parts
+            for found in [os.fstat(part.fd)]
+        )
+    finally:
+        for part in parts:
+            part.close()
+    side_files = tuple(side.path for side in manifest.side_files)
+    return Index(folder, "shard set", tensors, manifest.aliases, files, side_files=side_files), manifest

@@ -1,0 +1,204 @@
+"""Cut a checkpoint into a shard set that serves every layout up to its grain: the plan with pieces, and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardprep_runtime import __version__
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.errors import InputError, quote
+from shardprep_runtime.grid import Stages, check_stages, even_stages
+from shardprep_runtime.manifest import Entry, Form, Manifest, Part, SideFile
+
+from .index import Index, LeftOut
+from .layout import ModelLayout, derive_layout
+from .plan import Plan, plan_split, settle_aliases
+from .side_files import copy_side_files
+from .source import read_checkpoint
+from .staging import Staging
+from .write import Progress, Written, carry_out, fingerprint, planned_size
+
+DEFAULT_PART_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class SplitReport:
+    """What split did, or would do."""
+
+    destination: Path
+    model_type: str
+    layers: int
+    grain: int
+    stages: Stages | None
+    tensors: int
+    source_bytes: int
+    """Bytes of the checkpoint's tensors, tied ones once."""
+    stored_bytes: int
+    """Bytes of all parts, their headers included."""
+    parts: tuple[tuple[str, int, tuple[int, int], tuple[int, int]], ...]
+    """(path, size, ranks [start, stop), layers [start, stop)) of each part."""
+    rank_bytes: tuple[int, ...]
+    """Bytes of tensors that each rank of the grain keeps in all stages together."""
+    shared_bytes: int
+    """Bytes of them that every rank needs whole."""
+    aliases: Mapping[str, str]
+    left_out: tuple[LeftOut, ...]
+    manifest_digest: str | None
+    """`sha256:...` of the manifest, the root of the chain of trust; None in a dry run."""
+
+
+def split(
+    source: Path,
+    destination: Path,
+    *,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int | None = None,
+    stages: Sequence[Sequence[int]] | None = None,
+    max_part_bytes: int = DEFAULT_PART_BYTES,
+    block_bytes: int = manifests.MAX_BLOCK_BYTES,
+    include_code: bool = False,
+    dry_run: bool = False,
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+    begin: Callable[[int], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> SplitReport:
+    """Cut the checkpoint at `source`, pickle or safetensors, at the grain `tensor_parallel_size`.
+
+    stages         layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well
+    dry_run        plan and check everything, write nothing
+    Every source byte is read once. Raises InputError before anything is written; WriteError, IntegrityError or
+    SourceError later, in which case nothing stands under a final name and the same call resumes.
+    """
+    index = settle_aliases(read_checkpoint(source, include_code=include_code))
+    if index.kind == "shard set":
+        raise InputError(f"{quote(source)}: a shard set already; it serves every size that divides its grain")
+    if not index.config:
+        raise InputError(
+            f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
+        )
+    layout = derive_layout(index.config, {name: tensor.shape for name, tensor in index.tensors.items()})
+    chosen = _stages(layout, pipeline_parallel_size, stages)
+    plan = plan_split(
+        index,
+        layout,
+        grain=tensor_parallel_size,
+        stages=chosen,
+        max_part_bytes=max_part_bytes,
+        block_bytes=block_bytes,
+    )
+    if dry_run:
+        return _report(plan, index, layout, destination, tensor_parallel_size, chosen, None)
+    begin(plan.nbytes)
+    files = [*(part.path for part in plan.parts), *index.side_files, manifests.FILE_NAME]
+    with Staging(destination, fingerprint(plan, index), files, warn=warn) as staging:
+        side_files = copy_side_files(index, staging, dtype=None, name_dtype=True)
+        written = carry_out(plan, index, staging, workers=workers, progress=progress)
+        raw = manifests.dump(
+            _manifest(
+                plan, index, layout, written, side_files, source, grain=tensor_parallel_size, stages=chosen
+            )
+        )
+        manifests.parse(raw)  # what no reader would take must not be published
+        staging.write(manifests.FILE_NAME, raw)
+        staging.publish()
+    digest = manifests.digest_of(raw)
+    return _report(plan, index, layout, destination, tensor_parallel_size, chosen, digest)
+
+
+def _stages(
+    layout: ModelLayout, pipeline_parallel_size: int | None, stages: Sequence[Sequence[int]] | None
+) -> Stages | None:
+    if stages is not None:
+        if pipeline_parallel_size not in (None, len(stages)):
+            raise InputError(
+                f"{len(stages)} stages were given for pipeline parallel size {pipeline_parallel_size}"
+            )
+        return check_stages(stages, layout.layers)
+    if pipeline_parallel_size is not None and pipeline_parallel_size > 1:
+        return even_stages(layout.layers, pipeline_parallel_size)
+    return None
+
+
+def _manifest(
+    plan: Plan,
+    index: Index,
+    layout: ModelLayout,
+    written: Sequence[Written],
+    side_files: Sequence[SideFile],
+    source: Path,
+    *,
+    grain: int,
+    stages: Stages | None,
+) -> Manifest:
+    tensors = {
+        move.tensor.name: Entry(
+            Form(move.dtype, move.tensor.shape, layout.tensors[move.tensor.name].layout),
+            layout.tensors[move.tensor.name].layer,
+        )
+        for move in plan.moves
+    }
+    architectures = index.config.get("architectures")
+    config = [side.digest for side in side_files if side.path == "config.json"]
+    assert plan.block_bytes is not None
+    return Manifest(
+        model={
+            "architecture": architectures[0] if isinstance(architectures, list) and architectures else None,
+            "model_type": layout.model_type,
+            "config_digest": config[0] if config else None,
+            "source": {
+                "uri": source.resolve().name,  # its last word: where it lay is nobody else's business
+                "revision": None,
+                "kind": index.kind,
+                "files": [{"path": f.path, "size": f.size, "index_digest": f.digest} for f in index.files],
+            },
+            "tool": f"shardprep {__version__}",
+        },
+        layers=layout.layers,
+        grain=grain,
+        stages=stages,
+        block_bytes=plan.block_bytes,
+        tensors=tensors,
+        aliases=index.aliases,
+        tied={name: target for name, target in layout.tied.items() if name not in index.aliases},
+        parts=tuple(
+            Part(
+                part.path, done.size, done.header_size, done.digest, part.ranks, part.layers, part.placements
+            )
+            for part, done in zip(plan.parts, written, strict=True)
+        ),
+        side_files=tuple(side_files),
+    )
+
+
+def _report(
+    plan: Plan,
+    index: Index,
+    layout: ModelLayout,
+    destination: Path,
+    grain: int,
+    stages: Stages | None,
+    digest: str | None,
+) -> SplitReport:
+    pieces = [piece for part in plan.parts for piece in part.pieces]
+    return SplitReport(
+        destination=destination,
+        model_type=layout.model_type,
+        layers=layout.layers,
+        grain=grain,
+        stages=stages,
+        tensors=len(plan.moves),
+        source_bytes=index.nbytes,
+        stored_bytes=sum(planned_size(plan, part) for part in plan.parts),
+        parts=tuple((part.path, planned_size(plan, part), part.ranks, part.layers) for part in plan.parts),
+        rank_bytes=tuple(
+            sum(p.nbytes for p in pieces if p.piece.first_rank <= rank < p.piece.last_rank)
+            for rank in range(grain)
+        ),
+        shared_bytes=sum(p.nbytes for p in pieces if p.piece.last_rank - p.piece.first_rank == grain > 1),
+        aliases=index.aliases,
+        left_out=index.left_out,
+        manifest_digest=digest,
+    )

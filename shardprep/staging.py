@@ -1,0 +1,170 @@
+"""Keep what is half-written apart, so that a folder has all files under their final names or none that matter.
+
+Everything is written into a folder `.shardprep-partial` inside the destination (so on the same file system), each
+file under a temporary name until it is whole and on disk. When all are, they are renamed into the destination, the
+one that makes it complete last. A run that was killed is resumed by the next that would write the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from shardprep_runtime.errors import InputError, IntegrityError, SourceError, WriteError, quote
+
+FOLDER: Final = ".shardprep-partial"
+JOURNAL: Final = "journal.json"
+LOCK: Final = "lock"
+UNFINISHED: Final = ".unfinished"
+
+
+class Staging:
+    """A destination that is being written. Use as a context manager: it holds a lock for as long."""
+
+    def __init__(
+        self, destination: Path, fingerprint: str, files: Sequence[str], *, warn: Callable[[str], None]
+    ) -> None:
+        """`fingerprint` stands for all that decides the bytes of `files`, the final names in the order of renaming."""
+        self.destination = destination
+        self.folder = destination / FOLDER
+        self.fingerprint = fingerprint
+        self.files = tuple(files)
+        self.warn = warn
+
+    def __enter__(self) -> Staging:
+        self._refuse_foreign()
+        try:
+            self.made = not self.destination.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise WriteError(f"{quote(self.destination)}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise InputError(
+                f"{quote(self.destination)}: another shardprep is writing here; wait for it"
+            ) from None
+        try:
+            self._start()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Keep what a rerun can use. Where the input itself was at fault nothing can be: then leave no trace."""
+        if isinstance(error, InputError | IntegrityError | SourceError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.made:
+                with contextlib.suppress(OSError):
+                    self.destination.rmdir()
+        elif error is not None and self.folder.is_dir():
+            for entry in self.folder.iterdir():
+                if entry.name.endswith(UNFINISHED):
+                    entry.unlink()
+        os.close(self._lock)
+
+    def _refuse_foreign(self) -> None:
+        """Raises InputError where the destination holds anything that no unfinished run of ours put there."""
+        if not self.destination.exists() and not self.destination.is_symlink():
+            return
+        if not self.destination.is_dir():
+            raise InputError(
+                f"{quote(self.destination)}: exists and is no folder; choose another destination"
+            )
+        there = {entry.name for entry in self.destination.iterdir()} - {FOLDER}
+        own = self._journal()
+        foreign = there - set(own[1] if own else ())
+        if foreign or (there and own is not None and own[0] != self.fingerprint):
+            what = f"holds {quote(min(foreign))}" if foreign else "holds files of another unfinished run"
+            raise InputError(
+                f"{quote(self.destination)}: {what}; nothing is overwritten: choose an empty or new folder"
+            )
+
+    def _journal(self) -> tuple[str, list[str]] | None:
+        try:
+            found = json.loads((self.folder / JOURNAL).read_bytes())
+            return str(found["fingerprint"]), [str(name) for name in found["files"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _start(self) -> None:
+        own = self._journal()
+        if own is not None and own[0] != self.fingerprint:
+            self.warn(f"{quote(self.folder)}: an unfinished run with other input or options is discarded")
+        for entry in self.folder.iterdir():
+            stale = own is None or own[0] != self.fingerprint or entry.name.endswith(UNFINISHED)
+            if entry.name != LOCK and stale:
+                entry.unlink()
+        self.write(JOURNAL, json.dumps({"fingerprint": self.fingerprint, "files": self.files}).encode())
+
+    def finished(self, name: str) -> Path | None:
+        """Where the file lies if an earlier run has finished it."""
+        for path in (self.folder / name, self.destination / name):
+            if path.is_file():
+                return path
+        return None
+
+    def create(self, name: str) -> int:
+        """A descriptor for writing a file under its temporary name. Its mode follows the umask."""
+        return os.open(
+            self.folder / (name + UNFINISHED), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
+        )
+
+    def finish(self, name: str, fd: int) -> None:
+        """Bring the file to disk and give it its name among the finished ones. Closes `fd`."""
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        (self.folder / (name + UNFINISHED)).rename(self.folder / name)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file at once."""
+        fd = self.create(name)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+        except BaseException:
+            os.close(fd)
+            raise
+        self.finish(name, fd)
+
+    def publish(self) -> None:
+        """Rename all files into the destination in their order, then remove the staging folder."""
+        sync_folder(self.folder)
+        for name in self.files[:-1]:
+            self._publish(name)
+        sync_folder(self.destination)
+        self._publish(
+            self.files[-1]
+        )  # the file that makes the folder complete, once all others are there for good
+        sync_folder(self.destination)
+        shutil.rmtree(self.folder)
+
+    def _publish(self, name: str) -> None:
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # renamed by an earlier run already: `finished` has found it
+            (self.folder / name).rename(self.destination / name)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

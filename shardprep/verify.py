@@ -1,0 +1,82 @@
+"""Prove a shard set: that it is complete and consistent, and that every byte is the one that was split."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.errors import IntegrityError, quote
+from shardprep_runtime.parts import Block, blocks_of, check_blocks
+
+from .read import open_regular
+from .side_files import read_chunks
+from .source import locate_pieces, open_parts
+from .write import default_workers
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was proved."""
+
+    path: Path
+    manifest_digest: str
+    parts: int
+    pieces: int
+    blocks: int
+    """Blocks whose digest was compared; 0 with `fast`."""
+    nbytes: int
+    """Bytes of tensor data that were digested."""
+    side_files: int
+
+
+def verify(
+    path: Path, *, fast: bool = False, manifest_digest: str | None = None, workers: int | None = None
+) -> VerifyReport:
+    """Check a shard set: structure, sizes, headers and side files; unless `fast` every block of every piece as well.
+
+    Raises ManifestError, FormatError or IntegrityError that names the first bad part, tensor and block.
+    """
+    file = manifests.find(path)
+    raw_digest = manifests.digest_of(file.read_bytes()) if file.stat().st_size <= manifests.MAX_BYTES else ""
+    manifest = manifests.read(file, digest=manifest_digest)
+    parts = open_parts(file.parent, manifest)
+    try:
+        located = locate_pieces(manifest, parts)
+        for side in manifest.side_files:
+            _check_side_file(file.parent, side)
+        blocks: list[Block] = []
+        if not fast:
+            ordered = (
+                sorted(  # as they lie on disk, so that the first bad one is the first in the first bad part
+                    ((part, piece) for pieces in located.values() for part, piece in pieces),
+                    key=lambda item: (item[0].part.path, item[1].span.start),
+                )
+            )
+            for part, piece in ordered:
+                size = piece.span.stop - piece.span.start
+                blocks += blocks_of(part, piece, manifest.block_bytes, start=0, stop=size)
+            check_blocks(blocks, workers=workers or default_workers(), parts=parts)
+    finally:
+        for part in parts:
+            part.close()
+    return VerifyReport(
+        path=file.parent,
+        manifest_digest=raw_digest,
+        parts=len(parts),
+        pieces=sum(map(len, located.values())),
+        blocks=len(blocks),
+        nbytes=sum(block.stop - block.start for block in blocks),
+        side_files=len(manifest.side_files),
+    )
+
+
+def _check_side_file(folder: Path, side: manifests.SideFile) -> None:
+    digest = hashlib.sha256()
+    for chunk in read_chunks(open_regular(folder / side.path)):
+        digest.update(chunk)
+    if f"sha256:{digest.hexdigest()}" != side.digest:
+        raise IntegrityError(
+            f"{quote(folder / side.path)}: does not match its digest in the manifest; it was changed"
+        )

@@ -1,0 +1,395 @@
+"""Carry out a plan: move each tensor's bytes from its source into the parts, each source byte once, digesting on the way.
+
+This is the one mover. Bytes go from file to file through a buffer that stays in a core's cache, where crc32 and
+blake3 meet them; where there is nothing to check, the kernel copies them by itself. No tensor is ever made.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Final
+
+from blake3 import blake3
+
+from shardprep_runtime import __version__
+from shardprep_runtime.errors import ProblemError, ShardprepError, WriteError, quote
+from shardprep_runtime.header import read_header
+from shardprep_runtime.manifest import digest_of
+
+from .index import Index
+from .plan import Move, Plan, PlannedPart, PlannedPiece
+from .read import CHUNK, PlainReader, Reader, Sources, open_reader, open_regular
+from .staging import Staging
+
+KERNEL_COPY: Final = 64 * 2**20
+"""Bytes of one copy_file_range, so that progress moves and a stop is noticed."""
+
+NOWHERE: Final = -1
+"""The descriptor of pieces that are digested and not written."""
+
+NO_KERNEL_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just done, from several threads."""
+
+
+class Stopped(Exception):  # noqa: N818 - no error: another thread has one
+    """Another thread failed; this one gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished part."""
+
+    size: int
+    header_size: int
+    digest: str
+    """`sha256:...` of its header."""
+
+
+def default_workers() -> int:
+    """Threads that move bytes: the cores of this process, at most 8; a disk gains nothing from more."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def carry_out(
+    plan: Plan,
+    index: Index,
+    staging: Staging,
+    *,
+    workers: int | None = None,
+    progress: Progress = lambda _: None,
+) -> list[Written]:
+    """Write every part of `plan` into `staging` and say what was written, in the order of the parts.
+
+    Parts that an earlier run finished are kept. Memory is bounded by a few buffers a thread, whatever the sizes.
+    Raises WriteError (disk full), IntegrityError or SourceError (a damaged or changing source).
+    """
+    outputs = _Outputs(plan, staging)
+    _check_room(staging.destination, outputs.missing_bytes())
+    progress(plan.nbytes - outputs.missing_bytes())
+    with Sources(index) as sources:
+        run = _Run(plan, sources, outputs, progress)
+        run.all(workers or default_workers())
+        sources.check_unchanged()
+    return [outputs.written[i] for i in range(len(plan.parts))]
+
+
+def _check_room(destination: Path, needed: int) -> None:
+    free = shutil.disk_usage(destination).free
+    if needed > free:
+        raise WriteError(
+            f"{quote(destination)}: {needed:,} bytes are needed, {free:,} are free; make room or write elsewhere"
+        )
+
+
+class _Outputs:
+    """The parts that are being written: open from their first piece to their last."""
+
+    def __init__(self, plan: Plan, staging: Staging) -> None:
+        self.plan, self.staging = plan, staging
+        self.where = quote(staging.destination)
+        self.written: dict[int, Written] = {}
+        self.digests: list[dict[str, list[str]]] = [{} for _ in plan.parts]
+        self.left = [len(part.pieces) for part in plan.parts]
+        self.header_sizes = [len(plan.header(part, None)) for part in plan.parts]
+        self._fds: dict[int, int] = {}
+        self._lock = threading.Lock()
+        for i, part in enumerate(plan.parts):
+            path = staging.finished(part.path)
+            if path is not None:
+                self.written[i] = self._examine(i, path)
+
+    def _examine(self, number: int, path: Path) -> Written:
+        """What an earlier run wrote. Its header is there only if the data are: it was renamed after an fsync."""
+        part = self.plan.parts[number]
+        fd = open_regular(path)
+        try:
+            raw, header = read_header(fd, where=quote(path))
+            size = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        planned = {piece.name: (piece.form.dtype, piece.shape) for piece in part.pieces}
+        if {name: (span.dtype, span.shape) for name, span in header.tensors.items()} != planned:
+            raise ProblemError(
+                f"{quote(path)}: not what was to be written; remove {quote(self.staging.folder)}"
+            )
+        return Written(size, len(raw), digest_of(raw))
+
+    def missing_bytes(self) -> int:
+        """Bytes of data that are still to be written."""
+        return sum(part.nbytes for i, part in enumerate(self.plan.parts) if i not in self.written)
+
+    def fd(self, number: int) -> int:
+        with self._lock:
+            if number not in self._fds:
+                self._fds[number] = self.staging.create(self.plan.parts[number].path)
+            return self._fds[number]
+
+    def done(self, pieces: Sequence[tuple[PlannedPiece, list[str]]]) -> None:
+        """Count pieces as written, and finish the parts that have all of theirs."""
+        for piece, digests in pieces:
+            with self._lock:
+                self.digests[piece.part][piece.name] = digests
+                self.left[piece.part] -= 1
+                last = self.left[piece.part] == 0
+            if last:
+                self._finish(piece.part)
+
+    def _finish(self, number: int) -> None:
+        part = self.plan.parts[number]
+        raw = self.plan.header(part, self.digests[number] if self.plan.block_bytes is not None else None)
+        fd = self.fd(number)
+        write_all(fd, raw, 0)
+        with self._lock:
+            del self._fds[number]
+        self.staging.finish(part.path, fd)
+        self.written[number] = Written(len(raw) + part.nbytes, len(raw), digest_of(raw))
+
+    def finish_empty(self) -> None:
+        """Write the parts that have no pieces: a header alone."""
+        for i, part in enumerate(self.plan.parts):
+            if not part.pieces and i not in self.written:
+                self.fd(i)
+                self._finish(i)
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """pwrite until all is written."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view = view[done:]
+        offset += done
+
+
+class _PieceWriter:
+    """Writes a piece front to back, with a digest of each block where the plan has any."""
+
+    def __init__(self, fd: int, offset: int, block_bytes: int | None) -> None:
+        self.fd, self.offset, self.block_bytes = fd, offset, block_bytes
+        self.digests: list[str] = []
+        self.hash = blake3()
+        self.room = block_bytes or 0
+
+    def write(self, data: memoryview) -> None:
+        if self.fd != NOWHERE:
+            write_all(self.fd, data, self.offset)
+            self.offset += len(data)
+        if self.block_bytes is None:
+            return
+        while data:
+            part = data[: self.room]
+            self.hash.update(part)
+            self.room -= len(part)
+            data = data[len(part) :]
+            if self.room == 0:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        assert self.block_bytes is not None
+        self.digests.append(self.hash.hexdigest())
+        self.hash = blake3()
+        self.room = self.block_bytes
+
+    def finish(self) -> list[str]:
+        if self.block_bytes is not None and self.room < self.block_bytes:
+            self._close_block()
+        return self.digests
+
+
+class _Run:
+    """One carrying-out: threads that take moves in order until all are done or one fails."""
+
+    def __init__(
+        self, plan: Plan, sources: Sources, outputs: _Outputs | _DigestsOnly, progress: Progress
+    ) -> None:
+        self.plan, self.sources, self.outputs, self.progress = plan, sources, outputs, progress
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._moves = iter(plan.moves)
+
+    def all(self, workers: int) -> None:
+        self.outputs.finish_empty()
+        with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="shardprep-write") as pool:
+            futures = [pool.submit(self._work) for _ in range(workers)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # also on ctrl-c
+                self._stop.set()
+                wait(futures)
+                self.outputs.close()
+        errors = [
+            error for future in futures if (error := future.exception()) and not isinstance(error, Stopped)
+        ]
+        for error in errors:
+            raise error
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    move = next(self._moves, None)
+                if move is None or self._stop.is_set():
+                    return
+                self._move(move)
+        except ShardprepError:
+            self._stop.set()
+            raise
+        except OSError as error:
+            self._stop.set()
+            raise WriteError(
+                f"{self.outputs.where}: cannot be written: {error.strerror}; "
+                "finished parts are kept: the same command resumes"
+            ) from None
+
+    def _move(self, move: Move) -> None:
+        """Move one tensor into its pieces; those of parts that are finished already are passed over."""
+        todo = [piece for piece in move.pieces if piece.part not in self.outputs.written]
+        if not todo:
+            return
+        writers = {id(piece): self._writer(piece) for piece in todo}
+        reader = open_reader(self.sources, move.tensor, move.dtype)
+        if not self._kernel_copy(move, reader, writers):
+            self._copy(move, reader, writers)
+        if isinstance(reader, PlainReader):
+            reader.finish()
+        self.outputs.done([(piece, writers[id(piece)].finish()) for piece in todo])
+
+    def _writer(self, piece: PlannedPiece) -> _PieceWriter:
+        offset = self.outputs.header_sizes[piece.part] + piece.start
+        return _PieceWriter(self.outputs.fd(piece.part), offset, self.plan.block_bytes)
+
+    def _copy(self, move: Move, reader: Reader, writers: Mapping[int, _PieceWriter]) -> None:
+        """Read the tensor front to back once, and give each piece its share of every row."""
+        shape = move.tensor.shape
+        rows = prod(shape[: move.dim])
+        total = sum(piece.nbytes for piece in move.pieces)
+        if not total:
+            return
+        row = total // rows
+        bounds = []  # bytes [start, stop) of each piece in a row
+        at = 0
+        for piece in move.pieces:
+            width = piece.nbytes // rows
+            bounds.append((writers.get(id(piece)), at, at + width))
+            at += width
+        if row >= CHUNK or rows == 1 or len(bounds) == 1:
+            whole = len(bounds) == 1
+            for start in (0,) if whole else range(0, total, row):
+                for writer, low, high in bounds:
+                    self._stretch(reader, writer, start + low, start + (total if whole else high))
+            return
+        batch = max(1, CHUNK // row)
+        for first in range(0, rows, batch):
+            count = min(batch, rows - first)
+            data = reader.read(first * row, (first + count) * row)
+            for writer, low, high in bounds:
+                if writer is not None:
+                    own = b"".join([data[at + low : at + high] for at in range(0, count * row, row)])
+                    writer.write(memoryview(own))
+                    self._step(len(own))
+
+    def _stretch(self, reader: Reader, writer: _PieceWriter | None, start: int, stop: int) -> None:
+        """Move bytes [start, stop) of the tensor, which lie behind each other in their piece too."""
+        for at in range(start, stop, CHUNK):
+            data = reader.read(at, min(at + CHUNK, stop))
+            if writer is not None:
+                writer.write(data)
+                self._step(len(data))
+
+    def _step(self, count: int) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        self.progress(count)
+
+    def _kernel_copy(self, move: Move, reader: Reader, writers: Mapping[int, _PieceWriter]) -> bool:
+        """Let the kernel copy (and share blocks where the file system can) what needs neither digest nor crc32."""
+        if (
+            not isinstance(reader, PlainReader)
+            or reader.record is not None
+            or self.plan.block_bytes is not None
+            or len(move.pieces) != 1
+        ):
+            return False
+        source, writer = self.sources.fd(reader.path), writers[id(move.pieces[0])]
+        done = 0
+        while done < reader.size:
+            count = min(KERNEL_COPY, reader.size - done)
+            try:
+                got = os.copy_file_range(source, writer.fd, count, reader.offset + done, writer.offset + done)
+            except OSError as error:
+                if done == 0 and error.errno in NO_KERNEL_COPY:
+                    return False
+                raise
+            if got == 0:
+                self.sources.check_unchanged()
+                return False
+            done += got
+            self._step(got)
+        return True
+
+
+def planned_size(plan: Plan, part: PlannedPart) -> int:
+    """Bytes that the part's file will have."""
+    return len(plan.header(part, None)) + part.nbytes
+
+
+def fingerprint(plan: Plan, index: Index) -> str:
+    """What decides every byte that `plan` writes: this version, the source files as indexed, the headers to be written."""
+    digest = hashlib.sha256(__version__.encode())
+    for file in index.files:
+        digest.update(repr((file.path, file.size, file.mtime_ns, file.digest)).encode())
+    for name in index.side_files:
+        found = (index.root / name).stat()
+        digest.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+    for part in plan.parts:
+        digest.update(part.path.encode())
+        digest.update(plan.header(part, None))
+    return digest.hexdigest()
+
+
+def digest_pieces(
+    plan: Plan, index: Index, *, workers: int | None = None
+) -> dict[tuple[str, int], list[str]]:
+    """The digests of the blocks of each piece of `plan`, by (name, start along its dim), computed and not written."""
+    sink = _DigestsOnly(plan)
+    with Sources(index) as sources:
+        _Run(plan, sources, sink, lambda _: None).all(workers or default_workers())
+    return sink.found
+
+
+class _DigestsOnly:
+    """Takes pieces as `_Outputs` does, keeps their digests and writes nothing."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.where = "digests"
+        self.written: dict[int, Written] = {}
+        self.header_sizes = [0] * len(plan.parts)
+        self.found: dict[tuple[str, int], list[str]] = {}
+
+    def fd(self, number: int) -> int:
+        return NOWHERE
+
+    def done(self, pieces: Sequence[tuple[PlannedPiece, list[str]]]) -> None:
+        for piece, digests in pieces:
+            self.found[piece.name, piece.piece.start] = digests
+
+    def finish_empty(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
