@@ -78,9 +78,9 @@ def _prove(source: Path, manifest: Manifest, folder: Path, files: list[str], *, 
     parts = open_parts(source, manifest)
     try:
         for name, located in locate_pieces(manifest, parts).items():
-            for part, piece in located:
-                blocks += len(piece.digests)
-                if tuple(found[name, piece.piece.start]) != piece.digests:
+            for part, stored in located:
+                blocks += len(stored.digests)
+                if tuple(found[name, stored.piece.start]) != stored.digests:
                     raise IntegrityError(
                         f"{part.where}: tensor {quote(name)}: its bytes do not match their digests; "
                         "nothing was exported; `shardprep verify` names the block"

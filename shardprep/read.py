@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isal.isal_zlib import crc32
-
 from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, IntegrityError, SourceError, quote
 
@@ -248,10 +247,12 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     import numpy as np
 
     if dtype == "BF16":
-        import ml_dtypes
+        from ml_dtypes import bfloat16
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype({"F64": "f8", "F32": "f4", "F16": "f2"}[dtype])
+        found: np.dtype[Any] = np.dtype(bfloat16)
+        return found
+    name = {"F64": "f8", "F32": "f4", "F16": "f2"}[dtype]
+    return np.dtype(name)
 
 
 def open_reader(sources: Sources, tensor: Tensor, dtype: str) -> Reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .errors import LayoutError
 
@@ -57,7 +58,7 @@ def even_stages(layers: int, pipeline_parallel_size: int) -> Stages:
     for i in range(extra):
         counts[-2 - i] += 1
     bounds = [sum(counts[:i]) for i in range(pipeline_parallel_size + 1)]
-    return tuple(zip(bounds, bounds[1:], strict=False))
+    return tuple(pairwise(bounds))
 
 
 def check_stages(stages: Sequence[Sequence[int]], layers: int) -> Stages:

@@ -309,7 +309,7 @@ def _parse(raw: Any) -> Manifest:
         SideFile(f.path("path"), f.size("size"), f.digest("digest"))
         for f in (_Fields(side, f"side file {i}") for i, side in enumerate(top.get("side_files", list)))
     )
-    paths = [item.path.casefold() for item in (*parts, *sides)]
+    paths = [path.casefold() for path in (*(part.path for part in parts), *(side.path for side in sides))]
     if len(set(paths)) != len(paths) or FILE_NAME in paths:
         raise ManifestError("two files have the same path")
     quantization = top.value.get("quantization")

@@ -155,6 +155,8 @@ class OpenPart:
             raise FormatError(
                 f"{self.where}: {kind}: {found.st_size} bytes, the manifest says {self.part.size}"
             )
+        # no read-ahead behind the header: what follows may be others' bytes
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
         raw = os.pread(self.fd, self.part.header_size, 0)
         if check_digest and digest_of(raw) != self.part.digest:
             raise IntegrityError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ IOV_MAX: Final = 1024
 
 SMALL: Final = 64 * 2**10
 """Copies below this many bytes are not worth pages of their own."""
+
+HUGE: Final = 2 * 2**20
+"""Copies from this many bytes on ask for large pages."""
 
 Located = Sequence[tuple[OpenPart, PieceSpan]]
 """Where the piece of each take of a TensorView lies, in their order."""
@@ -44,7 +48,7 @@ def memory_of(view: TensorView, located: Located) -> memoryview:
         start, stop = byte_range(view.form, piece, view.takes[0])
         return memoryview(part.map)[piece.span.start + start : piece.span.start + stop]
     size = view.nbytes
-    joined = memoryview(mmap.mmap(-1, size)) if size >= SMALL else memoryview(bytearray(size))
+    joined = _allocate(size)
     dim = view.form.layout.dim or 0
     rows = prod(view.shape[:dim])
     row = size // rows
@@ -55,6 +59,17 @@ def memory_of(view: TensorView, located: Located) -> memoryview:
         _scatter(part, piece.span.start + start, joined, at=at, width=width, row=row)
         at += width
     return joined
+
+
+def _allocate(size: int) -> memoryview:
+    """Zeroed memory; of large pages where it is large, since first touches of small ones cost more than the copy."""
+    if size < SMALL:
+        return memoryview(bytearray(size))
+    pages = mmap.mmap(-1, size)
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)
 
 
 def _scatter(part: OpenPart, offset: int, into: memoryview, *, at: int, width: int, row: int) -> None:

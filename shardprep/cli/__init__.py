@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import Any
 
 import click
-
 from shardprep_runtime import ShardprepError, __version__
 from shardprep_runtime.errors import ProblemError
 
@@ -22,11 +21,15 @@ COMMANDS = {
 
 
 class Refused(click.ClickException):
-    """An error of ours, as click reports it: no traceback."""
+    """Refused input, as click reports it: no traceback."""
 
-    def __init__(self, error: ShardprepError) -> None:
-        super().__init__(str(error))
-        self.exit_code = 1 if isinstance(error, ProblemError) else 2
+    exit_code = 2
+
+
+class Problem(click.ClickException):
+    """A reported problem."""
+
+    exit_code = 1
 
 
 class LazyGroup(click.Group):
@@ -60,8 +63,10 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except ProblemError as error:
+            raise Problem(str(error)) from None
         except ShardprepError as error:
-            raise Refused(error) from None
+            raise Refused(str(error)) from None
 
 
 @click.group(

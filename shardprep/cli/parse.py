@@ -16,7 +16,7 @@ SUFFIXES: Final = {
 """As Hugging Face reads them: GB is a power of ten, GiB of two."""
 
 
-class Size(click.ParamType):
+class Size(click.ParamType["int"]):
     """A number of bytes: 5GB, 512MiB, 1000000."""
 
     name = "size"
@@ -33,7 +33,7 @@ class Size(click.ParamType):
         return size
 
 
-class StageList(click.ParamType):
+class StageList(click.ParamType["list[tuple[int, int]]"]):
     """Pipeline stages by their first and last layer: 0-15,16-31."""
 
     name = "stages"

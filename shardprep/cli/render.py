@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
 from shardprep_runtime.errors import quote
 
 if TYPE_CHECKING:

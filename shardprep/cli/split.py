@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-
 from shardprep_runtime.errors import quote
 
 from . import parse, render

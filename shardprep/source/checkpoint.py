@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -193,7 +193,6 @@ def _check_weight_map(folder: Path, suffix: str, home: Mapping[str, str], aliase
 
 def _travels(path: Path, *, include_code: bool) -> bool:
     """Whether a file beside the weights is a side file."""
-    keeps: Callable[[str], bool] = path.name.endswith
     suffixes = (*SIDE_SUFFIXES, *CODE_SUFFIXES) if include_code else SIDE_SUFFIXES
-    wanted = keeps(suffixes) or path.name.split(".")[0].upper() in SIDE_NAMES
+    wanted = path.name.endswith(suffixes) or path.name.split(".")[0].upper() in SIDE_NAMES
     return wanted and not path.name.endswith(".index.json") and path.name != FILE_NAME and path.is_file()

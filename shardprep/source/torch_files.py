@@ -140,7 +140,7 @@ def _not_torch(head: bytes, *, where: str) -> Exception:
             f"{where}: the tar format of torch before 0.1.10; load it with the torch of its time and save it again"
         )
     return FormatError(
-        f"{where}: not a torch file: it begins with {quote(head[:16])}, neither a zip nor a pickle"
+        f"{where}: not a torch file: it begins with {quote(head[:16].decode('latin-1'))}, neither a zip nor a pickle"
     )
 
 
@@ -156,7 +156,9 @@ def _read_zip(fd: int, size: int, *, where: str) -> _Contents:
     if "byteorder" in archive.members:
         order = read_member(fd, archive, "byteorder", most=16, where=where)
         if order not in (b"little", b"big"):
-            raise FormatError(f"{where}: byteorder is {quote(order)}, expected little or big")
+            raise FormatError(
+                f"{where}: byteorder is {quote(order.decode('latin-1'))}, expected little or big"
+            )
     raw = read_member(fd, archive, "data.pkl", most=MAX_PICKLE_BYTES, where=where)
     pickle = read_pickle(raw, where=f"{where}: data.pkl")
     if pickle.stop != len(raw):
@@ -191,8 +193,8 @@ def _check_version(fd: int, archive: Zip, *, where: str) -> None:
     name = "version" if "version" in archive.members else ".data/version"
     if name not in archive.members:
         raise FormatError(f"{where}: a zip without the member version is not a torch checkpoint")
-    version = read_member(fd, archive, name, most=16, where=where).strip()
-    if not version.isdigit() or not 1 <= int(version) <= 10:  # caffe2/serialize/versions.h
+    version = read_member(fd, archive, name, most=16, where=where).decode("latin-1").strip()
+    if not version.isdecimal() or not 1 <= int(version) <= 10:  # caffe2/serialize/versions.h
         raise UnsupportedError(
             f"{where}: torch format version {quote(version)}, expected 1 to 10; upgrade shardprep"
         )

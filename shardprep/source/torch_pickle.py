@@ -219,35 +219,29 @@ def _float(raw: bytes) -> object:
     return struct.unpack(">d", raw)[0]
 
 
-_CONSTANTS: Final[dict[int, object]] = {ord("N"): None, 0x88: True, 0x89: False, ord(")"): ()}
-_FRESH: Final[dict[int, Callable[[], object]]] = {
-    ord("]"): list,
-    ord("}"): Items,
-    0x8F: lambda: Opaque("set"),
+_CONSTANTS: Final[dict[bytes, object]] = {b"N": None, b"\x88": True, b"\x89": False, b")": ()}
+_FRESH: Final[dict[bytes, Callable[[], object]]] = {
+    b"]": list,
+    b"}": Items,
+    b"\x8f": lambda: Opaque("set"),
 }
-_TUPLES: Final = {0x85: 1, 0x86: 2, 0x87: 3}
-_FIXED: Final = {
-    ord("J"): (4, _integer),
-    ord("K"): (1, _unsigned),
-    ord("M"): (2, _unsigned),
-    ord("G"): (8, _float),
+_TUPLES: Final = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
+_FIXED: Final = {b"J": (4, _integer), b"K": (1, _unsigned), b"M": (2, _unsigned), b"G": (8, _float)}
+# opcode -> bytes of the count, what follows
+_COUNTED: Final[dict[bytes, tuple[int, Callable[[bytes], object]]]] = {
+    b"X": (4, _text),
+    b"\x8c": (1, _text),
+    b"\x8d": (8, _text),
+    b"T": (4, _py2_text),
+    b"U": (1, _py2_text),
+    b"B": (4, bytes),
+    b"C": (1, bytes),
+    b"\x8e": (8, bytes),
+    b"\x96": (8, bytes),  # a bytearray: protocol 5 keeps numpy arrays in one
+    b"\x8a": (1, _integer),
 }
-_COUNTED: Final[
-    dict[int, tuple[int, Callable[[bytes], object]]]
-] = {  # opcode -> bytes of the count, what follows
-    ord("X"): (4, _text),
-    0x8C: (1, _text),
-    0x8D: (8, _text),
-    ord("T"): (4, _py2_text),
-    ord("U"): (1, _py2_text),
-    ord("B"): (4, bytes),
-    ord("C"): (1, bytes),
-    0x8E: (8, bytes),
-    0x96: (8, bytes),  # a bytearray: protocol 5 keeps numpy arrays in one
-    0x8A: (1, _integer),
-}
-_PUTS: Final = {ord("q"): 1, ord("r"): 4}
-_GETS: Final = {ord("h"): 1, ord("j"): 4}
+_PUTS: Final = {b"q": 1, b"r": 4}
+_GETS: Final = {b"h": 1, b"j": 4}
 
 
 class _Machine:
@@ -282,8 +276,10 @@ class _Machine:
             raise self.damaged("not a pickle of protocol 2 to 5")
         stack, frame_stop = self.stack, 0
         while True:
-            op = self.take(1)[0]
-            self.count(1)
+            op = self.take(1)
+            self.opcodes += 1
+            if self.opcodes > MAX_OPCODES:
+                self.count(0)
             if op in _GETS:
                 index = int.from_bytes(self.take(_GETS[op]), "little")
                 if index not in self.memo:
@@ -291,7 +287,7 @@ class _Machine:
                 stack.append(self.memo[index])
             elif op in _PUTS:
                 self.memoize(int.from_bytes(self.take(_PUTS[op]), "little"))
-            elif op == 0x94:  # MEMOIZE
+            elif op == b"\x94":  # MEMOIZE
                 self.memoize(len(self.memo))
             elif op in _COUNTED:
                 width, kind = _COUNTED[op]
@@ -309,44 +305,44 @@ class _Machine:
                 stack.append(_FRESH[op]())
             elif op in _TUPLES:
                 stack.append(tuple(self.pop(_TUPLES[op])))
-            elif op == ord("("):
+            elif op == b"(":
                 self.marks.append(len(stack))
-            elif op == ord("t"):
+            elif op == b"t":
                 stack.append(tuple(self.pop_mark()))
-            elif op == ord("Q"):
+            elif op == b"Q":
                 stack.append(self.persistent(*self.pop(1)))
-            elif op == ord("c"):
+            elif op == b"c":
                 stack.append(self.symbol(self.line(), self.line()))
-            elif op == 0x93:  # STACK_GLOBAL
+            elif op == b"\x93":  # STACK_GLOBAL
                 stack.append(self.symbol(*self.pop(2)))
-            elif op == ord("R"):
+            elif op == b"R":
                 stack.append(self.call(*self.pop(2)))
-            elif op in (0x81, 0x92):  # NEWOBJ, NEWOBJ_EX
-                stack.append(self.instance(*self.pop(2 if op == 0x81 else 3)))
-            elif op == ord("b"):
+            elif op in (b"\x81", b"\x92"):  # NEWOBJ, NEWOBJ_EX
+                stack.append(self.instance(*self.pop(2 if op == b"\x81" else 3)))
+            elif op == b"b":
                 self.build(*self.pop(1))
-            elif op in (ord("s"), ord("u")):
-                self.set_items(self.pop(2) if op == ord("s") else self.pop_mark())
-            elif op in (ord("a"), ord("e"), 0x90):  # APPEND, APPENDS, ADDITEMS
-                self.append(self.pop(1) if op == ord("a") else self.pop_mark())
-            elif op == 0x91:  # FROZENSET
+            elif op in (b"s", b"u"):
+                self.set_items(self.pop(2) if op == b"s" else self.pop_mark())
+            elif op in (b"a", b"e", b"\x90"):  # APPEND, APPENDS, ADDITEMS
+                self.append(self.pop(1) if op == b"a" else self.pop_mark())
+            elif op == b"\x91":  # FROZENSET
                 stack.append(Opaque("frozenset", self.pop_mark()))
-            elif op == ord("I"):
+            elif op == b"I":
                 stack.append(self.decimal())
-            elif op == ord("0"):
+            elif op == b"0":
                 self.pop(1)
-            elif op == ord("1"):
+            elif op == b"1":
                 self.pop_mark()
-            elif op == 0x95:  # FRAME
+            elif op == b"\x95":  # FRAME
                 length = int.from_bytes(self.take(8), "little")
                 if frame_stop:
                     raise self.damaged("a frame within a frame")
                 frame_stop = self.pos + length
                 self.need(length)
-            elif op == ord("."):
+            elif op == b".":
                 break
             else:
-                raise self.damaged(f"opcode 0x{op:02x}, which torch.save does not write")
+                raise self.damaged(f"opcode 0x{op.hex()}, which torch.save does not write")
             if frame_stop and self.pos >= frame_stop:
                 if self.pos > frame_stop:
                     raise self.damaged("an opcode that crosses the end of its frame")
@@ -364,9 +360,12 @@ class _Machine:
             )
 
     def take(self, count: int) -> bytes:
-        self.need(count)
-        self.pos += count
-        return self.data[self.pos - count : self.pos]
+        start = self.pos
+        self.pos = stop = start + count
+        if stop > len(self.data):
+            self.pos = start
+            self.need(count)
+        return self.data[start:stop]
 
     def line(self) -> str:
         end = self.data.find(b"\n", self.pos, self.pos + MAX_NAME)

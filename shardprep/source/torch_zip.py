@@ -211,7 +211,9 @@ def _name(raw: bytes, *, utf8: bool, where: str) -> str:
     try:
         name = raw.decode("utf-8" if utf8 else "ascii")
     except UnicodeDecodeError:
-        raise FormatError(f"{where}: a member of the zip whose name {quote(raw)} cannot be decoded") from None
+        raise FormatError(
+            f"{where}: a member of the zip whose name {quote(raw.decode('latin-1'))} cannot be decoded"
+        ) from None
     if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise FormatError(f"{where}: a member of the zip with the unsafe name {quote(name)}")
     return name
@@ -261,8 +263,9 @@ def _member(fd: int, entry: _Entry, following: int, *, where: str) -> Member:
         )
     wide = _extra(read_at(fd, extra_length, start - extra_length, where=where), label)
     sizes = [entry.size, entry.size]
-    # miniz, which torch writes with, repeats the offset too, and leaves out sizes that fit in 32 bits
-    if wide not in ([], sizes, [*sizes, entry.offset], [entry.offset]):
+    # miniz, which torch writes with, repeats the offset, leaves out what fits in 32 bits, and knows only one size yet
+    started = [[entry.size, 0], [entry.size, 0, entry.offset]] if has_descriptor else []
+    if wide not in ([], sizes, [*sizes, entry.offset], [entry.offset], *started):
         raise FormatError(f"{label}: the zip64 sizes of its local header contradict the directory of the zip")
     expected = [(crc32, entry.crc32), (packed, entry.size), (size, entry.size)]
     later = has_descriptor and (crc32, packed, size) == (0, 0, 0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import random
 import struct
 import tracemalloc
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch_corpus as corpus
 from shardprep_runtime.errors import FormatError, UnsupportedError
 from torch_corpus import Entry, integer, mapping, named, pickled, reduce, text, tup, view
 
-from shardprep.source import torch_pickle
+from shardprep.source import torch_files, torch_pickle
 from shardprep.source.torch_files import TorchFile, read_torch_file
 from shardprep.source.torch_pickle import read_pickle
 
@@ -71,19 +73,7 @@ def calls(canary: Path) -> dict[str, bytes]:
             named("subprocess", "check_call") + tup(b"](" + text("touch") + text(str(canary)) + b"e") + b"R"
         ),
         "through getattr": pickled(
-            named("builtins", "getattr")
-            + tup(named("os", "path") + text("os"))
-            + b"R0"
-            + named("os", "system")
-            + tup(run)
-            + b"R"
-            if False
-            else reduce(
-                "builtins",
-                "getattr",
-                named("builtins", "__import__") + tup(text("os")) + b"R",
-                text("system"),
-            )
+            reduce("builtins", "getattr", reduce("builtins", "__import__", text("os")), text("system"))
             + tup(run)
             + b"R"
         ),
@@ -271,7 +261,7 @@ def test_instances_of_unknown_classes_are_left_out_and_of_the_standard_library_r
     ],
 )
 def test_opcodes_that_torch_never_writes_are_refused(path: Path, opcode: bytes) -> None:
-    with pytest.raises(FormatError, match="which torch.save does not write"):
+    with pytest.raises(FormatError, match=r"which torch\.save does not write"):
         read_data(path, pickled(b"N" + opcode))
 
 
@@ -289,9 +279,7 @@ def persistent(*parts: bytes) -> bytes:
         text("0") + b"Q",
         b"]Q",
         b")Q",
-        persistent(
-            text("module"), named("os.path", "join") if False else named("users", "Net"), text("f"), text("s")
-        ),
+        persistent(text("module"), named("users", "Net"), text("f"), text("s")),
         persistent(text("storage"), named("torch", "FloatStorage"), text("0"), text("cpu")),
         persistent(text("storage"), named("torch", "FloatStorage"), text("0"), text("cpu"), b"K\x04", b"N"),
         persistent(text("stor"), named("torch", "FloatStorage"), text("0"), text("cpu"), b"K\x04"),
@@ -593,15 +581,20 @@ def test_opcodes_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     "opener", [b"]", b"}" + text("w"), b"}" + text("model")], ids=["lists", "dicts", "wrappers"]
 )
 def test_a_million_levels_are_no_deeper_than_one(path: Path, opener: bytes) -> None:
-    depth = 1_000_000 if opener == b"]" else 200_000
     closer = b"a" if opener == b"]" else b"s"
-    with pytest.raises(REFUSED):
-        read_data(path, pickled(opener * depth + b"N" + closer * depth))
-    with pytest.raises(REFUSED):
-        read_data(path, pickled(b"}" + text("w") + b"N" + b"\x85" * depth + b"s"))
-    found = read_data(
-        path, pickled(mapping(model=mapping(w=view()), deep=opener * depth + b"N" + closer * depth))
-    )
+
+    def levels(depth: int) -> bytes:
+        return opener * depth + b"N" + closer * depth
+
+    for data in (
+        levels(100_000),
+        b"}" + text("w") + levels(100_000) + b"s",
+        b"}" + text("w") + b"N" + b"\x85" * 100_000 + b"s",
+    ):
+        with pytest.raises(REFUSED):
+            read_data(path, pickled(data))
+    depth = 1_000_000 if opener == b"]" else 100_000
+    found = read_data(path, pickled(mapping(model=mapping(w=view()), deep=levels(depth))))
     assert [out.name for out in found.left_out] == ["deep"]
 
 
@@ -616,8 +609,6 @@ def test_asking_many_values_of_one_long_list_costs_no_more_than_asking_one(path:
         nonlocal calls
         calls += 1
         return original(value)
-
-    from shardprep.source import torch_files
 
     original = torch_files._parts
     with pytest.MonkeyPatch.context() as patch:
@@ -671,7 +662,7 @@ def test_hidden_duplicate_and_overlapping_members_are_refused(path: Path) -> Non
     refuse_zip(path, corpus.zipped([*good, Entry("archive/DATA.PKL", GOOD)]), "same name")
     refuse_zip(path, corpus.zipped(changed("version", offset=0)), "overlaps what follows it")
     refuse_zip(path, corpus.zipped(changed("version", before=b"gap")), "leaves 3 bytes before what follows")
-    refuse_zip(path, corpus.zipped(changed("data.pkl", before=b"gap")), "3 bytes before the first member")
+    refuse_zip(path, corpus.zipped(changed("data.pkl", before=b"gap")), "neither a zip nor a pickle")
     refuse_zip(
         path, corpus.zipped(changed("data/0", descriptor=b"x" * 16)), "leaves 16 bytes before what follows"
     )
@@ -952,18 +943,12 @@ def test_damage_is_refused_or_harmless_and_never_another_error(
 
 
 def _storages(good: bytes) -> dict[str, bytes]:
-    import io
-    import zipfile
-
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
         names = [name for name in archive.namelist() if "/data/" in name]
         return {name.rpartition("/")[2]: archive.read(name) for name in names}
 
 
 def _data_pickle(good: bytes) -> bytes | None:
-    import io
-    import zipfile
-
     if not good.startswith(b"PK"):
         return None
     with zipfile.ZipFile(io.BytesIO(good)) as archive:

@@ -330,7 +330,7 @@ def test_a_whole_module_is_refused_by_name_with_advice(
 ) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(
-        UnsupportedError, match="a whole pickled module, torch.nn.modules.container.Sequential"
+        UnsupportedError, match=r"a whole pickled module, torch\.nn.modules\.container\.Sequential"
     ) as error:
         save({"model": model, "epoch": 1} if wrapped else model, path, **options)
     assert "torch.save(model.state_dict(), ...)" in str(error.value)
@@ -565,15 +565,18 @@ def test_a_member_beyond_4_gib_is_read_by_its_zip64_fields(path: Path) -> None:
         ]:
             raw_name = f"archive/{name}".encode()
             wide_size = size >= 2**32 - 1
-            wide = [size, size] * wide_size + [end] * (end >= 2**32 - 1)
+            offsets = [end] * (end >= 2**32 - 1)
+            wide = [size, size] * wide_size + offsets
             extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+            early = [size, 0] * wide_size + offsets
+            local_extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *early) if wide else b""
             short, at = (2**32 - 1 if wide_size else size), min(end, 2**32 - 1)
             crc32 = zlib.crc32(content)
             file.seek(end)
             file.write(
                 struct.pack("<4s5H3L2H", b"PK\x03\x04", 0, 0x808, 0, 0, 0, 0, 0, 0, len(raw_name), len(extra))
             )
-            file.write(raw_name + extra + content)
+            file.write(raw_name + local_extra + content)
             end += 30 + len(raw_name) + len(extra) + size
             file.seek(end)
             tail = struct.pack("<4sLQQ" if wide else "<4sLLL", b"PK\x07\x08", crc32, size, size)

@@ -1,0 +1,63 @@
+"""One worker of the demo: load a shard, report what it cost, and the digest of every tensor. Imports no torch.
+
+Run as: worker.py SHARD_SET RANK TP PP STAGES(json) VERIFY; prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+
+import shardprep_runtime
+
+
+def status(path: str, key: str) -> int | None:
+    """A number of /proc/self/io or /proc/self/status, or None where there is none."""
+    try:
+        with open(path) as stream:
+            return next((int(line.split()[1]) for line in stream if line.startswith(key)), None)
+    except OSError:
+        return None
+
+
+def main(shard_set: str, rank: str, tp: str, pp: str, stages: str, verify: str) -> None:
+    disk, anonymous = status("/proc/self/io", "read_bytes:"), status("/proc/self/status", "RssAnon:")
+    started = time.perf_counter()
+    shard = shardprep_runtime.load(
+        shard_set,
+        rank=int(rank),
+        tensor_parallel_size=int(tp),
+        pipeline_parallel_size=int(pp),
+        stages=json.loads(stages),
+        verify=verify,  # type: ignore[arg-type]
+    )
+    milliseconds = (time.perf_counter() - started) * 1e3
+    digests = {name: hashlib.sha256(shard.memory(name)).hexdigest() for name in shard}
+    disk_after, anonymous_after = (
+        status("/proc/self/io", "read_bytes:"),
+        status("/proc/self/status", "RssAnon:"),
+    )
+    assert "torch" not in sys.modules
+    report = {
+        "rank": int(rank),
+        "pp_rank": shard.view.pp_rank,
+        "tp_rank": shard.view.tp_rank,
+        "layers": shard.view.layers,
+        "tensors": len(shard.view.tensors),
+        "bytes_kept": shard.nbytes,
+        "bytes_needed": shard.bytes_read,
+        "bytes_mapped": shard.bytes_mapped,
+        "disk_bytes": None if disk is None or disk_after is None else disk_after - disk,
+        "anonymous_kib": None
+        if anonymous is None or anonymous_after is None
+        else anonymous_after - anonymous,
+        "milliseconds": milliseconds,
+        "digests": digests,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
