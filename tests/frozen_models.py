@@ -1,10 +1,10 @@
 """Build the very small checkpoints behind manifests/v1 and tests/data/v1, the same bytes everywhere and for ever.
 
 Their files are written here byte by byte, with no library whose next version could write them otherwise. What each
-worker must hold of them is cut here as well, by the words of the engines and without any code of shardprep.
+worker must hold of the frozen ones is cut here too, in the words of the engines and without any code of shardprep.
 
-    python tests/frozen_models.py FOLDER              every checkpoint, in FOLDER/<name>
-    python tests/frozen_models.py --shards NAME       what every worker must hold of checkpoint NAME, as JSON
+    python tests/frozen_models.py FOLDER            every checkpoint, in FOLDER/<name>
+    python tests/frozen_models.py --shards NAME     what every worker must hold of NAME, as JSON
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+import numpy as np
+
+Shapes = dict[str, tuple[int, ...]]
+Stages = list[tuple[int, int]]
+
+WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,14 @@ class Model:
     """A checkpoint, and the options with which it is split."""
 
     config: Mapping[str, Any]
+    shapes: Shapes
     dtype: str
-    shapes: Mapping[str, tuple[int, ...]]
     tensor_parallel_size: int
     pipeline_parallel_size: int | None = None
     block_bytes: int | None = None
-    """Where it is not the command's: no option of the command line gives another."""
+    """Where they are not the command's, which has no option for them."""
     others: Mapping[str, Any] = field(default_factory=dict)
-    """Side files beside config.json."""
+    """JSON files beside config.json."""
 
 
 def llama(
@@ -45,10 +50,10 @@ def llama(
     intermediate: int,
     vocabulary: int,
     tied: bool = False,
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Config and shapes of a Llama: weights are out x in."""
+) -> tuple[dict[str, Any], Shapes]:
+    """A Llama. Weights are out x in."""
     kv = hidden // heads * kv_heads
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    shapes: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
         layer = f"model.layers.{i}"
         shapes |= {
@@ -68,24 +73,22 @@ def llama(
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        "dtype": "bfloat16",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "vocab_size": vocabulary,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-06,
         "tie_word_embeddings": tied,
     }
     return config, shapes
 
 
-def phi3() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def phi3() -> tuple[dict[str, Any], Shapes]:
     """A Phi-3: q, k and v are one tensor, gate and up another. One KV head for four heads."""
     config, shapes = llama(layers=2, hidden=16, heads=4, kv_heads=1, intermediate=24, vocabulary=11)
-    config |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
-    fused: dict[str, tuple[int, ...]] = {}
+    fused: Shapes = {}
     for name, shape in shapes.items():
         if ".q_proj." in name:
             fused[name.replace(".q_proj.", ".qkv_proj.")] = (16 + 4 + 4, 16)
@@ -93,18 +96,17 @@ def phi3() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
             fused[name.replace(".gate_proj.", ".gate_up_proj.")] = (24 + 24, 16)
         elif not any(word in name for word in (".k_proj.", ".v_proj.", ".up_proj.")):
             fused[name] = shape
-    return config, fused
+    return {
+        **config,
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "dtype": "float16",
+    }, fused
 
 
-def mixtral() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+def mixtral() -> tuple[dict[str, Any], Shapes]:
     """A Mixtral of two experts."""
     config, shapes = llama(layers=2, hidden=8, heads=4, kv_heads=2, intermediate=12, vocabulary=9)
-    config |= {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-    }
     shapes = {name: shape for name, shape in shapes.items() if ".mlp." not in name}
     for i in range(2):
         block = f"model.layers.{i}.block_sparse_moe"
@@ -115,12 +117,13 @@ def mixtral() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
                 f"{block}.experts.{expert}.w2.weight": (8, 12),
                 f"{block}.experts.{expert}.w3.weight": (12, 8),
             }
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 2}
     return config, shapes
 
 
-def gpt2() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """A GPT-2 as it lies on the Hub: no prefix, no head, the causal mask stored, weights in x out."""
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (13, 16), "wpe.weight": (8, 16)}
+def gpt2() -> tuple[dict[str, Any], Shapes]:
+    """A GPT-2 as it lies on the Hub: no prefix, no head, no dtype, the causal mask stored. Weights are in x out."""
+    shapes: Shapes = {"wte.weight": (13, 16), "wpe.weight": (8, 16)}
     for i in range(2):
         shapes |= {
             f"h.{i}.ln_1.weight": (16,),
@@ -152,26 +155,171 @@ def gpt2() -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
 
 MODELS = {
     "smallest": Model(
-        *_swap(
-            llama(layers=1, hidden=4, heads=2, kv_heads=1, intermediate=6, vocabulary=5, tied=True), "BF16"
-        ),
+        *llama(layers=1, hidden=4, heads=2, kv_heads=1, intermediate=6, vocabulary=5, tied=True),
+        "BF16",
         tensor_parallel_size=2,
     ),
     "llama-tp4-pp2": Model(
-        *_swap(llama(layers=4, hidden=16, heads=4, kv_heads=4, intermediate=24, vocabulary=12), "BF16"),
+        *llama(layers=4, hidden=16, heads=4, kv_heads=4, intermediate=24, vocabulary=12),
+        "BF16",
         tensor_parallel_size=4,
         pipeline_parallel_size=2,
-        others={"generation_config.json": {"eos_token_id": 1}, "tokenizer_config.json": {"eos_token": "</s>"}},
+        others={
+            "generation_config.json": {"eos_token_id": 1},
+            "tokenizer_config.json": {"eos_token": "</s>"},
+        },
     ),
     "llama-tied-kv2-tp4": Model(
-        *_swap(
-            llama(layers=3, hidden=16, heads=4, kv_heads=2, intermediate=24, vocabulary=10, tied=True), "BF16"
-        ),
+        *llama(layers=3, hidden=16, heads=4, kv_heads=2, intermediate=24, vocabulary=10, tied=True),
+        "BF16",
         tensor_parallel_size=4,
     ),
     "phi3-fused-tp2": Model(
-        *_swap(phi3(), "F16"), tensor_parallel_size=2, pipeline_parallel_size=2, block_bytes=256
+        *phi3(), "F16", tensor_parallel_size=2, pipeline_parallel_size=2, block_bytes=256
     ),
-    "gpt2-tp2": Model(*_swap(gpt2(), "F32"), tensor_parallel_size=2),
-    "mixtral-tp2": Model(*_swap(mixtral(), "BF16"), tensor_parallel_size=2),
+    "gpt2-tp2": Model(*gpt2(), "F32", tensor_parallel_size=2),
+    "mixtral-tp2": Model(*mixtral(), "BF16", tensor_parallel_size=2),
 }
+"""`smallest` is the example of docs/manifest-format.md; the others are those of manifests/v1."""
+
+FROZEN = ("llama-tied-kv2-tp4", "phi3-fused-tp2")
+"""Those whose whole shard sets are in tests/data/v1."""
+
+
+# --------------------------------------------------------------------------------------------------- the checkpoints
+
+
+def tensor_bytes(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Any bits that the tensor's name gives, but finite numbers: the exponent's highest bit is never set."""
+    data = bytearray(hashlib.shake_256(name.encode()).digest(prod(shape) * WIDTH[dtype]))
+    high = slice(WIDTH[dtype] - 1, None, WIDTH[dtype])  # little-endian: the last byte has sign and exponent
+    data[high] = bytes(byte & 0xBF for byte in data[high])
+    return bytes(data)
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """Checkpoint `name` as model.safetensors and config.json in `folder`/`name`, which is returned."""
+    model, root = MODELS[name], folder / name
+    root.mkdir(parents=True)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    data = b""
+    for tensor, shape in sorted(model.shapes.items()):
+        own = tensor_bytes(tensor, model.dtype, shape)
+        header[tensor] = {
+            "dtype": model.dtype,
+            "shape": shape,
+            "data_offsets": [len(data), len(data) + len(own)],
+        }
+        data += own
+    text = json.dumps(header, separators=(",", ":")).encode()
+    (root / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    for path, fields in {"config.json": model.config, **model.others}.items():
+        (root / path).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+    return root
+
+
+# --------------------------------------------------------------------------------------- what each worker must hold
+
+
+def shards(name: str) -> dict[str, Any]:
+    """What every worker of a frozen model must hold: which names in each stage, and which bytes in each tensor rank."""
+    model = MODELS[name]
+    layers: int = model.config["num_hidden_layers"]
+    even = {2: {1: [(0, 2)], 2: [(0, 1), (1, 2)]}, 3: {1: [(0, 3)], 2: [(0, 2), (2, 3)]}}[layers]
+    stages: list[tuple[Stages, bool]] = [(bounds, False) for bounds in even.values()]
+    if layers == 3:
+        stages += [([(0, 1), (1, 2), (2, 3)], False), ([(0, 1), (1, 3)], True)]
+    sizes = [size for size in (1, 2, 4) if model.tensor_parallel_size % size == 0]
+    ranks = [(size, rank, 1) for size in sizes for rank in range(size)]
+    ranks += [(size, rank, 8) for size in sizes[-1:] for rank in range(size)]
+    return {
+        "stages": [
+            {
+                "pipeline_parallel_size": len(bounds),
+                "stages": bounds if asked_for else None,
+                "names": [list(_names(model, bounds, pp_rank)) for pp_rank in range(len(bounds))],
+            }
+            for bounds, asked_for in stages
+        ],
+        "ranks": [
+            {
+                "tensor_parallel_size": size,
+                "tp_rank": rank,
+                "vocab_multiple": multiple,
+                "tensors": dict(_tensors(model, size, rank, multiple)),
+            }
+            for size, rank, multiple in ranks
+        ],
+    }
+
+
+def _names(model: Model, stages: Stages, pp_rank: int) -> Iterator[str]:
+    first, last = pp_rank == 0, pp_rank == len(stages) - 1
+    tied = model.config["tie_word_embeddings"]
+    for name in model.shapes:
+        if name.startswith("model.layers."):
+            start, stop = stages[pp_rank]
+            wanted = start <= int(name.split(".")[2]) < stop
+        elif name == "model.embed_tokens.weight":
+            wanted = first or (last and tied)
+        else:  # the last norm and the head
+            wanted = last
+        if wanted:
+            yield name
+    if tied and (first or last):
+        yield "lm_head.weight"
+
+
+def _tensors(model: Model, size: int, rank: int, multiple: int) -> Iterator[tuple[str, str]]:
+    for name, shape in model.shapes.items():
+        full = np.frombuffer(tensor_bytes(name, model.dtype, shape), f"u{WIDTH[model.dtype]}").reshape(shape)
+        own = _own(name, full, model.config, size, rank, multiple)
+        text = f"{model.dtype} {'x'.join(map(str, own.shape))} {hashlib.sha256(own.tobytes()).hexdigest()}"
+        yield name, text
+        if name == "model.embed_tokens.weight" and model.config["tie_word_embeddings"]:
+            yield "lm_head.weight", text
+
+
+def _own(
+    name: str, full: np.ndarray, config: Mapping[str, Any], size: int, rank: int, multiple: int
+) -> np.ndarray:
+    """The block of tensor rank `rank`, as Megatron and vLLM cut Llama and Phi-3."""
+    kv_heads = config["num_key_value_heads"]
+    head = config["hidden_size"] // config["num_attention_heads"]
+
+    def rows(block: np.ndarray) -> np.ndarray:
+        return np.split(block, size)[rank]
+
+    def kv_rows(block: np.ndarray) -> np.ndarray:
+        if size <= kv_heads:
+            return rows(block)
+        mine = rank // (size // kv_heads)  # ranks beside each other keep the same head
+        return block[mine * head : (mine + 1) * head]
+
+    match name.split(".")[-2]:
+        case "embed_tokens" | "lm_head":
+            padded = -(-len(full) // multiple) * multiple
+            width = -(-padded // size)
+            return full[rank * width : (rank + 1) * width]
+        case "q_proj" | "gate_proj" | "up_proj":
+            return rows(full)
+        case "k_proj" | "v_proj":
+            return kv_rows(full)
+        case "o_proj" | "down_proj":
+            return np.split(full, size, axis=1)[rank]
+        case "qkv_proj":
+            q, k, v = np.split(full, [len(full) - 2 * kv_heads * head, len(full) - kv_heads * head])
+            return np.concatenate([rows(q), kv_rows(k), kv_rows(v)])
+        case "gate_up_proj":
+            gate, up = np.split(full, 2)
+            return np.concatenate([rows(gate), rows(up)])
+        case _:
+            return full
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--shards":
+        print(json.dumps(shards(sys.argv[2]), indent=1))
+    else:
+        for each in MODELS:
+            write_checkpoint(each, Path(sys.argv[1]))

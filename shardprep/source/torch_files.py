@@ -2,15 +2,15 @@
 
 Which mapping is the weights: the file's own, unless one of its keys is a wrapper that training scripts use
 (WRAPPERS) and holds a mapping; then that one, at most two wrappers deep. What stands beside a wrapper (optimizer,
-epoch, random state, an `ema` copy) is left out. In the weights themselves whatever holds no tensor is left out, and
-a group of tensors is refused by name: dropping it in silence would lose weights.
+epoch, random state, an `ema` copy) is left out. In the weights themselves whatever holds no tensor is left out, the
+state of an optimizer (BESIDE) is too, and any other group of tensors is refused by name: dropping it in silence would
+lose weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,8 +21,9 @@ from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, UnsupportedError, quote
 from shardprep_runtime.header import MAX_DIMS, is_size
 
-from shardprep.index import Extent, LeftOut, Record, SourceFile, Tensor
-from shardprep.source.torch_pickle import (
+from ..index import Extent, LeftOut, Record, SourceFile, Tensor
+from ..read import open_regular
+from .torch_pickle import (
     MAX_PICKLE_BYTES,
     BadTensor,
     Items,
@@ -33,12 +34,19 @@ from shardprep.source.torch_pickle import (
     describe,
     read_pickle,
 )
-from shardprep.source.torch_zip import Zip, read_at, read_member, read_zip
+from .torch_zip import Zip, read_at, read_member, read_zip
 
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "module")
 MAX_EXPANSION: Final = 4
 """How many times the bytes of their storages tensors may take once packed, and EXPANSION_SLACK more."""
 EXPANSION_SLACK: Final = 64 * 2**20
+
+BESIDE: Final = frozenset(
+    f"{what}{ending}"
+    for what in ("optimizer", "optim", "opt", "scheduler", "lr_scheduler", "scaler")
+    for ending in ("", "s", "_state", "_states", "_state_dict")
+)
+"""What training scripts store among the weights of a flat dict; it holds tensors, and is none of the model's."""
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
@@ -86,11 +94,11 @@ class _Contents:
 def is_torch_file(path: Path) -> bool:
     """Whether the file begins as torch's zips, legacy files or old tars do. False for what is no regular file."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:
+        fd = open_regular(path)
+    except FormatError:
         return False
     try:
-        head = os.pread(fd, 512, 0) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        head = os.pread(fd, 512, 0)
     finally:
         os.close(fd)
     return head.startswith((_ZIP_MAGIC, *(bytes([0x80, protocol]) for protocol in range(2, 6)))) or _is_tar(
@@ -104,14 +112,9 @@ def read_torch_file(path: Path, *, root: Path) -> TorchFile:
     Raises FormatError where it is damaged or hostile, UnsupportedError where it cannot be carried over.
     """
     where = quote(path.name)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not make us wait
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be opened: {error.strerror}") from None
+    fd = open_regular(path)
     try:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise FormatError(f"{where}: not a regular file")
         head = os.pread(fd, 512, 0)
         if head.startswith(_ZIP_MAGIC):
             contents = _read_zip(fd, status.st_size, where=where)
@@ -375,7 +378,7 @@ def _place(
         if isinstance(value, BadTensor):
             raise UnsupportedError(f"{label} cannot be carried over: {value.reason}")
         if not isinstance(value, View):
-            if not name.endswith("_extra_state") and _holds_tensor(value, barren):
+            if not name.endswith("_extra_state") and name not in BESIDE and _holds_tensor(value, barren):
                 raise UnsupportedError(
                     f"{label}: {describe(value)} that holds tensors among the weights, expected names and tensors only\n"
                     f"save the weights alone, as one flat dict (a dict under {', '.join(WRAPPERS)} is found)"

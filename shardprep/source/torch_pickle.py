@@ -455,6 +455,10 @@ class _Machine:
             return self.mapping(target, args)
         if path.endswith("._reconstructor") and args and isinstance(args[0], Global):
             return self.instance(args[0], args)
+        if args == () and target.module.partition(".")[0] not in _STDLIB and target.name[:1].isupper():
+            return (
+                Items()
+            )  # a subclass of OrderedDict, say: its items follow, and its class is never looked for
         if _HARMLESS.fullmatch(path) or _OPAQUE_CALLS.fullmatch(path):
             return Opaque(path, [args])
         raise self.hostile(f"calls {quote(path)}")

@@ -58,7 +58,9 @@ def test_pieces_tile_the_tensor_exactly_once(case: tuple[cut.Layout, tuple[int, 
 
 
 @given(cases())
-def test_every_rank_of_the_grain_owns_its_share_of_each_segment(case: tuple[cut.Layout, tuple[int, ...], int]) -> None:
+def test_every_rank_of_the_grain_owns_its_share_of_each_segment(
+    case: tuple[cut.Layout, tuple[int, ...], int],
+) -> None:
     layout, shape, grain = case
     pieces = cut.pieces(layout, shape, grain)
     for index in range(len(layout.segments)):
@@ -128,7 +130,9 @@ def test_views_compose(case: tuple[cut.Layout, tuple[int, ...], int], data: st.D
 def test_chunks_are_torch_chunks(size: int, parts: int) -> None:
     width = -(-size // parts)
     found = [cut.chunk(size, parts, i) for i in range(parts)]
-    assert [stop - start for start, stop in found] == [max(0, min(width, size - i * width)) for i in range(parts)]
+    assert [stop - start for start, stop in found] == [
+        max(0, min(width, size - i * width)) for i in range(parts)
+    ]
 
 
 @given(st.integers(1, 200_000), st.sampled_from([1, 2, 4, 8]))
@@ -146,14 +150,21 @@ def test_query_heads_are_never_shared() -> None:
     heads, kv_heads = cut.Segment(32 * 64, 32), cut.Segment(4 * 64, 4, shared=True)
     assert cut.allows(cut.Layout(0, (kv_heads,)), 8)
     assert not cut.allows(cut.Layout(0, (heads,)), 64)
-    with pytest.raises(LayoutError, match=r"32 units .* 64 tensor ranks; sizes that work: 1, 2, 4, 8, 16, 32"):
+    with pytest.raises(
+        LayoutError, match=r"32 units .* 64 tensor ranks; sizes that work: 1, 2, 4, 8, 16, 32"
+    ):
         cut.pieces(cut.Layout(0, (heads,)), (2048, 8), 64)
 
 
 def test_ranks_share_a_kv_head_only_when_heads_run_out() -> None:
     layout = cut.Layout(0, (cut.Segment(4 * 16, 4, shared=True),))
     assert [(p.first_rank, p.last_rank) for p in cut.pieces(layout, (64, 8), 2)] == [(0, 1), (1, 2)]
-    assert [(p.first_rank, p.last_rank) for p in cut.pieces(layout, (64, 8), 8)] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    assert [(p.first_rank, p.last_rank) for p in cut.pieces(layout, (64, 8), 8)] == [
+        (0, 2),
+        (2, 4),
+        (4, 6),
+        (6, 8),
+    ]
 
 
 def test_a_size_that_would_split_a_shared_unit_is_refused() -> None:
@@ -163,7 +174,9 @@ def test_a_size_that_would_split_a_shared_unit_is_refused() -> None:
 
 
 def test_a_size_that_does_not_divide_the_grain_is_refused_with_those_that_do() -> None:
-    with pytest.raises(LayoutError, match=r"grain 8 cannot be viewed at tensor parallel size 3; it serves 1, 2, 4, 8"):
+    with pytest.raises(
+        LayoutError, match=r"grain 8 cannot be viewed at tensor parallel size 3; it serves 1, 2, 4, 8"
+    ):
         cut.takes(cut.WHOLE, (4,), 8, size=3, rank=0)
 
 
@@ -177,7 +190,8 @@ def test_even_stages_cover_the_layers_and_differ_by_one_at_most(layers: int, siz
 
 
 @pytest.mark.parametrize(
-    ("layers", "size", "expected"), [(7, 3, [2, 3, 2]), (8, 3, [3, 3, 2]), (10, 4, [2, 3, 3, 2]), (4, 4, [1, 1, 1, 1])]
+    ("layers", "size", "expected"),
+    [(7, 3, [2, 3, 2]), (8, 3, [3, 3, 2]), (10, 4, [2, 3, 3, 2]), (4, 4, [1, 1, 1, 1])],
 )
 def test_a_remainder_goes_to_the_stages_before_the_last(layers: int, size: int, expected: list[int]) -> None:
     assert [stop - start for start, stop in even_stages(layers, size)] == expected

@@ -197,7 +197,7 @@ def test_a_refused_call_is_named(path: Path) -> None:
         ("transformers", "os.system"),
         ("accelerate.utils", "execute_subprocess_async"),
         ("users.own", "function"),
-        ("users.own", "Enum"),
+        ("users.own", "make"),
         ("", ""),
         ("__main__", "main"),
     ],

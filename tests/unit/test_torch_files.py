@@ -318,8 +318,26 @@ def test_weights_in_a_class_of_the_users_own_are_refused_by_its_name(
         save(Table(w=torch.ones(2)), path, **options)
     with pytest.raises(UnsupportedError, match=r"w: a users_own\.Table object that holds tensors"):
         save({"w": Table(w=torch.ones(2))}, path, **options)
-    with pytest.raises(FormatError, match=r"calls users_own\.Ordered: refused, nothing was executed"):
-        save(Ordered(w=torch.ones(2)), path, **options)
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
+def test_weights_in_a_subclass_of_ordereddict_are_read_without_its_class(
+    path: Path, options: dict[str, Any]
+) -> None:
+    weights = Ordered(w=torch.arange(2.0), b=torch.ones(3))
+    assert_same(save(weights, path, **options), path, saved=weights)
+
+
+def test_the_state_of_an_optimizer_among_the_weights_is_left_out(path: Path) -> None:
+    found = save(
+        {"w": torch.ones(2), "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "lr": 0.1}, path
+    )
+    assert found.tensors.keys() == {"w"}
+    assert [(out.name, out.reason) for out in found.left_out] == [
+        ("optimizer", "a dict, not a tensor"),
+        ("lr", "a value of type float, not a tensor"),
+    ]
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
