@@ -93,8 +93,9 @@ def assemble(shards: Path, tp: int, stages: list[list[int]], workers: list[dict[
     Along the cut dim each index comes from the first rank that holds it; the others that hold it (a shared KV head)
     must hold the same.
     """
-    import shardprep_runtime
     import torch
+
+    import shardprep_runtime
 
     held: dict[str, list[tuple[Any, Any]]] = {}
     for worker in workers:

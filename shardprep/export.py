@@ -12,6 +12,7 @@ from shardprep_runtime.manifest import Manifest
 
 from .convert import DEFAULT_PART_BYTES, ConvertReport, report, write_checkpoint
 from .plan import Move, Plan, PlannedPart, PlannedPiece, plan_convert
+from .side_files import check_side_file
 from .source import locate_pieces, open_parts, read_shard_set
 from .source.checkpoint import read_weights
 from .write import Progress, digest_pieces
@@ -41,6 +42,8 @@ def export(
     is compared with the one in the parts. Raises IntegrityError naming the first that differs.
     """
     index, manifest = read_shard_set(source)
+    for side in manifest.side_files:
+        check_side_file(source, side)
     plan = plan_convert(index, max_part_bytes=max_part_bytes, aliases=index.aliases)
     begin(plan.nbytes)
     blocks = 0

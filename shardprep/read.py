@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isal.isal_zlib import crc32
+
 from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, IntegrityError, SourceError, quote
 

@@ -7,8 +7,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from shardprep_runtime.dtypes import TORCH
+from shardprep_runtime.errors import IntegrityError, quote
 from shardprep_runtime.manifest import SideFile
 
 from .index import Index
@@ -52,6 +54,17 @@ def _copy(index: Index, name: str, staging: Staging) -> SideFile:
     return SideFile(name, size, f"sha256:{digest.hexdigest()}")
 
 
+def check_side_file(folder: Path, side: SideFile) -> None:
+    """Raises IntegrityError where a shard set's side file is not the one that its manifest names."""
+    digest = hashlib.sha256()
+    for chunk in read_chunks(open_regular(folder / side.path)):
+        digest.update(chunk)
+    if f"sha256:{digest.hexdigest()}" != side.digest:
+        raise IntegrityError(
+            f"{quote(folder / side.path)}: does not match its digest in the manifest; it was changed"
+        )
+
+
 def read_chunks(fd: int) -> Iterator[bytes]:
     """The bytes of a file, a MiB at a time. Closes `fd`."""
     with open(fd, "rb") as stream:
@@ -73,4 +86,4 @@ def _config(index: Index, dtype: str | None) -> bytes:
     if sizes:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = TORCH[sizes.most_common(1)[0][0]]
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(config, indent=2) + "\n").encode()

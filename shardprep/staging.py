@@ -20,8 +20,8 @@ from typing import Final
 from shardprep_runtime.errors import InputError, IntegrityError, SourceError, WriteError, quote
 
 FOLDER: Final = ".shardprep-partial"
-JOURNAL: Final = "journal.json"
-LOCK: Final = "lock"
+JOURNAL: Final = ".journal.json"  # with a dot: no side file of a checkpoint has such a name
+LOCK: Final = ".lock"
 UNFINISHED: Final = ".unfinished"
 
 
@@ -55,8 +55,10 @@ class Staging:
             ) from None
         try:
             self._start()
-        except BaseException:
+        except BaseException as error:
             os.close(self._lock)
+            if isinstance(error, OSError):
+                raise self._cannot_write(error) from None
             raise
         return self
 
@@ -74,6 +76,14 @@ class Staging:
                 if entry.name.endswith(UNFINISHED):
                     entry.unlink()
         os.close(self._lock)
+        if isinstance(error, OSError):
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: OSError) -> WriteError:
+        return WriteError(
+            f"{quote(self.destination)}: cannot be written: {error.strerror}; "
+            "finished parts are kept: the same command resumes"
+        )
 
     def _refuse_foreign(self) -> None:
         """Raises InputError where the destination holds anything that no unfinished run of ours put there."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardprep_runtime import manifest as manifests
-from shardprep_runtime.errors import IntegrityError, quote
 from shardprep_runtime.parts import Block, blocks_of, check_blocks
 
-from .read import open_regular
-from .side_files import read_chunks
+from .side_files import check_side_file
 from .source import locate_pieces, open_parts
 from .write import default_workers
 
@@ -45,7 +42,7 @@ def verify(
     try:
         located = locate_pieces(manifest, parts)
         for side in manifest.side_files:
-            _check_side_file(file.parent, side)
+            check_side_file(file.parent, side)
         blocks: list[Block] = []
         if not fast:
             ordered = (
@@ -70,13 +67,3 @@ def verify(
         nbytes=sum(block.stop - block.start for block in blocks),
         side_files=len(manifest.side_files),
     )
-
-
-def _check_side_file(folder: Path, side: manifests.SideFile) -> None:
-    digest = hashlib.sha256()
-    for chunk in read_chunks(open_regular(folder / side.path)):
-        digest.update(chunk)
-    if f"sha256:{digest.hexdigest()}" != side.digest:
-        raise IntegrityError(
-            f"{quote(folder / side.path)}: does not match its digest in the manifest; it was changed"
-        )

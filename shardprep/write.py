@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from blake3 import blake3
+
 from shardprep_runtime import __version__
 from shardprep_runtime.errors import ProblemError, ShardprepError, WriteError, quote
 from shardprep_runtime.header import read_header

@@ -24,6 +24,7 @@ Shapes = dict[str, tuple[int, ...]]
 Stages = list[tuple[int, int]]
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,11 @@ def shards(name: str) -> dict[str, Any]:
                 "tensor_parallel_size": size,
                 "tp_rank": rank,
                 "vocab_multiple": multiple,
-                "tensors": dict(_tensors(model, size, rank, multiple)),
+                "tensors": {
+                    name: text
+                    for name, text in _tensors(model, size, rank, multiple)
+                    if multiple == 1 or name in VOCABULARY  # the others know no padding
+                },
             }
             for size, rank, multiple in ranks
         ],

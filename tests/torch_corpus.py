@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from shardprep_runtime.dtypes import BITS
 
 from shardprep.index import Tensor
+from shardprep_runtime.dtypes import BITS
 
 
 def tensor_bytes(tensor: Tensor, root: Path) -> bytes:

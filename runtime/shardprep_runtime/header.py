@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any, Final
 
 from . import dtypes
@@ -24,6 +27,9 @@ PAGE: Final = 4096
 """Headers are padded to a multiple of this, so that large tensors lie at page boundaries."""
 
 MAX_DIMS: Final = 64
+
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+"""An escape that may stand for half a character, which no UTF-8 can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +69,14 @@ def loads_strict(text: str, *, where: str) -> Any:
     def refuse(constant: str) -> Any:
         raise FormatError(f"{where}: {constant} is not JSON")
 
+    def integer(digits: str) -> int:
+        if digits == "-0":  # serde_json, which the reference reader uses, takes it for a float
+            raise FormatError(f"{where}: -0 is no integer")
+        return int(digits)
+
+    hook = integer if "-0" in text else None  # a hook is slow
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=hook)
     except RecursionError:
         raise FormatError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:  # also an integer with more digits than Python converts
@@ -104,7 +116,13 @@ def parse_header(raw: bytes, file_size: int, *, where: str) -> Header:
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: the header is not UTF-8 at byte {8 + error.start}") from None
     fields = loads_strict(text, where=f"{where}: header")
-    metadata = fields.pop("__metadata__", {})
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise FormatError(f"{where}: the header holds half a surrogate pair; it is no Unicode") from None
+    metadata = fields.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the reference reader takes null too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{where}: __metadata__ must map strings to strings")
     spans = {name: _span(name, entry, 8 + length, where=where) for name, entry in fields.items()}
@@ -131,6 +149,8 @@ def _span(name: str, entry: Any, base: int, *, where: str) -> Span:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(is_size, shape)):
         raise FormatError(f"{where}: shape must be a list of at most {MAX_DIMS} sizes")
+    if not all(map(is_size, accumulate(shape, mul))):
+        raise FormatError(f"{where}: {quote(shape)} is larger than any file")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
@@ -138,7 +158,10 @@ def _span(name: str, entry: Any, base: int, *, where: str) -> Span:
         or offsets[0] > offsets[1]
     ):
         raise FormatError(f"{where}: data_offsets must be [begin, end] with begin <= end")
-    size = dtypes.nbytes(dtype, tuple(shape))
+    try:
+        size = dtypes.nbytes(dtype, tuple(shape))
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
     if size != offsets[1] - offsets[0]:
         raise FormatError(
             f"{where}: {dtype} {shape} takes {size} bytes, data_offsets hold {offsets[1] - offsets[0]}"

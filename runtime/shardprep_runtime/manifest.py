@@ -17,7 +17,7 @@ from typing import Any, Final
 from . import cut, dtypes
 from .errors import ManifestError, ShardprepError, quote
 from .grid import Stages, check_stages
-from .header import MAX_DIMS, is_size, loads_strict
+from .header import MAX_DIMS, MAX_HEADER_BYTES, is_size, loads_strict
 
 FILE_NAME: Final = "shardprep.json"
 FORMAT: Final = "shardprep"
@@ -263,6 +263,10 @@ def check_path(path: str) -> str:
     parts = path.split("/")
     if not path or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise ManifestError(f"the path {quote(path)} leaves the folder or is not plain; refused")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ManifestError(f"the path {quote(path)} is no name that a file can have; refused") from None
     return path
 
 
@@ -293,7 +297,10 @@ def _parse(raw: Any) -> Manifest:
     names = set(tensors)
     stages = None
     if top.value.get("stages") is not None:
-        stages = check_stages(top.get("stages", list), layers)
+        given = top.get("stages", list)
+        if not all(isinstance(stage, list) and all(map(is_size, stage)) for stage in given):
+            raise ManifestError(f"'stages' must be a list of [start, stop], found {quote(given)}")
+        stages = check_stages(given, layers)
     others = []
     for key in ("aliases", "tied"):
         mapping = top.get(key, dict)
@@ -396,7 +403,7 @@ def _parse_part(fields: _Fields, grain: int, layers: int) -> Part:
     return Part(
         path=fields.path("path"),
         size=size,
-        header_size=fields.size("header_size", low=8, high=size),
+        header_size=fields.size("header_size", low=8, high=min(size, 8 + MAX_HEADER_BYTES)),
         digest=fields.digest("digest"),
         ranks=fields.bounds("ranks", grain),
         layers=fields.bounds("layers", layers),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib import import_module
 from typing import Any
 
 import click
+
 from shardprep_runtime import ShardprepError, __version__
-from shardprep_runtime.errors import ProblemError
+from shardprep_runtime.errors import ProblemError, quote
 
 COMMANDS = {
     "inspect": "Show what a checkpoint or a shard set holds.",
@@ -67,6 +69,11 @@ class LazyGroup(click.Group):
             raise Problem(str(error)) from None
         except ShardprepError as error:
             raise Refused(str(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # a reader that has gone; click ends in silence
+            name = f"{quote(error.filename)}: " if error.filename is not None else ""
+            raise Problem(f"{name}{error.strerror}") from None
 
 
 @click.group(

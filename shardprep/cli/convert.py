@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from shardprep_runtime.errors import quote
 
 from . import parse, render

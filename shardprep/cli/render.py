@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from shardprep_runtime.errors import quote
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from shardprep_runtime.errors import quote
 
 from . import parse, render
@@ -87,7 +88,7 @@ def command(
     )
     click.echo(
         f"each rank keeps {render.size(min(report.rank_bytes))} to {render.size(max(report.rank_bytes))}, "
-        f"of it {render.size(report.shared_bytes)} whole; stored {report.stored_bytes / report.source_bytes:.4f} x the model"
+        f"of it {render.size(report.shared_bytes)} whole; stored {report.stored_bytes / max(report.source_bytes, 1):.4f} x the model"
     )
     render.notes(report.aliases, report.left_out)
     if report.manifest_digest:

@@ -72,7 +72,11 @@ def read_checkpoint(path: Path, *, include_code: bool = False) -> Index:
 
 def read_config(folder: Path) -> Mapping[str, Any]:
     """config.json, or an empty mapping where there is none."""
-    return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    if not isinstance(config.get("model_type", ""), str | None):
+        raise FormatError(f"{quote(path)}: model_type must be a string, found {quote(config['model_type'])}")
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch_corpus as corpus
-from shardprep_runtime.errors import FormatError, UnsupportedError
-from torch_corpus import Entry, integer, mapping, named, pickled, reduce, text, tup, view
 
+import torch_corpus as corpus
 from shardprep.source import torch_files, torch_pickle
 from shardprep.source.torch_files import TorchFile, read_torch_file
 from shardprep.source.torch_pickle import read_pickle
+from shardprep_runtime.errors import FormatError, UnsupportedError
+from torch_corpus import Entry, integer, mapping, named, pickled, reduce, text, tup, view
 
 GOOD = pickled(mapping(w=view()))
 REFUSED = (FormatError, UnsupportedError)

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch_corpus as corpus
-from shardprep_runtime import dtypes
-from shardprep_runtime.errors import FormatError, UnsupportedError
 from torch.utils.serialization import config
 
+import torch_corpus as corpus
 from shardprep.source import torch_files
 from shardprep.source.torch_files import TorchFile, is_torch_file, read_torch_file
+from shardprep_runtime import dtypes
+from shardprep_runtime.errors import FormatError, UnsupportedError
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 FORMATS = [

@@ -1,0 +1,463 @@
+"""A manifest is read strictly: what it says is checked before a file is opened, and nothing else is raised."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.cut import WHOLE, Layout, Segment
+from shardprep_runtime.errors import ManifestError
+from shardprep_runtime.manifest import Entry, Form, Manifest, Part, SideFile, digest_of, dump, parse
+
+DIGEST = "sha256:" + "0" * 64
+
+
+def example() -> Manifest:
+    """A manifest with one of everything."""
+    heads = Form("BF16", (8, 4), Layout(0, (Segment(4, 2), Segment(4, 1, shared=True))))
+    return Manifest(
+        model={"architecture": "LlamaForCausalLM", "source": {"files": []}},
+        layers=2,
+        grain=2,
+        stages=((0, 1), (1, 2)),
+        block_bytes=16 * 2**20,
+        tensors={
+            "embed": Entry(Form("F32", (7, 4), Layout(0, uneven=True)), "ends"),
+            "layers.0.qkv": Entry(heads, 0),
+            "layers.1.qkv": Entry(heads, 1),
+            "norm": Entry(Form("F32", (4,), WHOLE), "last"),
+        },
+        aliases={"other": "embed"},
+        tied={"head": "embed"},
+        parts=(Part("a.safetensors", 5000, 4096, DIGEST, (0, 1), (0, 2), ("ends", "last")),),
+        side_files=(SideFile("config.json", 10, DIGEST),),
+        quantization=None,
+    )
+
+
+def fields() -> dict[str, Any]:
+    """The example as JSON."""
+    found: dict[str, Any] = json.loads(dump(example()))
+    return found
+
+
+def parse_fields(value: object) -> Manifest:
+    """Parse what would be dumped as JSON."""
+    return parse(json.dumps(value).encode(), where="shardprep.json")
+
+
+# ------------------------------------------------------------------------------------------------------ round trip
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10)
+file_names = st.text("abcXYZ0_-. ~", min_size=1, max_size=8).filter(lambda name: name.strip("."))
+digests = st.text("0123456789abcdef", min_size=64, max_size=64).map("sha256:".__add__)
+units = st.tuples(st.integers(0, 5), st.integers(1, 4), st.booleans())
+
+
+@st.composite
+def forms(draw: st.DrawFn, grain: int) -> Form:
+    """A form whose layout allows the grain."""
+    dtype = draw(st.sampled_from(["F32", "BF16", "U8", "F8_E4M3"]))
+    shape = draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))
+    match draw(st.sampled_from(["whole", "chunks", "units"])):
+        case "whole":
+            return Form(dtype, tuple(shape), WHOLE)
+        case "chunks":
+            return Form(dtype, tuple(shape), Layout(draw(st.integers(0, len(shape) - 1)), uneven=True))
+    dim = draw(st.integers(0, len(shape) - 1))
+    segments = tuple(
+        Segment(width * count * grain, count * grain, shared=shared)
+        for width, count, shared in draw(st.lists(units, min_size=1, max_size=3))
+    )
+    shape[dim] = sum(segment.size for segment in segments)
+    return Form(dtype, tuple(shape), Layout(dim, segments))
+
+
+@st.composite
+def whole_manifests(draw: st.DrawFn) -> Manifest:
+    """Any manifest that is sound."""
+    grain, layers = draw(st.integers(1, 8)), draw(st.integers(0, 5))
+    choices = draw(st.lists(forms(grain), min_size=1, max_size=3))
+    places = st.sampled_from([*manifests.PLACEMENTS, *range(layers)])
+    tensors = draw(st.dictionaries(texts, st.builds(Entry, st.sampled_from(choices), places), max_size=5))
+    targets = st.sampled_from(sorted(tensors)) if tensors else st.nothing()
+    others = texts.filter(lambda name: name not in tensors)
+    bounds = draw(st.lists(st.integers(1, layers), unique=True).map(sorted)) if layers else []
+    cuts = [0, *(bound for bound in bounds if bound < layers), layers]
+    paths = draw(st.lists(file_names, max_size=4, unique_by=str.casefold))
+    span = lambda high: st.tuples(st.integers(0, high), st.integers(0, high)).map(sorted).map(tuple)  # noqa: E731
+    parts, sides = [], []
+    for i, path in enumerate(paths):
+        size = draw(st.integers(8, 2**40))
+        if i % 2:
+            sides.append(SideFile(path, size, draw(digests)))
+            continue
+        header_size = draw(st.integers(8, min(size, 10**8)))
+        placements = tuple(draw(st.lists(st.sampled_from(manifests.PLACEMENTS), max_size=2)))
+        own = (draw(span(grain)), draw(span(layers)), placements)
+        parts.append(Part(path, size, header_size, draw(digests), *own))
+    return Manifest(
+        model=draw(st.dictionaries(texts, st.none() | texts | st.integers(), max_size=2)),
+        layers=layers,
+        grain=grain,
+        stages=draw(st.none() | st.just(tuple(zip(cuts, cuts[1:], strict=False)))) if layers else None,
+        block_bytes=draw(st.integers(1, manifests.MAX_BLOCK_BYTES)),
+        tensors=tensors,
+        aliases=draw(st.dictionaries(others, targets, max_size=2)) if tensors else {},
+        tied=draw(st.dictionaries(others, targets, max_size=2)) if tensors else {},
+        parts=tuple(parts),
+        side_files=tuple(sides),
+        quantization=draw(st.none() | st.just({"method": "gptq"})),
+    )
+
+
+@given(whole_manifests())
+def test_what_is_dumped_is_parsed_again(manifest: Manifest) -> None:
+    raw = dump(manifest)
+    assert parse(raw) == manifest
+    assert dump(parse(raw)) == raw
+    assert raw.isascii()
+
+
+def test_the_example_is_sound() -> None:
+    assert parse(dump(example())) == example()
+
+
+def test_forms_that_are_alike_are_stored_once() -> None:
+    assert len(fields()["forms"]) == 3
+
+
+# ------------------------------------------------------------------------------------------------- version and keys
+
+
+def test_a_newer_version_is_refused_naming_both() -> None:
+    with pytest.raises(ManifestError, match="version 7 is newer than 1") as caught:
+        parse_fields({**fields(), "version": 7})
+    assert "upgrade" in str(caught.value)
+
+
+def test_a_newer_version_is_refused_whatever_else_it_holds() -> None:
+    with pytest.raises(ManifestError, match="version 2 is newer than 1"):
+        parse_fields({"format": "shardprep", "version": 2, "tensors": "elsewhere"})
+
+
+@pytest.mark.parametrize("version", [0, -1, True, "1", 1.0, None])
+def test_a_version_that_never_was_is_refused(version: object) -> None:
+    with pytest.raises(ManifestError, match="version"):
+        parse_fields({**fields(), "version": version})
+
+
+def test_another_format_is_refused() -> None:
+    with pytest.raises(ManifestError, match="not a shardprep manifest"):
+        parse_fields({**fields(), "format": "safetensors"})
+
+
+def test_unknown_keys_are_ignored_everywhere() -> None:
+    found = fields()
+    for each in (found, found["digests"], *found["forms"], *found["parts"], *found["side_files"]):
+        each["of a later version"] = {"a": [1]}
+    for form in found["forms"]:
+        form["layout"]["of a later version"] = 1
+    assert parse_fields(found) == example()
+
+
+# ------------------------------------------------------------------------------------------------------ each field
+
+
+def paths_of(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(path for key, each in items for path in paths_of(each, (*at, key)))]
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A deep copy of `value` with `new` at `path`; `...` removes it."""
+    if not path:
+        return new
+    found = copy.deepcopy(value)
+    target = found
+    for key in path[:-1]:
+        target = target[key]
+    if new is ...:
+        del target[path[-1]]
+    else:
+        target[path[-1]] = new
+    return found
+
+
+OPTIONAL = {("quantization",), ("stages",)}
+FREE = ("model", "aliases", "tied", "tensors", "parts", "side_files")
+PATHS = paths_of(fields())
+CHECKED = [path for path in PATHS if path and path[0] != "model"]
+
+
+@pytest.mark.parametrize("path", [p for p in CHECKED if isinstance(p[-1], str)], ids=str)
+def test_each_field_is_required(path: tuple[Any, ...]) -> None:
+    found = replaced(fields(), path, ...)
+    if path in OPTIONAL or path[0] in ("aliases", "tied") and len(path) == 2 or path == ("tensors", "norm"):
+        parse_fields(found)  # an entry of a mapping, or what may be absent
+        return
+    if path[0] == "tensors" and len(path) == 2 and path[1] != "embed":
+        parse_fields(found)
+        return
+    with pytest.raises(ManifestError):
+        parse_fields(found)
+
+
+WRONG = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    2**63,
+    10**40,
+    "",
+    "x",
+    "\x1b[31m",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": 1},
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_wrong_value_anywhere_gives_a_manifest_error_or_a_sound_manifest(path: tuple[Any, ...]) -> None:
+    for wrong in WRONG:
+        try:
+            dump(parse_fields(replaced(fields(), path, wrong)))
+        except ManifestError as error:
+            assert str(error).isascii()
+            assert str(error).isprintable()
+            assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (("layers",), -1),
+        (("layers",), 1),
+        (("layers",), "2"),
+        (("grain",), 0),
+        (("grain",), 3),
+        (("grain",), 4097),
+        (("stages",), [[0, 1]]),
+        (("stages",), [[0, 2], [2, 2]]),
+        (("stages",), [[1, 2], [0, 1]]),
+        (("stages",), [0, 2]),
+        (("stages",), ["02"]),
+        (("stages",), [[0, 2.0]]),
+        (("stages",), [[False, True], [1, 2]]),
+        (("stages",), [[0, 1, 2]]),
+        (("digests", "blocks"), "md5"),
+        (("digests", "headers"), "blake3"),
+        (("digests", "block_bytes"), 0),
+        (("digests", "block_bytes"), 2**24 + 1),
+        (("digests", "block_bytes"), 1.0),
+        (("forms", 0, "dtype"), "F128"),
+        (("forms", 0, "shape"), [-1, 4]),
+        (("forms", 0, "shape"), [2**62, 2**62]),
+        (("forms", 0, "shape"), [1] * 65),
+        (("forms", 0, "shape"), []),
+        (("forms", 0, "layout", "cut"), "diagonal"),
+        (("forms", 0, "layout", "dim"), 2),
+        (("forms", 0, "layout", "dim"), -1),
+        (("forms", 1, "layout", "segments"), []),
+        (("forms", 1, "layout", "segments"), [[8, 3, False]]),
+        (("forms", 1, "layout", "segments"), [[8, 0, False]]),
+        (("forms", 1, "layout", "segments"), [[4, 2, False]]),
+        (("forms", 1, "layout", "segments"), [[8, 2, 1]]),
+        (("forms", 1, "layout", "segments"), [[8, 1, False]]),
+        (("tensors", "norm"), [3, "last"]),
+        (("tensors", "norm"), [-1, "last"]),
+        (("tensors", "norm"), [True, "last"]),
+        (("tensors", "norm"), [2, 2]),
+        (("tensors", "norm"), [2, "middle"]),
+        (("tensors", "norm"), [2, None]),
+        (("tensors", "norm"), [2]),
+        (("aliases", "other"), "nobody"),
+        (("aliases", "norm"), "embed"),
+        (("aliases", "other"), None),
+        (("tied", "head"), "other"),
+        (("tied", "head"), ["embed"]),
+        (("parts", 0, "size"), 4095),
+        (("parts", 0, "header_size"), 7),
+        (("parts", 0, "header_size"), 5001),
+        (("parts", 0, "digest"), "sha256:" + "0" * 63),
+        (("parts", 0, "digest"), "sha256:" + "A" * 64),
+        (("parts", 0, "digest"), "0" * 64),
+        (("parts", 0, "digest"), DIGEST + "\n"),
+        (("parts", 0, "ranks"), [0, 3]),
+        (("parts", 0, "ranks"), [1, 0]),
+        (("parts", 0, "ranks"), [0]),
+        (("parts", 0, "layers"), [0, 3]),
+        (("parts", 0, "placements"), ["middle"]),
+        (("parts", 0, "placements"), [["first"]]),
+        (("side_files", 0, "size"), -1),
+        (("side_files", 0, "digest"), None),
+    ],
+    ids=str,
+)
+def test_a_value_out_of_its_range_is_refused(path: tuple[Any, ...], wrong: object) -> None:
+    with pytest.raises(ManifestError, match=r"^shardprep\.json: "):
+        parse_fields(replaced(fields(), path, wrong))
+
+
+def test_a_header_is_not_larger_than_its_format_allows() -> None:
+    """Otherwise a sparse part of a terabyte would be read into memory to check its digest."""
+    found = replaced(fields(), ("parts", 0, "size"), 2**40)
+    parse_fields(found)
+    with pytest.raises(ManifestError, match="'header_size' must be from 8 to 100000008"):
+        parse_fields(replaced(found, ("parts", 0, "header_size"), 2**40))
+
+
+def test_structured_mutation_raises_nothing_but_manifest_errors() -> None:
+    rng = random.Random(0)
+    values = [
+        *WRONG,
+        1,
+        2,
+        3,
+        4096,
+        2**31,
+        [0, 1],
+        [1, 0],
+        ["first"],
+        "first",
+        "../x",
+        "units",
+        "chunks",
+        1e300,
+    ]
+    values += [each for path in PATHS for each in [_at(fields(), path)]]
+    refused = 0
+    for _ in range(3000):
+        found = fields()
+        for _ in range(rng.choice((1, 2, 3))):
+            path = rng.choice(paths_of(found))
+            found = replaced(found, path, rng.choice(values) if rng.random() < 0.8 or not path else ...)
+        try:
+            dump(parse_fields(found))
+        except ManifestError:
+            refused += 1
+    assert refused > 1500
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+@pytest.mark.parametrize("path", [p for p in CHECKED if len(p) < 4], ids=str)
+def test_nesting_of_any_depth_is_a_manifest_error_or_harmless(path: tuple[Any, ...]) -> None:
+    text = json.dumps(replaced(fields(), path, "HERE"))
+    for depth in (*range(850, 1000, 15), 100_000):
+        raw = text.replace('"HERE"', "[" * depth + "]" * depth).encode()
+        try:
+            parse(raw)
+        except ManifestError as error:
+            assert len(str(error)) < 500
+
+
+# ------------------------------------------------------------------------------------------------------------ bytes
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b"null", b"1", b'"shardprep"', b"\xff", b'{"format":NaN}', b"\xef\xbb\xbf{}", b"{}\0"],
+)
+def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
+    with pytest.raises(ManifestError, match=r"^shardprep\.json"):
+        parse(raw)
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    raw = dump(example()).replace(b'"norm": [2, "last"]', b'"norm": [2, "last"], "norm": [2, "first"]')
+    with pytest.raises(ManifestError, match="'?norm'? stands twice"):
+        parse(raw)
+
+
+def test_every_truncation_is_refused() -> None:
+    raw = dump(example()).rstrip()
+    for length in range(len(raw)):
+        with pytest.raises(ManifestError):
+            parse(raw[:length])
+
+
+# ------------------------------------------------------------------------------------------------------------ paths
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../x",
+        "/etc/passwd",
+        "a/../b",
+        "",
+        "a\\b",
+        "a\0b",
+        ".",
+        "..",
+        "a//b",
+        "a/",
+        "./a",
+        "a/.",
+        "\ud800",
+        "..\\x",
+    ],
+)
+@pytest.mark.parametrize("key", ["parts", "side_files"])
+def test_a_path_that_leaves_its_folder_or_is_not_plain_is_refused(key: str, path: str) -> None:
+    with pytest.raises(ManifestError, match="refused") as caught:
+        parse_fields(replaced(fields(), (key, 0, "path"), path))
+    assert str(caught.value).isascii()
+
+
+@pytest.mark.parametrize("path", ["a.safetensors", "A.SafeTensors", "shardprep.json", "SHARDPREP.json"])
+def test_two_files_of_one_path_are_refused_even_where_only_case_tells_them_apart(path: str) -> None:
+    with pytest.raises(ManifestError, match="the same path"):
+        parse_fields(replaced(fields(), ("side_files", 0, "path"), path))
+
+
+# ------------------------------------------------------------------------------------------------- files and digests
+
+
+def test_the_manifest_is_found_by_its_folder_and_by_itself(tmp_path: Path) -> None:
+    raw = dump(example())
+    (tmp_path / "shardprep.json").write_bytes(raw)
+    assert manifests.read(tmp_path) == manifests.read(tmp_path / "shardprep.json") == example()
+    assert manifests.read(tmp_path, digest=digest_of(raw)) == example()
+
+
+@pytest.mark.parametrize("digest", [DIGEST, "", "sha256:", "\x1b[31m"])
+def test_a_manifest_with_another_digest_is_refused_naming_both(tmp_path: Path, digest: str) -> None:
+    raw = dump(example())
+    (tmp_path / "shardprep.json").write_bytes(raw)
+    with pytest.raises(ManifestError, match="do not load it") as caught:
+        manifests.read(tmp_path, digest=digest)
+    assert digest_of(raw) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no manifest here"):
+        manifests.read(tmp_path)
+
+
+def test_a_manifest_of_more_bytes_than_any_has_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "shardprep.json").open("wb") as stream:
+        stream.truncate(2**40)
+    with pytest.raises(ManifestError, match="1099511627776 bytes is more than"):
+        manifests.read(tmp_path)
