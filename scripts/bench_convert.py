@@ -41,7 +41,10 @@ def variants(checkpoint: Path, out: Path) -> list[Variant]:
         MAPPED: benchlib.peer("torch_recipe", checkpoint, out, "mmap"),
         LOAD: benchlib.peer("torch_recipe", checkpoint, out, "read"),
     }
-    return [Variant(name, command, tuple(files), out, primes=2 * size) for name, command in words.items()]
+    return [
+        Variant(name, command, tuple(files), out, primes=max(2 * size, 2**31))
+        for name, command in words.items()
+    ]
 
 
 def main() -> None:

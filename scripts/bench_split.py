@@ -102,8 +102,11 @@ def variants(checkpoint: Path, safetensors: Path, out: Path, grain: int) -> list
         "load_file + chunk + save_file": benchlib.peer("from_safetensors", safetensors, out, grain),
     }
     return [
-        *(Variant(name, words, tuple(files), out, primes=2 * size) for name, words in pickled.items()),
-        *(Variant(name, words, others, out, primes=2 * size) for name, words in stored.items()),
+        *(
+            Variant(name, words, tuple(files), out, primes=max(2 * size, 2**31))
+            for name, words in pickled.items()
+        ),
+        *(Variant(name, words, others, out, primes=max(2 * size, 2**31)) for name, words in stored.items()),
     ]
 
 

@@ -280,7 +280,7 @@ def workspace(chosen: argparse.Namespace) -> Iterator[Path]:
         chosen.work.rmdir()
 
 
-def make_checkpoint(chosen: argparse.Namespace, out: Path, *, format: str = "bin", size: str = "") -> Path:
+def make_checkpoint(chosen: argparse.Namespace, out: Path, *, kind: str = "bin", size: str = "") -> Path:
     """A random Llama-shaped checkpoint; the same model in whichever format."""
     script = ROOT / "scripts/make_random_checkpoint"
     run_once(
@@ -290,7 +290,7 @@ def make_checkpoint(chosen: argparse.Namespace, out: Path, *, format: str = "bin
         "--size",
         size or chosen.size,
         "--format",
-        format,
+        kind,
         "--max-shard-size",
         chosen.max_shard_size,
     )
@@ -418,7 +418,6 @@ def publish(
     results: Mapping[str, Mapping[str, Sequence[Run]]],
 ) -> None:
     """Print tables and goals for people, and with --json every run for programs."""
-    arguments = ["--checkpoint"]
     hidden = {"--checkpoint", "--work"}  # where things lie on this machine is nobody else's business
     arguments = [
         word

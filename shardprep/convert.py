@@ -89,7 +89,8 @@ def write_checkpoint(
         carry_out(plan, index, staging, workers=workers, progress=progress)
         if last == INDEX_NAME:
             staging.write(INDEX_NAME, _index_json(plan))
-        prove(staging.folder)
+        if not staging.published:  # else an earlier run was killed while renaming, all proved
+            prove(staging.folder)
         staging.publish()
 
 

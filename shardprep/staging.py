@@ -40,6 +40,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self._refuse_foreign()
+        self.published = [name for name in self.files if (self.destination / name).is_file()]
         try:
             self.made = not self.destination.exists()
             self.folder.mkdir(parents=True, exist_ok=True)

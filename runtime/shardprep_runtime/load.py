@@ -127,7 +127,7 @@ class Shard(Mapping[str, "torch.Tensor"]):
     @property
     def bytes_read(self) -> int:
         """Bytes of the parts that this view needs: their headers and the ranges of its pieces."""
-        headers = sum(part.part.header_size for part in self._parts)
+        headers = sum(part.header_size for part in self.view.parts)
         ranges = (
             byte_range(tensor.form, piece, take)
             for name, tensor in self.view.tensors.items()

@@ -65,6 +65,10 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:  # click quotes most of what it was given, not all of it
+            if not error.message.replace("\n\t", "").isprintable():
+                error.message = quote(error.message)
+            raise
         except ProblemError as error:
             raise Problem(str(error)) from None
         except ShardprepError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,7 @@ class Bar:
     def __init__(self, label: str) -> None:
         self.label = label
         self.bar: tqdm[Any] | None = None
+        self.lock = threading.Lock()
 
     def begin(self, total: int) -> None:
         """Show the bar for `total` bytes."""
@@ -89,9 +91,10 @@ class Bar:
             )
 
     def step(self, nbytes: int) -> None:
-        """Count bytes as done."""
+        """Count bytes as done; from any thread."""
         if self.bar is not None:
-            self.bar.update(nbytes)
+            with self.lock:
+                self.bar.update(nbytes)
 
 
 @contextmanager

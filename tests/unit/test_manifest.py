@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.cut import WHOLE, Layout, Segment
 from shardprep_runtime.errors import ManifestError
@@ -107,7 +109,7 @@ def whole_manifests(draw: st.DrawFn) -> Manifest:
         model=draw(st.dictionaries(texts, st.none() | texts | st.integers(), max_size=2)),
         layers=layers,
         grain=grain,
-        stages=draw(st.none() | st.just(tuple(zip(cuts, cuts[1:], strict=False)))) if layers else None,
+        stages=draw(st.none() | st.just(tuple(itertools.pairwise(cuts)))) if layers else None,
         block_bytes=draw(st.integers(1, manifests.MAX_BLOCK_BYTES)),
         tensors=tensors,
         aliases=draw(st.dictionaries(others, targets, max_size=2)) if tensors else {},
@@ -201,7 +203,7 @@ CHECKED = [path for path in PATHS if path and path[0] != "model"]
 @pytest.mark.parametrize("path", [p for p in CHECKED if isinstance(p[-1], str)], ids=str)
 def test_each_field_is_required(path: tuple[Any, ...]) -> None:
     found = replaced(fields(), path, ...)
-    if path in OPTIONAL or path[0] in ("aliases", "tied") and len(path) == 2 or path == ("tensors", "norm"):
+    if path in OPTIONAL or (path[0] in ("aliases", "tied") and len(path) == 2) or path == ("tensors", "norm"):
         parse_fields(found)  # an entry of a mapping, or what may be absent
         return
     if path[0] == "tensors" and len(path) == 2 and path[1] != "embed":
@@ -385,7 +387,7 @@ def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
 
 def test_a_key_that_stands_twice_is_refused() -> None:
     raw = dump(example()).replace(b'"norm": [2, "last"]', b'"norm": [2, "last"], "norm": [2, "first"]')
-    with pytest.raises(ManifestError, match="'?norm'? stands twice"):
+    with pytest.raises(ManifestError, match="norm stands twice"):
         parse(raw)
 
 

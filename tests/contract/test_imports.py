@@ -1,0 +1,340 @@
+"""Importing defines and does nothing else; a worker imports no more than its job needs; commands keep their options."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+import frozen_models
+import shardprep
+import shardprep_runtime
+from shardprep.cli import COMMANDS, main
+
+SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"
+
+HEAVY = {"torch", "numpy", "transformers", "ml_dtypes", "safetensors", "huggingface_hub", "boto3", "obstore"}
+"""What no import and no command may bring in that does not need it."""
+
+COMMAND_LINE = {"click", "tqdm", "isal", "shardprep"}
+"""What a worker has no use for either."""
+
+LOAD = """
+import shardprep_runtime
+with shardprep_runtime.load({path!r}, tensor_parallel_size=2, rank=1, verify={verify!r}) as shard:
+    assert sum(len(shard.memory(name)) for name in shard.view.tensors) == shard.nbytes
+"""
+
+
+def run(code: str) -> str:
+    """What `code` prints in a Python of its own that knows nothing of this one, warnings being errors."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def report(expression: str) -> str:
+    return f"\nimport json as _json, sys as _sys; print(_json.dumps({expression}))"
+
+
+def imported_by(code: str) -> set[str]:
+    """The top-level modules that `code` imports and a bare Python does not, however hidden."""
+    loaded = report("sorted({name.partition('.')[0] for name in _sys.modules})")
+    before, after = (set(json.loads(run(each + loaded).splitlines()[-1])) for each in ("", code))
+    return after - before - sys.stdlib_module_names
+
+
+# ---------------------------------------------------------------------------------------------------- what is imported
+
+
+def test_the_runtime_is_standard_library_alone() -> None:
+    assert imported_by("import shardprep_runtime") == {"shardprep_runtime"}
+
+
+def test_every_module_of_the_runtime_is_standard_library_alone() -> None:
+    modules = [
+        f"shardprep_runtime.{module.name}" for module in pkgutil.iter_modules(shardprep_runtime.__path__)
+    ]
+    assert "shardprep_runtime.tensors" in modules
+    assert imported_by("import " + ", ".join(modules)) == {"shardprep_runtime"}
+
+
+@pytest.mark.parametrize(
+    ("verify", "expected"),
+    [("off", set()), ("headers", set()), ("blocks", {"blake3"})],
+)
+def test_a_worker_that_reads_bytes_imports_at_most_blake3(verify: str, expected: set[str]) -> None:
+    found = imported_by(LOAD.format(path=str(SHARDS), verify=verify))
+    assert found == {"shardprep_runtime", *expected}
+    assert not found & (HEAVY | COMMAND_LINE)
+
+
+def test_a_tensor_imports_torch_and_nothing_of_the_preparing_side() -> None:
+    code = LOAD.format(path=str(SHARDS), verify="blocks") + "    shard['model.norm.weight']\n"
+    found = imported_by(code)
+    assert "torch" in found
+    assert not found & (COMMAND_LINE - {"tqdm"} | {"transformers", "boto3", "safetensors"})
+
+
+def test_the_preparing_side_imports_nothing_until_asked() -> None:
+    assert imported_by("import shardprep") == {"shardprep", "shardprep_runtime"}
+
+
+def command(*args: str) -> str:
+    return f"from shardprep.cli import main\nmain({list(args)!r}, standalone_mode=False)"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_click_alone(args: list[str]) -> None:
+    assert imported_by(command(*args)) == {"click", "shardprep", "shardprep_runtime"}
+
+
+def test_help_imports_no_command() -> None:
+    modules = json.loads(run(command("--help") + report("list(_sys.modules)")).splitlines()[-1])
+    ours = {name for name in modules if name.partition(".")[0] == "shardprep"}
+    assert ours == {"shardprep", "shardprep.cli"}
+
+
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain pytorch_model.bin and its config."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("pickled")
+    model = frozen_models.MODELS["smallest"]
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in model.shapes.items()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(model.config))
+    return folder
+
+
+def test_commands_on_a_plain_pickle_import_neither_torch_nor_numpy(pickled: Path, tmp_path: Path) -> None:
+    shards, tensors, back = (str(tmp_path / name) for name in ("shards", "tensors", "back"))
+    for args in (
+        ["convert", str(pickled), tensors],
+        ["split", str(pickled), shards, "-tp", "2"],
+        ["verify", shards],
+        ["export", shards, back],
+        ["inspect", str(pickled), "--json"],
+    ):
+        found = imported_by(command(*args))
+        assert not found & HEAVY, args
+        assert found <= {"blake3", "click", "isal", "shardprep", "shardprep_runtime"}, args
+
+
+def test_a_package_is_not_a_command() -> None:
+    for name in ("shardprep", "shardprep_runtime"):
+        done = subprocess.run([sys.executable, "-m", name], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "cannot be directly executed" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- what it does
+
+SPY = """
+import os, sys, threading
+seen = []  # [event, what, file of the caller]
+
+def caller():  # the first frame that is none of the mapping's own
+    frame = sys._getframe(2)
+    while frame and frame.f_code.co_filename in (os.__file__, "<frozen os>", "<frozen _collections_abc>"):
+        frame = frame.f_back
+    return frame.f_code.co_filename
+
+class Spy(type(os.environ)):
+    def __getitem__(self, key):
+        seen.append(["environment", str(key), caller()])
+        return super().__getitem__(key)
+    def __iter__(self):
+        seen.append(["environment", "all", caller()])
+        return super().__iter__()
+    def __setitem__(self, key, value):
+        seen.append(["environment", str(key), caller()])
+        super().__setitem__(key, value)
+    __contains__ = lambda self, key: self.get(key) is not None
+
+os.environ.__class__ = Spy
+"""
+
+AUDIT = """
+def audit(event, args):
+    if event == "open":
+        path = os.fsdecode(args[0]) if isinstance(args[0], (str, bytes)) else str(args[0])
+        if not path.endswith((".py", ".pyc", ".so")):
+            seen.append([event, path, ""])
+    elif event.partition(".")[0] in ("socket", "subprocess", "_thread", "shutil", "tempfile", "signal", "ctypes") \\
+            or event in ("os.fork", "os.exec", "os.posix_spawn", "os.system", "os.putenv", "os.unsetenv", "os.mkdir",
+                         "os.remove", "os.rename", "os.chmod", "os.utime", "mmap.__new__", "sys.setprofile"):
+        seen.append([event, str(args), ""])
+
+sys.addaudithook(audit)
+"""
+
+
+def deeds(code: str, *, after: str = "") -> list[list[str]]:
+    """What `code` does beside defining: [event, what, file of the caller]. `after` is imported unobserved."""
+    watched = (
+        after
+        + SPY
+        + AUDIT
+        + code
+        + report("[*seen, *([['threads', '', '']] * (threading.active_count() - 1))]")
+    )
+    return json.loads(run(watched).splitlines()[-1])
+
+
+def all_modules() -> str:
+    """An import of every module of both packages."""
+    names = [
+        module.name
+        for package in (shardprep_runtime, shardprep)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    assert "shardprep.source.torch_zip" in names
+    return "import shardprep_runtime, shardprep\n" + "\n".join(f"import {name}" for name in names)
+
+
+def test_the_spy_sees_what_it_should() -> None:
+    code = "import threading\nos.environ.get('HOME'); os.getenv('USER'); 'PATH' in os.environ; list(os.environ)\n"
+    code += "open('/dev/null').close(); threading.Thread(target=lambda: threading.Event().wait(5), daemon=True).start()\n"
+    found = deeds(code)
+    assert ["environment", "HOME", "<string>"] in found
+    assert ["environment", "USER", "<string>"] in found
+    assert ["environment", "PATH", "<string>"] in found
+    assert ["environment", "all", "<string>"] in found
+    assert ["open", "/dev/null", ""] in found
+    assert ["threads", "", ""] in found
+
+
+def test_importing_the_runtime_does_nothing_at_all() -> None:
+    assert deeds("import shardprep_runtime") == []
+
+
+def test_importing_any_module_of_ours_does_nothing() -> None:
+    """What others do when they are imported is theirs: they are imported first."""
+    theirs = "import blake3, click, isal.isal_zlib, importlib.resources\n"
+    found = deeds(all_modules(), after=theirs)
+    # click asks for the language when an option is declared, to translate its own words
+    assert [deed for deed in found if not deed[2].endswith("/gettext.py")] == []
+
+
+def test_importing_changes_nothing_that_is_shared() -> None:
+    code = (
+        "import logging, signal, warnings, sys\n"
+        "def state():\n"
+        "    return [logging.root.level, len(logging.root.handlers), list(map(repr, warnings.filters)),\n"
+        "            repr(signal.getsignal(signal.SIGINT)), sys.getrecursionlimit(), len(sys.path), sys.excepthook is"
+        " sys.__excepthook__]\n"
+        "import blake3, click, isal.isal_zlib\n"
+        "before = state()\n" + all_modules()
+    )
+    assert json.loads(run(code + report("before == state()")))
+
+
+def test_no_environment_variable_of_the_command_line() -> None:
+    """A Kubernetes Service named shardprep sets SHARDPREP_PORT and the like in every pod."""
+    assert main.context_settings.get("auto_envvar_prefix") is None
+    for name in COMMANDS:
+        assert not [param.name for param in get_command(name).params if param.envvar]
+    environment = {**os.environ, "SHARDPREP_PORT": "tcp://10.0.0.1:80", "SHARDPREP_SPLIT_JSON": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", command("--version")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == run(command("--version"))
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+SURFACE: dict[str, list[str]] = {
+    "inspect": ["PATH", "--json"],
+    "convert": [
+        "SOURCE",
+        "DESTINATION",
+        "--max-part-size",
+        "--dtype",
+        "--include-code",
+        "--max-workers",
+        "--json",
+    ],
+    "split": [
+        "SOURCE",
+        "DESTINATION",
+        "-tp/--tensor-parallel-size",
+        "-pp/--pipeline-parallel-size",
+        "--stages",
+        "--max-part-size",
+        "--include-code",
+        "--dry-run",
+        "--max-workers",
+        "--json",
+    ],
+    "verify": ["SHARD_SET", "--fast", "--manifest-digest", "--max-workers", "--json"],
+    "export": ["SHARD_SET", "DESTINATION", "--max-part-size", "--max-workers", "--json"],
+}
+"""Scripts are written against these. Adding is free; a name that goes or changes breaks somebody."""
+
+
+def get_command(name: str) -> click.Command:
+    found = main.get_command(click.Context(main), name)
+    assert found is not None
+    return found
+
+
+def surface(params: list[click.Parameter]) -> list[str]:
+    return [p.human_readable_name if isinstance(p, click.Argument) else "/".join(p.opts) for p in params]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_a_command_keeps_its_arguments_and_options(name: str) -> None:
+    params: list[Any] = get_command(name).params
+    arguments = [each for each in surface(params) if not each.startswith("-")]
+    assert arguments == [each for each in SURFACE[name] if not each.startswith("-")]
+    missing = set(SURFACE[name]) - set(surface(params))
+    assert not missing
+
+
+def test_every_command_is_in_the_frozen_surface() -> None:
+    assert set(COMMANDS) == set(SURFACE)
+    for name in COMMANDS:
+        added = set(surface(get_command(name).params)) - set(SURFACE[name])
+        assert not added, f"{name}: freeze what is new: {added}"
+
+
+def test_help_lists_every_command_and_a_misspelt_one_is_guessed() -> None:
+    from click.testing import CliRunner
+
+    shown = CliRunner().invoke(main, ["-h"])
+    assert shown.exit_code == 0
+    for name, line in COMMANDS.items():
+        assert f"{name} {line}" in " ".join(shown.output.split())
+    wrong = CliRunner().invoke(main, ["spilt"])
+    assert wrong.exit_code == 2
+    assert "No such command 'spilt'. Did you mean 'split'?" in wrong.output
+
+
+def test_the_names_that_the_runtime_exports() -> None:
+    assert set(shardprep_runtime.__all__) >= {
+        "Grid",
+        "Manifest",
+        "Shard",
+        "ShardprepError",
+        "View",
+        "__version__",
+        "load",
+        "plan_view",
+        "read_manifest",
+    }
+    assert all(hasattr(shardprep_runtime, name) for name in shardprep_runtime.__all__)
