@@ -308,6 +308,9 @@ def _parse(raw: Any) -> Manifest:
             if not isinstance(target, str) or target not in names or name in names:
                 raise ManifestError(f"{key!r}: {quote(name)} must name a stored tensor and not be one")
         others.append(mapping)
+    both = others[0].keys() & others[1].keys()
+    if both:
+        raise ManifestError(f"{quote(min(both))} is in 'aliases' and in 'tied'")
     parts = tuple(
         _parse_part(_Fields(part, f"part {i}"), grain, layers)
         for i, part in enumerate(top.get("parts", list))
@@ -361,6 +364,10 @@ def _parse_layout(fields: _Fields, shape: tuple[int, ...]) -> cut.Layout:
     if not shape:
         raise ManifestError(f"{fields.where}: a tensor without dims cannot be cut")
     if kind == "chunks":
+        if dim:
+            raise ManifestError(
+                f"{fields.where}: chunks are rows, along dim 0, not {dim}: a view may take part of a piece"
+            )
         return cut.Layout(dim, uneven=True)
     segments = fields.get("segments", list)
     for segment in segments:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 from importlib import import_module
 from typing import Any
 
@@ -66,9 +65,9 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.UsageError as error:  # click quotes most of what it was given, not all of it
-            if not error.message.replace("\n\t", "").isprintable():
-                error.message = quote(error.message)
-            raise
+            if error.message.replace("\n\t", "").isprintable():
+                raise
+            raise click.UsageError(quote(error.message), ctx=error.ctx) from None
         except ProblemError as error:
             raise Problem(str(error)) from None
         except ShardprepError as error:
@@ -86,7 +85,3 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, "-V", "--version", message="%(prog)s %(version)s")
 def main() -> None:
     """Get model weights from wherever they lie to the workers that run them."""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

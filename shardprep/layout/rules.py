@@ -98,10 +98,11 @@ def derive_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
             layer if placement is None and layer is not None else placement or "every",
             segments.layout(cut, shape, name),
         )
-    missing = set(range(layers)) - {placed.layer for placed in tensors.values()}
-    if missing:
+    present = {placed.layer for placed in tensors.values() if isinstance(placed.layer, int)}
+    if len(present) < layers:
+        missing = next(layer for layer in range(layers) if layer not in present)
         raise LayoutError(
-            f"config.json says {layers} layers, but layer {min(missing)} has no tensors in the checkpoint"
+            f"config.json says {layers} layers, but layer {missing} has no tensors in the checkpoint"
         )
     return ModelLayout(model_type or "", layers, *_tie(config, tensors))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,7 @@ from shardprep_runtime.manifest import FILE_NAME
 
 from ..index import Index, LeftOut, SourceFile, Tensor
 from ..read import open_regular
+from ..staging import FOLDER, JOURNAL
 from .safetensors_files import read_safetensors_file
 from .shard_set import read_shard_set
 from .torch_files import is_torch_file, read_torch_file
@@ -36,6 +38,10 @@ NOT_WEIGHTS: Final = (
 """What trainers leave beside the weights under weights' suffixes (also rng_state*.pth)."""
 
 
+ONE_OF_SEVERAL: Final = re.compile(r"-of-(?!0*1\.)\d+\.")
+"""In the name of a shard: that there are others."""
+
+
 def read_checkpoint(path: Path, *, include_code: bool = False) -> Index:
     """The index of a checkpoint: a folder in the Hugging Face layout, or one weight file.
 
@@ -49,6 +55,10 @@ def read_checkpoint(path: Path, *, include_code: bool = False) -> Index:
     if (path / FILE_NAME).is_file():
         index, _ = read_shard_set(path)
         return dataclasses.replace(index, config=read_config(path))
+    if (path / FOLDER / JOURNAL).exists():
+        raise FormatError(
+            f"{quote(path)}: an unfinished run of shardprep is in here; run the same command again"
+        )
     names = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     weights = [name for name in names if not name.startswith("rng_state") and name not in NOT_WEIGHTS]
     kind, files = "safetensors", [name for name in weights if name.endswith(SAFETENSORS)]
@@ -111,9 +121,10 @@ def _by_index(folder: Path, names: Sequence[str], files: list[str]) -> list[str]
             f"{quote(folder)}: {len(indexes)} index files: {', '.join(map(quote, indexes))}; keep one"
         )
     if not indexes:
-        if len(files) > 1 and any("-of-" in name for name in files):
+        shard = next((name for name in files if ONE_OF_SEVERAL.search(name)), None)
+        if shard is not None:
             raise FormatError(
-                f"{quote(folder)}: {len(files)} shards without an index.json: cannot tell whether all are here"
+                f"{quote(folder)}: {quote(shard)} is one of several shards, and no index.json says whether all are here"
             )
         if len(files) > 1:
             raise FormatError(

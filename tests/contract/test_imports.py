@@ -163,6 +163,12 @@ class Spy(type(os.environ)):
     __contains__ = lambda self, key: self.get(key) is not None
 
 os.environ.__class__ = Spy
+
+def start(thread, real=threading.Thread.start):  # not every Python reports it to the audit hook
+    seen.append(["thread", thread.name, ""])
+    real(thread)
+
+threading.Thread.start = start
 """
 
 AUDIT = """
@@ -182,13 +188,7 @@ sys.addaudithook(audit)
 
 def deeds(code: str, *, after: str = "") -> list[list[str]]:
     """What `code` does beside defining: [event, what, file of the caller]. `after` is imported unobserved."""
-    watched = (
-        after
-        + SPY
-        + AUDIT
-        + code
-        + report("[*seen, *([['threads', '', '']] * (threading.active_count() - 1))]")
-    )
+    watched = after + SPY + AUDIT + code + report("seen")
     return json.loads(run(watched).splitlines()[-1])
 
 
@@ -205,14 +205,14 @@ def all_modules() -> str:
 
 def test_the_spy_sees_what_it_should() -> None:
     code = "import threading\nos.environ.get('HOME'); os.getenv('USER'); 'PATH' in os.environ; list(os.environ)\n"
-    code += "open('/dev/null').close(); threading.Thread(target=lambda: threading.Event().wait(5), daemon=True).start()\n"
+    code += "open('/dev/null').close(); threading.Thread(name='mine', target=int).start()\n"
     found = deeds(code)
     assert ["environment", "HOME", "<string>"] in found
     assert ["environment", "USER", "<string>"] in found
     assert ["environment", "PATH", "<string>"] in found
     assert ["environment", "all", "<string>"] in found
     assert ["open", "/dev/null", ""] in found
-    assert ["threads", "", ""] in found
+    assert ["thread", "mine", ""] in found
 
 
 def test_importing_the_runtime_does_nothing_at_all() -> None:
