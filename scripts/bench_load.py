@@ -166,7 +166,7 @@ def digest(size: str, threads: str) -> None:
     from blake3 import blake3
 
     nbytes = int(size)
-    memory = mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
     for start in range(0, nbytes, BLOCK):

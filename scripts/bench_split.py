@@ -80,7 +80,7 @@ def by_slices(source: str, out: str, grain: str) -> None:
                     continue
                 width = stored.get_shape()[dim] // int(grain)
                 block = slice(rank * width, (rank + 1) * width)
-                own[name] = stored[block] if dim == 0 else stored[:, block]
+                own[name] = stored[block] if dim == 0 else stored[:, block].contiguous()
         save_file(own, Path(out) / f"rank-{rank}.safetensors", metadata={"format": "pt"})
 
 

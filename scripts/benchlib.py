@@ -57,7 +57,7 @@ class Run:
     """From before the process was started until it had ended, less the pauses that it asked for."""
     cpu_seconds: float
     anonymous: int
-    """Peak bytes of anonymous memory (RssAnon, sampled every 5 ms): what a memory limit cannot take back."""
+    """Peak bytes of memory that no file backs (RssAnon and RssShmem, sampled every 5 ms): a limit cannot take it back."""
     resident: int
     """Peak bytes resident (ru_maxrss), pages of files included."""
     disk_read: int
@@ -127,7 +127,7 @@ def _run(variant: Variant, errors: Any) -> Run:
     poll = select.poll()
     poll.register(pid_fd, select.POLLIN)
     poll.register(process.stdout, select.POLLIN)
-    said, paused, anonymous = b"", 0.0, 0
+    said, paused, unbacked = b"", 0.0, 0
     while True:
         events = dict(poll.poll(SAMPLE_EVERY_MS))
         now = time.monotonic()
@@ -141,7 +141,7 @@ def _run(variant: Variant, errors: Any) -> Run:
             poll.unregister(process.stdout)
         if pid_fd in events:
             break
-        anonymous = max(anonymous, _status(process.pid, "RssAnon"))
+        unbacked = max(unbacked, anonymous(process.pid))
     os.close(pid_fd)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its /proc entry stays until it is reaped
     disk_read = counters(process.pid)["read_bytes"]
@@ -158,7 +158,7 @@ def _run(variant: Variant, errors: Any) -> Run:
     return Run(
         seconds=now - began - paused,
         cpu_seconds=used.ru_utime + used.ru_stime,
-        anonymous=anonymous,
+        anonymous=unbacked,
         resident=used.ru_maxrss * 1024,
         disk_read=disk_read,
         own=own["own"],
@@ -184,15 +184,13 @@ def counters(pid: int | str = "self") -> dict[str, int]:
     return {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
 
 
-def anonymous() -> int:
-    """Bytes of anonymous memory of this process."""
-    return _status("self", "RssAnon")
-
-
-def _status(pid: int | str, key: str) -> int:
+def anonymous(pid: int | str = "self") -> int:
+    """Bytes of a process's memory that no file backs; a shared anonymous mapping counts as shmem."""
     with contextlib.suppress(OSError):
-        found = re.search(rf"^{key}:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
+        found = re.findall(
+            r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
+        )
+        return sum(map(int, found)) * 1024
     return 0
 
 
@@ -208,8 +206,8 @@ def prime(size: int) -> None:
 
 def _prime(size: int) -> None:
     size = min(size, os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE * 3 // 4)
-    with mmap.mmap(-1, size) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # huge pages go back to the host at once when they are freed
         memory[:: mmap.PAGESIZE] = bytes(-(-size // mmap.PAGESIZE))
 
 

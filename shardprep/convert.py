@@ -10,12 +10,13 @@ from pathlib import Path
 
 from shardprep_runtime.errors import InputError, quote
 
+from .conduct import Conduct
 from .index import Index, LeftOut
 from .plan import Plan, check_cast, plan_convert, settle_aliases
 from .side_files import copy_side_files
 from .source import read_checkpoint
 from .staging import Staging
-from .write import Progress, carry_out, fingerprint, planned_size
+from .write import carry_out, fingerprint, planned_size
 
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_PART_BYTES = 5 * 10**9
@@ -42,15 +43,11 @@ def convert(
     max_part_bytes: int = DEFAULT_PART_BYTES,
     dtype: str | None = None,
     include_code: bool = False,
-    workers: int | None = None,
-    progress: Progress = lambda _: None,
-    begin: Callable[[int], None] = lambda _: None,
-    warn: Callable[[str], None] = lambda _: None,
+    conduct: Conduct | None = None,
 ) -> ConvertReport:
     """Convert the checkpoint at `source` into `destination`, a new or empty folder.
 
     dtype          one of F64, F32, F16, BF16: cast every floating-point tensor of these kinds; None: keep
-    begin          called once with the bytes that will be moved, before `progress` is
     Raises InputError before anything is written; WriteError, IntegrityError or SourceError later, in which case
     nothing stands under a final name and the same call resumes.
     """
@@ -63,8 +60,7 @@ def convert(
         dtype=check_cast(dtype) if dtype else None,
         aliases=index.aliases,
     )
-    begin(plan.nbytes)
-    write_checkpoint(plan, index, destination, dtype=dtype, workers=workers, progress=progress, warn=warn)
+    write_checkpoint(plan, index, destination, dtype=dtype, conduct=conduct or Conduct())
     return report(plan, index, destination)
 
 
@@ -74,9 +70,7 @@ def write_checkpoint(
     destination: Path,
     *,
     dtype: str | None = None,
-    workers: int | None = None,
-    progress: Progress,
-    warn: Callable[[str], None],
+    conduct: Conduct,
     prove: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Carry out a plan of whole tensors. `prove` is called with the folder of the finished files before they get
@@ -84,9 +78,9 @@ def write_checkpoint(
     parts = [part.path for part in plan.parts]
     last = INDEX_NAME if len(parts) > 1 else parts.pop()
     files = [*parts, *index.side_files, last]
-    with Staging(destination, fingerprint(plan, index), files, warn=warn) as staging:
+    with Staging(destination, fingerprint(plan, index), files, warn=conduct.warn) as staging:
         copy_side_files(index, staging, dtype=dtype, name_dtype=False)
-        carry_out(plan, index, staging, workers=workers, progress=progress)
+        carry_out(plan, index, staging, conduct)
         if last == INDEX_NAME:
             staging.write(INDEX_NAME, _index_json(plan))
         if not staging.published:  # else an earlier run was killed while renaming, all proved

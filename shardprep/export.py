@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from shardprep_runtime import cut
 from shardprep_runtime.errors import IntegrityError, quote
 from shardprep_runtime.manifest import Manifest
 
+from .conduct import Conduct
 from .convert import DEFAULT_PART_BYTES, ConvertReport, report, write_checkpoint
 from .plan import Move, Plan, PlannedPart, PlannedPiece, plan_convert
 from .side_files import check_side_file
 from .source import locate_pieces, open_parts, read_shard_set
 from .source.checkpoint import read_weights
-from .write import Progress, digest_pieces
+from .write import digest_pieces
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,10 +31,7 @@ def export(
     destination: Path,
     *,
     max_part_bytes: int = DEFAULT_PART_BYTES,
-    workers: int | None = None,
-    progress: Progress = lambda _: None,
-    begin: Callable[[int], None] = lambda _: None,
-    warn: Callable[[str], None] = lambda _: None,
+    conduct: Conduct | None = None,
 ) -> ExportReport:
     """Write the checkpoint that the shard set at `source` was split from: the very files that convert writes.
 
@@ -45,14 +42,14 @@ def export(
     for side in manifest.side_files:
         check_side_file(source, side)
     plan = plan_convert(index, max_part_bytes=max_part_bytes, aliases=index.aliases)
-    begin(plan.nbytes)
+    conduct = conduct or Conduct()
     blocks = 0
 
     def prove(folder: Path) -> None:
         nonlocal blocks
-        blocks = _prove(source, manifest, folder, [part.path for part in plan.parts], workers=workers)
+        blocks = _prove(source, manifest, folder, [part.path for part in plan.parts], workers=conduct.workers)
 
-    write_checkpoint(plan, index, destination, workers=workers, progress=progress, warn=warn, prove=prove)
+    write_checkpoint(plan, index, destination, conduct=conduct, prove=prove)
     done = report(plan, index, destination)
     return ExportReport(
         **{field.name: getattr(done, field.name) for field in dataclasses.fields(done)}, blocks=blocks

@@ -132,6 +132,11 @@ def plan_convert(
         )
         names = {tensor.name for tensor in group}
         tied = {alias: name for alias, name in sorted(aliases.items()) if name in names}
+        if "format" in tied:
+            raise UnsupportedError(
+                f"{quote(tied['format'])}: it is tied to a tensor named format, the key that every file's metadata "
+                "needs for itself; rename that tensor"
+            )
         parts.append(PlannedPart(path, pieces, metadata={**tied, "format": "pt"}))
         moves += [Move(index.tensors[p.name], p.form.dtype, 0, (p,)) for p in pieces]
     return Plan(tuple(parts), tuple(moves), None)

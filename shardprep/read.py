@@ -88,10 +88,12 @@ class Sources:
             except OSError as error:
                 raise SourceError(f"{quote(self.root / path)}: cannot be read: {error.strerror}") from None
             if got == 0:
-                raise SourceError(
-                    f"{quote(self.root / path)}: ends at byte {offset + done}; it changed while it was read"
-                )
+                raise self.ended(path, offset + done)
             done += got
+
+    def ended(self, path: str, at: int) -> SourceError:
+        """The error of a file that ends at byte `at`, before what was indexed does."""
+        return SourceError(f"{quote(self.root / path)}: ends at byte {at}; it changed while it was read")
 
     def check_record(self, path: str, record: Record) -> None:
         """Read a record once and compare its crc32; a record that was checked is not read again."""

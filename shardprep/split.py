@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.grid import Stages, check_stages, even_stages
 from shardprep_runtime.manifest import Entry, Form, Manifest, Part, SideFile
 
+from .conduct import Conduct
 from .index import Index, LeftOut
 from .layout import ModelLayout, derive_layout
 from .plan import Plan, plan_split, settle_aliases
 from .side_files import copy_side_files
 from .source import read_checkpoint
 from .staging import Staging
-from .write import Progress, Written, carry_out, fingerprint, planned_size
+from .write import Written, carry_out, fingerprint, planned_size
 
 DEFAULT_PART_BYTES = 2**30
 
@@ -60,10 +61,7 @@ def split(
     block_bytes: int = manifests.MAX_BLOCK_BYTES,
     include_code: bool = False,
     dry_run: bool = False,
-    workers: int | None = None,
-    progress: Progress = lambda _: None,
-    begin: Callable[[int], None] = lambda _: None,
-    warn: Callable[[str], None] = lambda _: None,
+    conduct: Conduct | None = None,
 ) -> SplitReport:
     """Cut the checkpoint at `source`, pickle or safetensors, at the grain `tensor_parallel_size`.
 
@@ -91,11 +89,11 @@ def split(
     )
     if dry_run:
         return _report(plan, index, layout, destination, tensor_parallel_size, chosen, None)
-    begin(plan.nbytes)
+    conduct = conduct or Conduct()
     files = [*(part.path for part in plan.parts), *index.side_files, manifests.FILE_NAME]
-    with Staging(destination, fingerprint(plan, index), files, warn=warn) as staging:
+    with Staging(destination, fingerprint(plan, index), files, warn=conduct.warn) as staging:
         side_files = copy_side_files(index, staging, dtype=None, name_dtype=True)
-        written = carry_out(plan, index, staging, workers=workers, progress=progress)
+        written = carry_out(plan, index, staging, conduct)
         raw = manifests.dump(
             _manifest(
                 plan, index, layout, written, side_files, source, grain=tensor_parallel_size, stages=chosen

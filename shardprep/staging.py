@@ -159,16 +159,22 @@ class Staging:
         for name in self.files[:-1]:
             self._publish(name)
         sync_folder(self.destination)
-        self._publish(
-            self.files[-1]
-        )  # the file that makes the folder complete, once all others are there for good
+        # the file that makes the folder complete, once all others are there for good
+        self._publish(self.files[-1])
         sync_folder(self.destination)
-        shutil.rmtree(self.folder)
+        self._remove()
+
+    def _remove(self) -> None:
+        """Remove the staging folder, the journal last: while it is there, the next run knows that this one was ours."""
+        for entry in self.folder.iterdir():
+            if entry.name != JOURNAL:
+                entry.unlink()
+        (self.folder / JOURNAL).unlink()
+        self.folder.rmdir()
 
     def _publish(self, name: str) -> None:
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # renamed by an earlier run already: `finished` has found it
+        # not there: renamed by an earlier run, where `finished` has found it
+        with contextlib.suppress(FileNotFoundError):
             (self.folder / name).rename(self.destination / name)
 
 

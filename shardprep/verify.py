@@ -45,6 +45,8 @@ def verify(
             check_side_file(file.parent, side)
         blocks: list[Block] = []
         if not fast:
+            for part in parts:
+                part.read_exactly(False)
             ordered = (
                 sorted(  # as they lie on disk, so that the first bad one is the first in the first bad part
                     ((part, piece) for pieces in located.values() for part, piece in pieces),
@@ -54,7 +56,7 @@ def verify(
             for part, piece in ordered:
                 size = piece.span.stop - piece.span.start
                 blocks += blocks_of(part, piece, manifest.block_bytes, start=0, stop=size)
-            check_blocks(blocks, workers=workers or default_workers(), parts=parts)
+            check_blocks(blocks, workers=workers or default_workers())
     finally:
         for part in parts:
             part.close()

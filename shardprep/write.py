@@ -25,6 +25,7 @@ from shardprep_runtime.errors import ProblemError, ShardprepError, WriteError, q
 from shardprep_runtime.header import read_header
 from shardprep_runtime.manifest import digest_of
 
+from .conduct import Conduct, silent
 from .index import Index
 from .plan import Move, Plan, PlannedPart, PlannedPiece
 from .read import CHUNK, PlainReader, Reader, Sources, open_reader, open_regular
@@ -37,9 +38,6 @@ NOWHERE: Final = -1
 """The descriptor of pieces that are digested and not written."""
 
 NO_KERNEL_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were just done, from several threads."""
 
 
 class Stopped(Exception):  # noqa: N818 - no error: another thread has one
@@ -61,14 +59,7 @@ def default_workers() -> int:
     return min(8, len(os.sched_getaffinity(0)))
 
 
-def carry_out(
-    plan: Plan,
-    index: Index,
-    staging: Staging,
-    *,
-    workers: int | None = None,
-    progress: Progress = lambda _: None,
-) -> list[Written]:
+def carry_out(plan: Plan, index: Index, staging: Staging, conduct: Conduct) -> list[Written]:
     """Write every part of `plan` into `staging` and say what was written, in the order of the parts.
 
     Parts that an earlier run finished are kept. Memory is bounded by a few buffers a thread, whatever the sizes.
@@ -76,10 +67,11 @@ def carry_out(
     """
     outputs = _Outputs(plan, staging)
     _check_room(staging.destination, outputs.missing_bytes())
-    progress(plan.nbytes - outputs.missing_bytes())
+    conduct.begin(plan.nbytes)
+    conduct.progress(plan.nbytes - outputs.missing_bytes())
     with Sources(index) as sources:
-        run = _Run(plan, sources, outputs, progress)
-        run.all(workers or default_workers())
+        run = _Run(plan, sources, outputs, conduct.progress)
+        run.all(conduct.workers or default_workers())
         sources.check_unchanged()
     return [outputs.written[i] for i in range(len(plan.parts))]
 
@@ -215,7 +207,7 @@ class _Run:
     """One carrying-out: threads that take moves in order until all are done or one fails."""
 
     def __init__(
-        self, plan: Plan, sources: Sources, outputs: _Outputs | _DigestsOnly, progress: Progress
+        self, plan: Plan, sources: Sources, outputs: _Outputs | _DigestsOnly, progress: Callable[[int], None]
     ) -> None:
         self.plan, self.sources, self.outputs, self.progress = plan, sources, outputs, progress
         self._stop = threading.Event()
@@ -335,9 +327,10 @@ class _Run:
                 if done == 0 and error.errno in NO_KERNEL_COPY:
                     return False
                 raise
-            if got == 0:
-                self.sources.check_unchanged()
+            if got == 0 and done == 0:
                 return False
+            if got == 0:
+                raise self.sources.ended(reader.path, reader.offset + done)
             done += got
             self._step(got)
         return True
@@ -368,7 +361,7 @@ def digest_pieces(
     """The digests of the blocks of each piece of `plan`, by (name, start along its dim), computed and not written."""
     sink = _DigestsOnly(plan)
     with Sources(index) as sources:
-        _Run(plan, sources, sink, lambda _: None).all(workers or default_workers())
+        _Run(plan, sources, sink, silent).all(workers or default_workers())
     return sink.found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +23,8 @@ class Shard(Mapping[str, "torch.Tensor"]):
     """What one worker loads: its tensors by name, memory-mapped where a tensor is one piece.
 
     A tensor that is joined from several pieces is copied when it is first asked for, and kept. Tied names are
-    here too and give the same tensor. `close` gives back the descriptors; tensors stay valid after it.
+    here too and give the same tensor. Tensors stay valid after `close`; the mappings under them, and the descriptor
+    that Python keeps of each, go when the last of them does.
     """
 
     def __init__(self, view: View, parts: Sequence[OpenPart]) -> None:
@@ -42,6 +44,11 @@ class Shard(Mapping[str, "torch.Tensor"]):
                 raise ManifestError(
                     f"{quote(name)}: a piece of it is in none of the parts; the shard set is broken"
                 ) from None
+        kept: Counter[str] = Counter()
+        for part, _, start, stop in self._ranges():
+            kept[part.part.path] += stop - start
+        for part in self._parts:
+            part.read_exactly(kept[part.part.path] < part.part.size - part.part.header_size)
 
     # ------------------------------------------------------------------------------------------------- the mapping
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -128,12 +135,13 @@ class Shard(Mapping[str, "torch.Tensor"]):
     def bytes_read(self) -> int:
         """Bytes of the parts that this view needs: their headers and the ranges of its pieces."""
         headers = sum(part.header_size for part in self.view.parts)
-        ranges = (
-            byte_range(tensor.form, piece, take)
-            for name, tensor in self.view.tensors.items()
-            for (_, piece), take in zip(self._located[name], tensor.takes, strict=True)
-        )
-        return headers + sum(stop - start for start, stop in ranges)
+        return headers + sum(stop - start for _, _, start, stop in self._ranges())
+
+    def _ranges(self) -> Iterator[tuple[OpenPart, PieceSpan, int, int]]:
+        """The bytes [start, stop) of each piece, counted within it, that this view needs."""
+        for name, tensor in self.view.tensors.items():
+            for (part, piece), take in zip(self._located[name], tensor.takes, strict=True):
+                yield part, piece, *byte_range(tensor.form, piece, take)
 
     @property
     def bytes_mapped(self) -> int:
@@ -144,15 +152,13 @@ class Shard(Mapping[str, "torch.Tensor"]):
         """Check every block that this view needs against its digest. Raises IntegrityError naming the first bad one."""
         blocks = (
             block
-            for name, tensor in self.view.tensors.items()
-            for (part, piece), take in zip(self._located[name], tensor.takes, strict=True)
-            for start, stop in [byte_range(tensor.form, piece, take)]
+            for part, piece, start, stop in self._ranges()
             for block in blocks_of(part, piece, block_bytes, start=start, stop=stop)
         )
-        check_blocks(blocks, workers=workers, parts=self._parts)
+        check_blocks(blocks, workers=workers)
 
     def close(self) -> None:
-        """Give back the descriptors. What was not asked for yet can no longer be joined."""
+        """Close the parts. What was not asked for yet can no longer be joined."""
         for part in self._parts:
             part.close()
         self._parts = ()

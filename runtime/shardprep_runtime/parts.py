@@ -21,8 +21,8 @@ from .manifest import Form, Manifest, Part, digest_of
 METADATA_KEY: Final = "shardprep"
 """Our own key in a part's `__metadata__`; torch's are FORMAT and DCP_VERSION and DCP_SHARDING_INFO."""
 
-READ_AHEAD: Final = 128 * 2**10
-"""Bytes that one fadvise asks for: the kernel reads at most its own read-ahead size for each call."""
+SCRATCH: Final = 2**20
+"""Bytes that are read at a time while a block that is not in memory is digested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +155,7 @@ class OpenPart:
             raise FormatError(
                 f"{self.where}: {kind}: {found.st_size} bytes, the manifest says {self.part.size}"
             )
-        # no read-ahead behind the header: what follows may be others' bytes
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
+        self.read_exactly(True)  # no read-ahead behind the header: what follows may be others' bytes
         raw = os.pread(self.fd, self.part.header_size, 0)
         if check_digest and digest_of(raw) != self.part.digest:
             raise IntegrityError(
@@ -167,10 +166,31 @@ class OpenPart:
             parse_header(raw, found.st_size, where=self.where), manifest, self.part, where=self.where
         )
 
-    def will_need(self, start: int, stop: int) -> None:
-        """Ask the kernel to read bytes [start, stop) of the file, and no others."""
-        for at in range(start, stop, READ_AHEAD):
-            os.posix_fadvise(self.fd, at, min(READ_AHEAD, stop - at), os.POSIX_FADV_WILLNEED)
+    def read_exactly(self, exactly: bool) -> None:
+        """Have reads of the file bring in what they ask for and no more, or let the kernel read ahead as it does.
+
+        Reading ahead also gives large pages, which are cheaper to map; so it is for parts that are all ours.
+        """
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM if exactly else os.POSIX_FADV_NORMAL)
+
+    def in_memory(self, start: int, stop: int) -> bool:
+        """Whether bytes [start, stop) seem to be in the page cache, by asking for a few of them without waiting."""
+        probe = bytearray(1)
+        try:
+            for at in (start, (start + stop) // 2, stop - 1):
+                os.preadv(self.fd, [probe], at, os.RWF_NOWAIT)
+        except OSError:  # it would wait; or the file system cannot tell
+            return False
+        return True
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """Fill `into` with the bytes from `offset` on. Raises FormatError where the file ends before."""
+        done = 0
+        while done < len(into):
+            got = os.preadv(self.fd, [into[done:]], offset + done)
+            if got == 0:
+                raise FormatError(f"{self.where}: truncated while it was read, at byte {offset + done}")
+            done += got
 
     def close(self) -> None:
         """Close the descriptor. The mapping lives as long as a tensor uses it."""
@@ -191,9 +211,17 @@ class Block:
         """Raises IntegrityError where the bytes do not match the digest."""
         from blake3 import blake3
 
-        self.part.will_need(self.start, self.stop)
-        with memoryview(self.part.map) as data, data[self.start : self.stop] as block:
-            found = blake3(block).hexdigest()
+        digest = blake3()
+        if self.part.in_memory(self.start, self.stop):
+            with memoryview(self.part.map) as data, data[self.start : self.stop] as block:
+                digest.update(block)
+        else:  # reading is faster than faulting pages in, and brings them in all the same
+            scratch = memoryview(bytearray(min(SCRATCH, self.stop - self.start)))
+            for at in range(self.start, self.stop, SCRATCH):
+                chunk = scratch[: min(SCRATCH, self.stop - at)]
+                self.part.read_into(at, chunk)
+                digest.update(chunk)
+        found = digest.hexdigest()
         if found != self.piece.digests[self.index]:
             raise IntegrityError(
                 f"{self.part.where}: tensor {quote(self.piece.name)}: block {self.index} (bytes {self.start} to "
@@ -211,23 +239,8 @@ def blocks_of(
         yield Block(part, piece, index, low, min(low + block_bytes, span.stop))
 
 
-def check_blocks(blocks: Iterable[Block], *, workers: int, parts: Iterable[OpenPart]) -> None:
-    """Check every block, `workers` at a time. Raises the IntegrityError of the first bad one, in the order given.
-
-    While it runs the mappings of `parts` are advised to be read at random: each block is asked for by its exact
-    bytes, and the kernel's own read-ahead would bring in what belongs to others.
-    """
-    opened = list(parts)
-    for part in opened:
-        part.map.madvise(mmap.MADV_RANDOM)
-    try:
-        _check_blocks(blocks, workers=workers)
-    finally:
-        for part in opened:
-            part.map.madvise(mmap.MADV_NORMAL)
-
-
-def _check_blocks(blocks: Iterable[Block], *, workers: int) -> None:
+def check_blocks(blocks: Iterable[Block], *, workers: int) -> None:
+    """Check every block, `workers` at a time. Raises the IntegrityError of the first bad one, in the order given."""
     pending = iter(blocks)
     lock = threading.Lock()
     stop = threading.Event()

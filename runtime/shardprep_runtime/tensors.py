@@ -11,7 +11,7 @@ from math import prod
 from typing import TYPE_CHECKING, Final
 
 from . import dtypes
-from .errors import FormatError, UnsupportedError, quote
+from .errors import UnsupportedError, quote
 from .parts import OpenPart, PieceSpan, byte_range
 from .view import TensorView
 
@@ -78,24 +78,15 @@ def _scatter(part: OpenPart, offset: int, into: memoryview, *, at: int, width: i
     The kernel puts them in place: no byte passes through a buffer of ours.
     """
     if width == row:
-        _read_into(part, offset, into)
+        part.read_into(offset, into)
         return
     starts = iter(range(at, len(into), row))
     while batch := [into[start : start + width] for start in islice(starts, IOV_MAX)]:
         got = os.preadv(part.fd, batch, offset)
         if got != len(batch) * width:  # a read may be cut short, by a signal say: finish it row by row
             for i, target in enumerate(batch):
-                _read_into(part, offset + i * width, target)
+                part.read_into(offset + i * width, target)
         offset += len(batch) * width
-
-
-def _read_into(part: OpenPart, offset: int, into: memoryview) -> None:
-    done = 0
-    while done < len(into):
-        got = os.preadv(part.fd, [into[done:]], offset + done)
-        if got == 0:
-            raise FormatError(f"{part.where}: truncated while it was read, at byte {offset + done}")
-        done += got
 
 
 def tensor_of(view: TensorView, memory: memoryview) -> torch.Tensor:

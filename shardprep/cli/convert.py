@@ -41,17 +41,14 @@ def command(
     """
     from shardprep.convert import convert
 
-    with render.progress("convert") as bar:
+    with render.conduct("convert", max_workers) as conduct:
         report = convert(
             source,
             destination,
             max_part_bytes=max_part_size,
             dtype=parse.DTYPES[dtype],
             include_code=include_code,
-            workers=max_workers,
-            progress=bar.step,
-            begin=bar.begin,
-            warn=render.warn,
+            conduct=conduct,
         )
     if as_json:
         render.print_json(report)

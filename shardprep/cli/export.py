@@ -26,15 +26,12 @@ def command(
     """
     from shardprep.export import export
 
-    with render.progress("export") as bar:
+    with render.conduct("export", max_workers) as conduct:
         report = export(
             shard_set,
             destination,
             max_part_bytes=max_part_size,
-            workers=max_workers,
-            progress=bar.step,
-            begin=bar.begin,
-            warn=render.warn,
+            conduct=conduct,
         )
     if as_json:
         render.print_json(report)

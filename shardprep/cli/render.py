@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from shardprep.conduct import Conduct
 from shardprep_runtime.errors import quote
 
 if TYPE_CHECKING:
@@ -98,11 +99,11 @@ class Bar:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Bar]:
-    """A bar that is cleared at the end."""
+def conduct(label: str, workers: int | None) -> Iterator[Conduct]:
+    """A job with a bar, which is cleared at the end, and notes on stderr."""
     bar = Bar(label)
     try:
-        yield bar
+        yield Conduct(workers, bar.begin, bar.step, warn)
     finally:
         if bar.bar is not None:
             bar.bar.close()

@@ -54,7 +54,7 @@ def command(
     """
     from shardprep.split import split
 
-    with render.progress("split") as bar:
+    with render.conduct("split", max_workers) as conduct:
         report = split(
             source,
             destination,
@@ -64,10 +64,7 @@ def command(
             max_part_bytes=max_part_size,
             include_code=include_code,
             dry_run=dry_run,
-            workers=max_workers,
-            progress=bar.step,
-            begin=bar.begin,
-            warn=render.warn,
+            conduct=conduct,
         )
     if as_json:
         render.print_json(report)

@@ -39,7 +39,9 @@ def read_safetensors_file(path: Path, *, root: Path) -> SafetensorsFile:
         for name, span in header.tensors.items()
     }
     aliases = {
-        alias: name for alias, name in header.metadata.items() if name in tensors and alias not in tensors
+        alias: name
+        for alias, name in header.metadata.items()
+        if name in tensors and alias not in tensors and alias != "format"
     }
     return SafetensorsFile(
         tensors, aliases, SourceFile(relative, found.st_size, found.st_mtime_ns, digest_of(raw))

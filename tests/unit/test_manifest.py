@@ -72,7 +72,7 @@ def forms(draw: st.DrawFn, grain: int) -> Form:
         case "whole":
             return Form(dtype, tuple(shape), WHOLE)
         case "chunks":
-            return Form(dtype, tuple(shape), Layout(draw(st.integers(0, len(shape) - 1)), uneven=True))
+            return Form(dtype, tuple(shape), Layout(0, uneven=True))
     dim = draw(st.integers(0, len(shape) - 1))
     segments = tuple(
         Segment(width * count * grain, count * grain, shared=shared)
@@ -91,6 +91,8 @@ def whole_manifests(draw: st.DrawFn) -> Manifest:
     tensors = draw(st.dictionaries(texts, st.builds(Entry, st.sampled_from(choices), places), max_size=5))
     targets = st.sampled_from(sorted(tensors)) if tensors else st.nothing()
     others = texts.filter(lambda name: name not in tensors)
+    tied = draw(st.dictionaries(others, targets, max_size=2)) if tensors else {}
+    others = others.filter(lambda name: name not in tied)
     bounds = draw(st.lists(st.integers(1, layers), unique=True).map(sorted)) if layers else []
     cuts = [0, *(bound for bound in bounds if bound < layers), layers]
     paths = draw(st.lists(file_names, max_size=4, unique_by=str.casefold))
@@ -113,7 +115,7 @@ def whole_manifests(draw: st.DrawFn) -> Manifest:
         block_bytes=draw(st.integers(1, manifests.MAX_BLOCK_BYTES)),
         tensors=tensors,
         aliases=draw(st.dictionaries(others, targets, max_size=2)) if tensors else {},
-        tied=draw(st.dictionaries(others, targets, max_size=2)) if tensors else {},
+        tied=tied,
         parts=tuple(parts),
         side_files=tuple(sides),
         quantization=draw(st.none() | st.just({"method": "gptq"})),
@@ -273,6 +275,7 @@ def test_a_wrong_value_anywhere_gives_a_manifest_error_or_a_sound_manifest(path:
         (("forms", 0, "shape"), [1] * 65),
         (("forms", 0, "shape"), []),
         (("forms", 0, "layout", "cut"), "diagonal"),
+        (("forms", 0, "layout", "dim"), 1),  # chunks are rows
         (("forms", 0, "layout", "dim"), 2),
         (("forms", 0, "layout", "dim"), -1),
         (("forms", 1, "layout", "segments"), []),
@@ -292,6 +295,7 @@ def test_a_wrong_value_anywhere_gives_a_manifest_error_or_a_sound_manifest(path:
         (("aliases", "norm"), "embed"),
         (("aliases", "other"), None),
         (("tied", "head"), "other"),
+        (("tied",), {"other": "embed"}),
         (("tied", "head"), ["embed"]),
         (("parts", 0, "size"), 4095),
         (("parts", 0, "header_size"), 7),
