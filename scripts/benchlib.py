@@ -106,18 +106,26 @@ def measure(variant: Variant, *, cold: bool) -> Run:
         shutil.rmtree(variant.writes, ignore_errors=True)
         os.sync()  # nobody's writing is left to slow this run down
         variant.writes.mkdir()
-    for file in variant.reads:
-        (evict if cold else read_through)(file)
     try:
         with tempfile.TemporaryFile() as errors:
-            return _run(variant, errors)
+            return _run(variant, cold, errors)
     finally:
         if variant.writes:
             shutil.rmtree(variant.writes)
 
 
-def _run(variant: Variant, errors: Any) -> Run:
+def _settle(variant: Variant, cold: bool) -> None:
+    """Bring memory and page cache into the state from which every variant begins."""
+    for file in variant.reads:
+        read_through(file)
     prime(variant.primes)
+    if cold:
+        for file in variant.reads:  # last, so that the memory that it is read into again is still ours
+            evict(file)
+
+
+def _run(variant: Variant, cold: bool, errors: Any) -> Run:
+    _settle(variant, cold)
     began = time.monotonic()
     process = subprocess.Popen(
         variant.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0
@@ -134,7 +142,7 @@ def _run(variant: Variant, errors: Any) -> Run:
         if events.get(process.stdout.fileno(), 0) & select.POLLIN:
             said += os.read(process.stdout.fileno(), 2**16)
             if said.endswith(READY):
-                prime(variant.primes)
+                _settle(variant, cold)
                 paused += time.monotonic() - now
                 process.stdin.write(GO)
         elif process.stdout.fileno() in events:

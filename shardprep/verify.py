@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardprep_runtime import manifest as manifests
-from shardprep_runtime.parts import Block, blocks_of, check_blocks
+from shardprep_runtime.parts import Block, blocks_of, check_blocks, default_workers
 
 from .side_files import check_side_file
 from .source import locate_pieces, open_parts
-from .write import default_workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from shardprep_runtime import __version__
 from shardprep_runtime.errors import ProblemError, ShardprepError, WriteError, quote
 from shardprep_runtime.header import read_header
 from shardprep_runtime.manifest import digest_of
+from shardprep_runtime.parts import default_workers
 
 from .conduct import Conduct, silent
 from .index import Index
@@ -52,11 +53,6 @@ class Written:
     header_size: int
     digest: str
     """`sha256:...` of its header."""
-
-
-def default_workers() -> int:
-    """Threads that move bytes: the cores of this process, at most 8; a disk gains nothing from more."""
-    return min(8, len(os.sched_getaffinity(0)))
 
 
 def carry_out(plan: Plan, index: Index, staging: Staging, conduct: Conduct) -> list[Written]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import manifest as manifests
 from .errors import LayoutError, ManifestError, quote
-from .parts import OpenPart, PieceSpan, blocks_of, byte_range, check_blocks
+from .parts import OpenPart, PieceSpan, blocks_of, byte_range, check_blocks, default_workers
 from .tensors import is_mapped, memory_of, tensor_of
 from .view import TensorView, View, plan_view
 
@@ -212,7 +212,7 @@ def load(
             parts.append(OpenPart(file.parent, part, manifest, check_digest=verify != "off"))  # noqa: PERF401 - what is open must be closed if the next fails
         shard = Shard(view, parts)
         if verify == "blocks":
-            shard.check(manifest.block_bytes, workers=workers or min(8, len(os.sched_getaffinity(0))))
+            shard.check(manifest.block_bytes, workers=workers or default_workers())
     except BaseException:
         for opened in parts:
             opened.close()

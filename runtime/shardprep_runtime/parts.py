@@ -25,6 +25,11 @@ SCRATCH: Final = 2**20
 """Bytes that are read at a time while a block that is not in memory is digested."""
 
 
+def default_workers() -> int:
+    """Threads that move or digest bytes: the cores of this process, at most 8; a disk gains nothing from more."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 @dataclass(frozen=True, slots=True)
 class PieceSpan:
     """Where a piece lies in its part."""
