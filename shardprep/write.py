@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Final
@@ -34,6 +35,13 @@ from .staging import Staging
 
 KERNEL_COPY: Final = 64 * 2**20
 """Bytes of one copy_file_range, so that progress moves and a stop is noticed."""
+
+ROWS: Final = 2**20
+"""Bytes of rows that are read at a time to be dealt out to pieces: each piece's share should be worth a write."""
+
+WRITE_BACK: Final = (2**20, 16 * 2**20)
+"""Pieces from the first size on are sent on their way to disk as they are written, at most the second at a time, so
+that the fsync at the end finds little left."""
 
 NOWHERE: Final = -1
 """The descriptor of pieces that are digested and not written."""
@@ -164,6 +172,28 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         offset += done
 
 
+def begin_write_back(fd: int, offset: int, count: int) -> None:
+    """Have the kernel begin to write a range to disk, and do not wait for it (Linux's sync_file_range).
+
+    A hint: where the C library lacks the call, or the file system refuses it, the fsync does it all.
+    """
+    call = _sync_file_range()
+    if call is not None:
+        call(fd, offset, count, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    import ctypes
+
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call
+
+
 class _PieceWriter:
     """Writes a piece front to back, with a digest of each block where the plan has any."""
 
@@ -172,11 +202,13 @@ class _PieceWriter:
         self.digests: list[str] = []
         self.hash = blake3()
         self.room = block_bytes or 0
+        self.sent = offset
+        """Where the bytes begin that are not on their way to disk yet."""
 
     def write(self, data: memoryview) -> None:
         if self.fd != NOWHERE:
             write_all(self.fd, data, self.offset)
-            self.offset += len(data)
+            self.advance(len(data))
         if self.block_bytes is None:
             return
         while data:
@@ -187,6 +219,16 @@ class _PieceWriter:
             if self.room == 0:
                 self._close_block()
 
+    def advance(self, count: int) -> None:
+        """Count bytes as written."""
+        self.offset += count
+        if self.offset - self.sent >= WRITE_BACK[1]:
+            self._send()
+
+    def _send(self) -> None:
+        begin_write_back(self.fd, self.sent, self.offset - self.sent)
+        self.sent = self.offset
+
     def _close_block(self) -> None:
         assert self.block_bytes is not None
         self.digests.append(self.hash.hexdigest())
@@ -194,6 +236,8 @@ class _PieceWriter:
         self.room = self.block_bytes
 
     def finish(self) -> list[str]:
+        if self.offset - self.sent >= WRITE_BACK[0]:
+            self._send()
         if self.block_bytes is not None and self.room < self.block_bytes:
             self._close_block()
         return self.digests
@@ -281,7 +325,7 @@ class _Run:
                 for writer, low, high in bounds:
                     self._stretch(reader, writer, start + low, start + (total if whole else high))
             return
-        batch = max(1, CHUNK // row)
+        batch = max(1, ROWS // row)
         for first in range(0, rows, batch):
             count = min(batch, rows - first)
             data = reader.read(first * row, (first + count) * row)
@@ -318,7 +362,7 @@ class _Run:
         while done < reader.size:
             count = min(KERNEL_COPY, reader.size - done)
             try:
-                got = os.copy_file_range(source, writer.fd, count, reader.offset + done, writer.offset + done)
+                got = os.copy_file_range(source, writer.fd, count, reader.offset + done, writer.offset)
             except OSError as error:
                 if done == 0 and error.errno in NO_KERNEL_COPY:
                     return False
@@ -328,6 +372,7 @@ class _Run:
             if got == 0:
                 raise self.sources.ended(reader.path, reader.offset + done)
             done += got
+            writer.advance(got)
             self._step(got)
         return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 from collections.abc import Sequence
@@ -23,9 +22,6 @@ IOV_MAX: Final = 1024
 
 SMALL: Final = 64 * 2**10
 """Copies below this many bytes are not worth pages of their own."""
-
-HUGE: Final = 2 * 2**20
-"""Copies from this many bytes on ask for large pages."""
 
 Located = Sequence[tuple[OpenPart, PieceSpan]]
 """Where the piece of each take of a TensorView lies, in their order."""
@@ -62,14 +58,10 @@ def memory_of(view: TensorView, located: Located) -> memoryview:
 
 
 def _allocate(size: int) -> memoryview:
-    """Zeroed memory; of large pages where it is large, since first touches of small ones cost more than the copy."""
+    """Zeroed memory of this process alone: Python's default would share it with children after a fork."""
     if size < SMALL:
         return memoryview(bytearray(size))
-    pages = mmap.mmap(-1, size)
-    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(pages)
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _scatter(part: OpenPart, offset: int, into: memoryview, *, at: int, width: int, row: int) -> None:

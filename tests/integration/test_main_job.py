@@ -298,6 +298,20 @@ def test_writing_to_a_mapped_tensor_never_reaches_the_file(shards: Path) -> None
     verify(shards)
 
 
+def test_joined_memory_belongs_to_one_process(shards: Path) -> None:
+    """Python's anonymous mappings are shared with children unless they are told otherwise."""
+    script = (
+        "import os, sys\nimport shardprep_runtime\n"
+        "memory = shardprep_runtime.load(sys.argv[1]).memory('lm_head.weight')\n"
+        "before = bytes(memory)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n    memory[:] = bytes(len(memory)); os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "assert bytes(memory) == before and any(before)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, shards], check=True)
+
+
 def test_load_into_refuses_a_module_of_other_shapes_before_it_assigns(shards: Path) -> None:
     module = llama(num_hidden_layers=6)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
