@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
+
+if TYPE_CHECKING:
+    _SizeType = click.ParamType[int]
+    _StagesType = click.ParamType[list[tuple[int, int]]]
+else:  # only the newest clicks let the class be subscripted when it runs
+    _SizeType = _StagesType = click.ParamType
 
 SUFFIXES: Final = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -16,7 +22,7 @@ SUFFIXES: Final = {
 """As Hugging Face reads them: GB is a power of ten, GiB of two."""
 
 
-class Size(click.ParamType["int"]):
+class Size(_SizeType):
     """A number of bytes: 5GB, 512MiB, 1000000."""
 
     name = "size"
@@ -33,7 +39,7 @@ class Size(click.ParamType["int"]):
         return size
 
 
-class StageList(click.ParamType["list[tuple[int, int]]"]):
+class StageList(_StagesType):
     """Pipeline stages by their first and last layer: 0-15,16-31."""
 
     name = "stages"
