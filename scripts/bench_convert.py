@@ -73,13 +73,7 @@ def main() -> None:
             Goal(f"{state}: convert / cp", seconds[OURS] / seconds["cp"], 1.3, aim),
             Goal(f"{state}: convert / (cp + sync)", seconds[OURS] / seconds["cp + sync"], 1.3, 1.0),
             Goal(f"{state}: convert / ({LOAD})", seconds[OURS] / seconds[LOAD], 0.35, 0.2),
-            Goal(
-                f"{state}: anonymous memory",
-                max(run.anonymous for run in runs[OURS]) / benchlib.MIB,
-                128,
-                16,
-                unit="MiB",
-            ),
+            benchlib.memory_goal(state, runs[OURS], limit=128, aim=16),
         ]
     sections = [
         (f"{state} page cache", benchlib.of_commands(runs, ours=OURS)) for state, runs in found.items()

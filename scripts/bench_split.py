@@ -146,13 +146,7 @@ def main() -> None:
             Goal(f"{state}: split / (cp + sync)", seconds[OURS] / seconds["cp + sync"], 2.0, 1.1),
             Goal(f"{state}: split / ({LOAD})", seconds[OURS] / seconds[LOAD], 0.35, 0.2),
             Goal(f"{state}: split / the best recipe", seconds[OURS] / best, 1.0, 0.3),
-            Goal(
-                f"{state}: anonymous memory",
-                max(run.anonymous for run in runs[OURS]) / benchlib.MIB,
-                512,
-                16,
-                unit="MiB",
-            ),
+            benchlib.memory_goal(state, runs[OURS], limit=512, aim=16),
         ]
     sections = [
         (f"{state} page cache", benchlib.of_commands(runs, ours=OURS)) for state, runs in found.items()

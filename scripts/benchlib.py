@@ -84,6 +84,13 @@ class Goal:
         return f"{'met   ' if ok else 'MISSED'}  {self.text}: {self.value:.2f} {self.unit} ({sign} {self.limit:g}{aim})"
 
 
+def memory_goal(state: str, runs: Sequence[Run], *, limit: float, aim: float) -> Goal:
+    """The anonymous memory of the largest of `runs`, in MiB."""
+    return Goal(
+        f"{state}: anonymous memory", max(run.anonymous for run in runs) / MIB, limit, aim, unit="MiB"
+    )
+
+
 def compare(
     variants: Sequence[Variant], *, rounds: int, cold: bool, say: Callable[[str], None]
 ) -> dict[str, list[Run]]:
