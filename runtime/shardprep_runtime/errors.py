@@ -9,7 +9,11 @@
     └── ProblemError          the work was begun and a problem is reported; the command line exits with 1
         ├── IntegrityError    bytes that do not match their digest
         ├── SourceError       a source could not be read to its end, or changed while it was
-        └── WriteError        the destination could not take the bytes
+        ├── WriteError        the destination could not take the bytes
+        └── StoreError        an object store refused, or could not be reached in time
+            ├── MissingError  no such object or bucket
+            ├── DeniedError   credentials are missing, expired or not allowed; the clock or the region is wrong
+            └── ConflictError a conditional put came too late: somebody else's was first
 
 A message says what is wrong, what was expected, what was found and what to do, and puts every name that came
 from a file through `quote`.
@@ -58,6 +62,22 @@ class SourceError(ProblemError):
 
 class WriteError(ProblemError):
     """The destination could not take the bytes."""
+
+
+class StoreError(ProblemError):
+    """An object store refused, or could not be reached in time."""
+
+
+class MissingError(StoreError):
+    """No such object or bucket."""
+
+
+class DeniedError(StoreError):
+    """A store that does not let us: credentials, clock or region."""
+
+
+class ConflictError(StoreError):
+    """A conditional put came too late."""
 
 
 def quote(name: object, *, limit: int = 120) -> str:
