@@ -7,6 +7,7 @@ opening `s3://` imports botocore, `gs://` and `az://` import obstore.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,17 @@ class FileRange:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes, through one buffer. Raises OSError where the file has become shorter."""
+        buffer = memoryview(bytearray(min(SCRATCH, len(self))))
+        at = self.start
+        while at < self.stop:
+            got = os.preadv(self.fd, [buffer[: self.stop - at]], at)
+            if not got:
+                raise OSError("the file became shorter while it was read")
+            yield buffer[:got]
+            at += got
 
 
 Body = bytes | memoryview | FileRange
