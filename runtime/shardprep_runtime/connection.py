@@ -7,6 +7,7 @@ asked for many bytes at once (MSG_WAITALL under SO_RCVTIMEO), so that a core is 
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import random
 import socket
@@ -14,9 +15,9 @@ import ssl
 import struct
 import time
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
-from .errors import quote
+from .errors import StoreError, quote
 from .store import SCRATCH, Body, FileRange, Sink
 
 LEAST_RATE: Final = 8 * 2**10
@@ -86,6 +87,7 @@ class Connection:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._socket.settimeout(idle)
         self._http = http.client.HTTPConnection(*address)
+        self._http.response_class = _Response
         self._http.sock = self._socket
 
     def request(self, method: str, path: str, headers: Mapping[str, str], body: Body | None) -> Reply:
@@ -197,6 +199,22 @@ class Connection:
             self._response.close()
         self._http.close()
         self._socket.close()
+
+
+class _Response(http.client.HTTPResponse):
+    """http.client takes a head that breaks off for a whole one."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.fp = _Lines(self.fp.detach())
+
+
+class _Lines(io.BufferedReader):
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            raise ConnectionError("the connection ended before the head of the answer did")
+        return line
 
 
 def _open(address: tuple[str, int], timeout: float) -> socket.socket:

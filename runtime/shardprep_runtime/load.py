@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from . import environment
 from . import manifest as manifests
-from .errors import LayoutError, ManifestError, quote
-from .parts import OpenPart, PieceSpan, blocks_of, byte_range, check_blocks, default_workers
+from .cache import Cache
+from .errors import FormatError, LayoutError, ManifestError, quote
+from .fetch import WORKERS, Arrival, Crew, Fetch, open_arrivals, plan_runs
+from .filesystem import Io, choose_io
+from .folder_store import FolderStore
+from .helper import HelperProcesses
+from .landing import Landing, land_in_memory, read_map
+from .manifest import Manifest, Part
+from .parts import (
+    Numbered,
+    OpenPart,
+    PieceSpan,
+    blocks_of,
+    byte_range,
+    check_blocks,
+    default_workers,
+    open_part,
+)
+from .remote import DEFAULT_REVISION, blob_key, read_manifest
+from .store import Access, Store, is_uri, open_store
 from .tensors import is_mapped, memory_of, tensor_of
 from .view import TensorView, View, plan_view
 
@@ -18,6 +39,9 @@ if TYPE_CHECKING:
 
 Verify = Literal["blocks", "headers", "off"]
 
+SPARSE: Final = ".sparse"
+"""What the name of a part ends in of which only some ranges are there: no reader can take it for whole."""
+
 
 class Shard(Mapping[str, "torch.Tensor"]):
     """What one worker loads: its tensors by name, memory-mapped where a tensor is one piece.
@@ -25,11 +49,18 @@ class Shard(Mapping[str, "torch.Tensor"]):
     A tensor that is joined from several pieces is copied when it is first asked for, and kept. Tied names are
     here too and give the same tensor. Tensors stay valid after `close`; the mappings under them, and the descriptor
     that Python keeps of each, go when the last of them does.
+
+    Of a shard that is being fetched a tensor is handed out once its own bytes have arrived (and, with
+    `verify="blocks"`, match their digests); whoever asks earlier waits.
     """
 
     def __init__(self, view: View, parts: Sequence[OpenPart]) -> None:
         self.view = view
         self._parts = tuple(parts)
+        self._fetch: Fetch | None = None
+        self._arrivals: dict[OpenPart, Arrival] = {}
+        self._store: Store | None = None
+        self._joining = threading.Lock()
         self._tensors: dict[str, torch.Tensor] = {}
         self._memory: dict[str, memoryview] = {}
         spans = {(part.part.ranks, *key): (part, span) for part in parts for key, span in part.pieces.items()}
@@ -44,11 +75,39 @@ class Shard(Mapping[str, "torch.Tensor"]):
                 raise ManifestError(
                     f"{quote(name)}: a piece of it is in none of the parts; the shard set is broken"
                 ) from None
+
+    def _read_exactly(self) -> None:
+        """Have reads of the parts' files bring in this view's bytes and no others."""
         kept: Counter[str] = Counter()
-        for part, _, start, stop in self._ranges():
+        for part, _, start, stop in self.ranges():
             kept[part.part.path] += stop - start
         for part in self._parts:
             part.read_exactly(kept[part.part.path] < part.part.size - part.part.header_size)
+
+    def _arrive(
+        self,
+        store: Store,
+        arrivals: Sequence[Arrival],
+        cache: Cache | None,
+        *,
+        verify: bool,
+        workers: int,
+        crew: Crew | None,
+    ) -> None:
+        """Begin to fetch what the view needs, in the order in which a forward pass meets it."""
+        self._store = store
+        self._arrivals = {arrival.part: arrival for arrival in arrivals}
+        runs = plan_runs(
+            (self._arrivals[part], piece.span.start + start, piece.span.start + stop)
+            for part, piece, start, stop in self.ranges()
+        )
+        if cache is not None:
+            missing: dict[Landing, list[tuple[int, int]]] = {}
+            for run in runs:
+                missing.setdefault(run.arrival.landing, []).extend(run.arrival.missing(run))
+            cache.make_room(list(missing.items()))
+        self._fetch = Fetch(store, arrivals, runs, verify=verify, workers=workers, crew=crew)
+        self._fetch.start()
 
     # ------------------------------------------------------------------------------------------------- the mapping
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -78,8 +137,36 @@ class Shard(Mapping[str, "torch.Tensor"]):
         """The packed bytes of a tensor, without torch. Of the mapping itself unless the tensor had to be joined."""
         stored = self._stored(name)
         if stored not in self._memory:
-            self._memory[stored] = memory_of(self.view.tensors[stored], self._located[stored])
+            self._memory[stored] = self._make(stored)
         return self._memory[stored]
+
+    def _make(self, stored: str) -> memoryview:
+        """A tensor's bytes, once they have arrived."""
+        view, located = self.view.tensors[stored], self._located[stored]
+        if self._fetch is not None:
+            for (part, piece), take in zip(located, view.takes, strict=True):
+                start, stop = byte_range(view.form, piece, take)
+                self._fetch.wait(self._arrivals[part], piece.span.start + start, piece.span.start + stop)
+        if is_mapped(view, located) or not any(
+            part in self._arrivals and self._arrivals[part].landing.in_memory for part, _ in located
+        ):
+            return memory_of(view, located)
+        with self._joining:  # joined from memory: from now on this is the only copy, whoever else asks
+            if stored not in self._memory:
+                self._memory[stored] = memory_of(view, located)
+                for part, piece in located:
+                    self._arrivals[part].landing.forget(piece.span.start, piece.span.stop)
+        return self._memory[stored]
+
+    def wait(self) -> None:
+        """Return once all of the shard has arrived. Raises what went wrong on the way."""
+        if self._fetch is not None:
+            self._fetch.wait_all()
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes of tensors that this process has brought from the store so far; others came from the host's cache."""
+        return self._fetch.bytes_fetched if self._fetch is not None else 0
 
     def describe(self, name: str) -> TensorView:
         """Dtype, shape and place of a tensor; reads nothing."""
@@ -89,7 +176,7 @@ class Shard(Mapping[str, "torch.Tensor"]):
         """(name, tensor) in the order in which a forward pass meets them, tied names beside each other.
 
         A joined tensor lives only as long as its receiver holds it: copying to a device needs no second copy of
-        the shard in memory.
+        the shard in memory. (Of a shard that is fetched into memory, it replaces the pieces that it was joined from.)
         """
         aliases: dict[str, list[str]] = {}
         for alias, name in self.view.names.items():
@@ -97,7 +184,8 @@ class Shard(Mapping[str, "torch.Tensor"]):
         for name, view in self.view.tensors.items():
             tensor = self._tensors.get(name)
             if tensor is None:
-                tensor = tensor_of(view, memory_of(view, self._located[name]))
+                found = self._memory.get(name)
+                tensor = tensor_of(view, found if found is not None else self._make(name))
             for each in (name, *aliases.get(name, ())):
                 yield each, tensor
 
@@ -135,10 +223,10 @@ class Shard(Mapping[str, "torch.Tensor"]):
     def bytes_read(self) -> int:
         """Bytes of the parts that this view needs: their headers and the ranges of its pieces."""
         headers = sum(part.header_size for part in self.view.parts)
-        return headers + sum(stop - start for _, _, start, stop in self._ranges())
+        return headers + sum(stop - start for _, _, start, stop in self.ranges())
 
-    def _ranges(self) -> Iterator[tuple[OpenPart, PieceSpan, int, int]]:
-        """The bytes [start, stop) of each piece, counted within it, that this view needs."""
+    def ranges(self) -> Iterator[tuple[OpenPart, PieceSpan, int, int]]:
+        """The bytes [start, stop) of each piece, counted within it, that this view needs, in its tensors' order."""
         for name, tensor in self.view.tensors.items():
             for (part, piece), take in zip(self._located[name], tensor.takes, strict=True):
                 yield part, piece, *byte_range(tensor.form, piece, take)
@@ -152,16 +240,28 @@ class Shard(Mapping[str, "torch.Tensor"]):
         """Check every block that this view needs against its digest. Raises IntegrityError naming the first bad one."""
         blocks = (
             block
-            for part, piece, start, stop in self._ranges()
+            for part, piece, start, stop in self.ranges()
             for block in blocks_of(part, piece, block_bytes, start=start, stop=stop)
         )
         check_blocks(blocks, workers=workers)
 
     def close(self) -> None:
-        """Close the parts. What was not asked for yet can no longer be joined."""
-        for part in self._parts:
-            part.close()
-        self._parts = ()
+        """Close the parts, and stop fetching. What was not asked for yet can no longer be had."""
+        parts, self._parts = self._parts, ()
+        arrivals, store, self._store = tuple(self._arrivals.values()), self._store, None
+
+        def close() -> None:
+            for part in parts:
+                part.close()
+            for arrival in arrivals:
+                arrival.landing.close()
+            if store is not None:
+                store.close()
+
+        if self._fetch is None or store is None:
+            close()
+        else:
+            self._fetch.close(close)
 
     def __enter__(self) -> Shard:
         return self
@@ -181,36 +281,149 @@ def load(
     manifest_digest: str | None = None,
     vocab_multiple: int = 1,
     workers: int | None = None,
+    processes: int = 1,
+    revision: str = DEFAULT_REVISION,
+    cache: Cache | str | os.PathLike[str] | None = "host",
+    access: Access | None = None,
+    io: Io = "auto",
 ) -> Shard:
-    """Load the shard of `rank` from a shard set's folder or manifest.
+    """Load the shard of `rank` from a shard set's folder or manifest, or from a store (`s3://bucket/prefix`).
 
     rank            pp_rank * tensor_parallel_size + tp_rank
     stages          layers [start, stop) of each pipeline stage; default: those of the split, else even ones
-    verify          "blocks": every block of the view is checked before this returns; "headers": the headers, and
-                    with them sizes, shapes and places, are; "off": sizes and places only, no digest
+    verify          "blocks": every block of the view is checked before this returns (from a store: before a tensor
+                    is handed out); "headers": the headers, and with them sizes, shapes and places, are; "off": sizes
+                    and places only, no digest
     manifest_digest `sha256:...` that the manifest must have: the root of the chain of trust
     vocab_multiple  pads the rows of a vocabulary before they are shared: 1 as torch does, 64 as vLLM does
-    workers         threads that verify; default: the cores of this process, at most 8
+    workers         threads that verify (default: the cores of this process, at most 8) or fetch (default: 16)
+    processes       that fetch, with as many threads each: more than one where TLS keeps a core of this one busy
+    io              of a folder: "mmap", "read" (into memory, in parallel), or "auto": read on network file systems
 
-    Raises ManifestError, LayoutError, FormatError or IntegrityError before any tensor exists.
+    Of a store:
+    revision        which manifest
+    cache           where what is fetched is kept for all workers of this host: a folder, "host" (SHARDPREP_CACHE_DIR,
+                    else ~/.cache/shardprep), or None: nowhere, straight into this process's memory
+    access          endpoint, profile and the like; default: the user's environment and files
+
+    From a store this returns once the parts' headers are checked, and the bytes arrive in threads meanwhile. Raises
+    ManifestError, LayoutError, FormatError or IntegrityError before any tensor exists, StoreError where the store
+    cannot be reached; what goes wrong later is raised by whoever asks for a tensor.
     """
     if verify not in ("blocks", "headers", "off"):
         raise LayoutError(f"verify must be blocks, headers or off, not {verify!r}")
-    file = manifests.find(source)
-    manifest = manifests.read(file, digest=manifest_digest)
-    view = plan_view(
-        manifest,
-        rank=rank,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        stages=stages,
-        vocab_multiple=vocab_multiple,
-    )
+    if is_uri(source):
+        store = open_store(str(source), access)
+        try:
+            kept = open_cache(cache)
+            manifest = _manifest(store, revision, manifest_digest, kept)
+        except BaseException:
+            store.close()
+            raise
+    else:
+        file = manifests.find(source)
+        manifest = manifests.read(file, digest=manifest_digest)
+    try:
+        view = plan_view(
+            manifest,
+            rank=rank,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            stages=stages,
+            vocab_multiple=vocab_multiple,
+        )
+        if is_uri(source):
+            keys = [blob_key(part.digest) for part in view.parts]
+            return _fetched(
+                store, keys, view, manifest, kept, verify=verify, workers=workers, processes=processes
+            )
+    except BaseException:
+        if is_uri(source):
+            store.close()
+        raise
+    whole = all((file.parent / part.path).exists() for part in view.parts)
+    if whole and choose_io(file.parent, io) == "read":
+        keys = [part.path for part in view.parts]
+        folder = FolderStore(file.parent)
+        return _fetched(folder, keys, view, manifest, None, verify=verify, workers=workers, processes=1)
+    return _mapped(file.parent, view, manifest, verify=verify, workers=workers)
+
+
+def open_cache(cache: Cache | str | os.PathLike[str] | None) -> Cache | None:
+    """The cache that `load` and `prefetch` mean by their argument of this name."""
+    if cache is None or isinstance(cache, Cache):
+        return cache
+    folder = environment.cache_folder() if cache == "host" else Path(cache)
+    return Cache(folder, max_bytes=environment.cache_bytes())
+
+
+def _manifest(store: Store, revision: str, digest: str | None, cache: Cache | None) -> Manifest:
+    """The manifest of a revision; one that is pinned by its digest needs no store where the cache has it."""
+    if cache is not None and digest is not None:
+        raw = cache.manifest(digest)
+        if raw is not None and manifests.digest_of(raw) == digest:
+            return manifests.parse(raw)
+    raw, manifest = read_manifest(store, revision, digest)
+    if cache is not None:
+        cache.keep_manifest(manifests.digest_of(raw), raw)
+    return manifest
+
+
+def _fetched(
+    store: Store,
+    keys: Sequence[str],
+    view: View,
+    manifest: Manifest,
+    cache: Cache | None,
+    *,
+    verify: Verify,
+    workers: int | None,
+    processes: int,
+) -> Shard:
+    """A shard whose parts arrive from a store. Closes the store if it fails."""
+    workers = workers or WORKERS
+    landings: list[tuple[Part, str, Landing]] = []
+    try:
+        for part, key in zip(view.parts, keys, strict=True):
+            landings.append((part, key, cache.open(part) if cache is not None else land_in_memory(part)))
+    except BaseException:
+        for _, _, landing in landings:
+            landing.close()
+            os.close(landing.data)
+        raise
+    arrivals = open_arrivals(store, landings, manifest, check_digest=verify != "off", workers=workers)
+    shard = None
+    try:
+        shard = Shard(view, [arrival.part for arrival in arrivals])
+        crew = HelperProcesses(processes - 1, manifest) if processes > 1 else None
+        shard._arrive(store, arrivals, cache, verify=verify == "blocks", workers=workers, crew=crew)
+    except BaseException:
+        for arrival in arrivals:
+            arrival.part.close()
+            arrival.landing.close()
+        raise
+    return shard
+
+
+def _mapped(folder: Path, view: View, manifest: Manifest, *, verify: Verify, workers: int | None) -> Shard:
+    """A shard whose parts lie in a folder and are mapped."""
     parts: list[OpenPart] = []
+    maps: dict[OpenPart, bytearray] = {}
     try:
         for part in view.parts:
-            parts.append(OpenPart(file.parent, part, manifest, check_digest=verify != "off"))  # noqa: PERF401 - what is open must be closed if the next fails
+            sparse = folder / (part.path + SPARSE)
+            if not (folder / part.path).exists() and sparse.exists():
+                found = open_part(
+                    folder, part, manifest, check_digest=verify != "off", name=part.path + SPARSE
+                )
+                parts.append(found)
+                maps[found] = _landed(sparse, found)
+            else:
+                parts.append(open_part(folder, part, manifest, check_digest=verify != "off"))
         shard = Shard(view, parts)
+        for part_, numbered in [(part, Numbered(part)) for part in maps]:
+            _check_there(shard, part_, numbered, maps[part_])
+        shard._read_exactly()
         if verify == "blocks":
             shard.check(manifest.block_bytes, workers=workers or default_workers())
     except BaseException:
@@ -218,6 +431,25 @@ def load(
             opened.close()
         raise
     return shard
+
+
+def _landed(path: Path, part: OpenPart) -> bytearray:
+    found = read_map(path, part.part, len(Numbered(part).blocks))
+    if found is None:
+        raise FormatError(f"{part.where}: nothing says which of its bytes are there; pull it again")
+    return found
+
+
+def _check_there(shard: Shard, part: OpenPart, numbered: Numbered, landed: bytearray) -> None:
+    """Raises FormatError where the view needs bytes of a part that were not pulled."""
+    for each, piece, start, stop in shard.ranges():
+        if each is part and not all(
+            landed[number] for number in numbered.numbers(piece.span.start + start, piece.span.start + stop)
+        ):
+            raise FormatError(
+                f"{part.where}: only some of its ranges were pulled into this folder, and not those of "
+                f"{quote(piece.name)} that rank {shard.view.rank} needs; pull for this rank too, or --all"
+            )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import mmap
 import os
 import stat
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -135,41 +136,15 @@ class OpenPart:
     through it. Pages come in as they are touched.
     """
 
-    def __init__(self, folder: Path, part: Part, manifest: Manifest, *, check_digest: bool = True) -> None:
-        self.part = part
-        self.path = folder / part.path
-        self.where = quote(self.path)
-        try:
-            # O_NONBLOCK: a FIFO under this name must not hang us
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise FormatError(f"{self.where}: cannot open the part: {error.strerror}") from None
-        try:
-            self._check(manifest, check_digest=check_digest)
-            self.map = mmap.mmap(self.fd, part.size, access=mmap.ACCESS_COPY)
-        except BaseException:
-            os.close(self.fd)
-            raise
-
-    def _check(self, manifest: Manifest, *, check_digest: bool) -> None:
-        found = os.fstat(self.fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise FormatError(f"{self.where}: not a regular file")
-        if found.st_size != self.part.size:
-            kind = "truncated" if found.st_size < self.part.size else "longer than it should be"
-            raise FormatError(
-                f"{self.where}: {kind}: {found.st_size} bytes, the manifest says {self.part.size}"
-            )
-        self.read_exactly(True)  # no read-ahead behind the header: what follows may be others' bytes
-        raw = os.pread(self.fd, self.part.header_size, 0)
-        if check_digest and digest_of(raw) != self.part.digest:
-            raise IntegrityError(
-                f"{self.where}: the header's digest is {digest_of(raw)}, the manifest says {self.part.digest}; "
-                "the part was changed or belongs to another shard set"
-            )
-        self.pieces = check_pieces(
-            parse_header(raw, found.st_size, where=self.where), manifest, self.part, where=self.where
-        )
+    def __init__(
+        self, fd: int, raw: bytes, part: Part, manifest: Manifest, *, where: str, check_digest: bool = True
+    ) -> None:
+        """`fd` has the part's size and is closed by `close`; `raw` is its header."""
+        self.fd, self.part, self.where, self.block_bytes = fd, part, where, manifest.block_bytes
+        if check_digest:
+            check_header(raw, part, where=where)
+        self.pieces = check_pieces(parse_header(raw, part.size, where=where), manifest, part, where=where)
+        self.map = mmap.mmap(fd, part.size, access=mmap.ACCESS_COPY)
 
     def read_exactly(self, exactly: bool) -> None:
         """Have reads of the file bring in what they ask for and no more, or let the kernel read ahead as it does.
@@ -202,6 +177,45 @@ class OpenPart:
         os.close(self.fd)
 
 
+def open_part(
+    folder: Path, part: Part, manifest: Manifest, *, check_digest: bool = True, name: str | None = None
+) -> OpenPart:
+    """A part that lies in a folder, under its own name or another.
+
+    Raises FormatError, IntegrityError or ManifestError where it is not what it should be.
+    """
+    path = folder / (name or part.path)
+    where = quote(path)
+    try:
+        # O_NONBLOCK: a FIFO under this name must not hang us
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise FormatError(f"{where}: cannot open the part: {error.strerror}") from None
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise FormatError(f"{where}: not a regular file")
+        if found.st_size != part.size:
+            kind = "truncated" if found.st_size < part.size else "longer than it should be"
+            raise FormatError(f"{where}: {kind}: {found.st_size} bytes, the manifest says {part.size}")
+        # no read-ahead behind the header: what follows may be others' bytes
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        raw = os.pread(fd, part.header_size, 0)
+        return OpenPart(fd, raw, part, manifest, where=where, check_digest=check_digest)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def check_header(raw: bytes, part: Part, *, where: str) -> None:
+    """Raises IntegrityError where `raw` is not the header that the manifest names."""
+    if digest_of(raw) != part.digest:
+        raise IntegrityError(
+            f"{where}: the header's digest is {digest_of(raw)}, the manifest says {part.digest}; "
+            "the part was changed or belongs to another shard set"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """A run of at most `block_bytes` bytes of a piece, with its digest."""
@@ -226,12 +240,20 @@ class Block:
                 chunk = scratch[: min(SCRATCH, self.stop - at)]
                 self.part.read_into(at, chunk)
                 digest.update(chunk)
-        found = digest.hexdigest()
-        if found != self.piece.digests[self.index]:
-            raise IntegrityError(
-                f"{self.part.where}: tensor {quote(self.piece.name)}: block {self.index} (bytes {self.start} to "
-                f"{self.stop}) does not match its digest: the file is damaged; fetch or split it again"
-            )
+        if digest.hexdigest() != self.digest:
+            raise self.damaged()
+
+    @property
+    def digest(self) -> str:
+        """What it must be: blake3 in hex."""
+        return self.piece.digests[self.index]
+
+    def damaged(self) -> IntegrityError:
+        """The error of a block that is not what it must be."""
+        return IntegrityError(
+            f"{self.part.where}: tensor {quote(self.piece.name)}: block {self.index} (bytes {self.start} to "
+            f"{self.stop}) does not match its digest: the file is damaged; fetch or split it again"
+        )
 
 
 def blocks_of(
@@ -242,6 +264,27 @@ def blocks_of(
     for index in range(start // block_bytes, -(-stop // block_bytes)):
         low = span.start + index * block_bytes
         yield Block(part, piece, index, low, min(low + block_bytes, span.stop))
+
+
+class Numbered:
+    """A part's blocks by number: 1 for the first, in the order of their bytes, which they tile behind the header."""
+
+    def __init__(self, part: OpenPart) -> None:
+        self.part = part
+        self.blocks: list[Block] = []
+        for piece in sorted(part.pieces.values(), key=lambda piece: piece.span.start):
+            size = piece.span.stop - piece.span.start
+            self.blocks += blocks_of(part, piece, part.block_bytes, start=0, stop=size)
+        self._starts = [block.start for block in self.blocks]
+
+    def numbers(self, start: int, stop: int) -> range:
+        """The blocks that hold bytes [start, stop) of the part."""
+        if start >= stop:
+            return range(0)
+        return range(bisect_right(self._starts, start), bisect_left(self._starts, stop) + 1)
+
+    def block(self, number: int) -> Block:
+        return self.blocks[number - 1]
 
 
 def check_blocks(blocks: Iterable[Block], *, workers: int) -> None:

@@ -51,6 +51,9 @@ MISSING: Final = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", 
 UNREACHED: Final = 20.0
 """Seconds for which a store that has not answered yet is tried."""
 
+NO_CHECKSUMS: Final = r"answered (400(?! (BadDigest|InvalidDigest|XAmzContent))|501)"
+"""In the words of a StoreError: a store that may only not know checksums; never one that found another."""
+
 MOST_ERROR_BYTES: Final = 64 * 2**10
 """Of an error's body that are read."""
 
@@ -207,6 +210,8 @@ class S3Store:
         """What an answer that is no success means. A Transient, an _Expired or a StoreError; never a secret in it."""
         at = where(self, key)
         said = f"{status} {quote(code)}" + (f": {quote(message)}" if message else "")
+        if status == 416:
+            return SourceError(f"{at}: ends before the bytes that were asked for")
         if status == 412:
             return ConflictError(f"{at}: the store's version is another one than expected")
         if code in EXPIRED:
@@ -280,6 +285,7 @@ class S3Store:
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
 
         def once(patience: Patience) -> Stat:
+            nonlocal condition
             try:
                 done = self.call_once(key, "put_object", Key=self.prefix + key, Body=data, **condition)
             except (ConflictError, MissingError) as error:
@@ -294,6 +300,10 @@ class S3Store:
                     and read(self, key, 0, found.size) == data
                 ):
                     return found
+                if version is not None and found and condition["IfMatch"] == version == found.version:
+                    # older radosgw compares with the ETag as it keeps it, without the quotes of HTTP
+                    condition = {"IfMatch": version.strip('"')}
+                    return once(patience)
                 raise ConflictError(f"{where(self, key)}: was written by somebody else meanwhile") from None
             except StoreError as error:
                 if re.search(r"answered 501", str(error)):
@@ -573,6 +583,10 @@ def check_range(store: S3Store, key: str, reply: Reply, start: int, stop: int, v
             f"{at}: the bytes were sent compressed ({quote(reply.headers['content-encoding'])}); "
             "they are stored so, or something in between does it"
         )
+    if given is None and reply.status == 206:  # of a head that broke off
+        raise Transient(
+            f"bytes {start} to {stop} were asked for, the answer does not say which it has", most=4
+        )
     if given is None:
         # an answer with all of the object is right where all of it was asked for
         whole = reply.status == 200 and start == 0 and length == str(stop)
@@ -665,7 +679,7 @@ class S3Upload:
         while True:
             try:
                 page = self._call("list_parts", UploadId=self._id, PartNumberMarker=marker)
-            except _GoneUpload:
+            except MissingError:
                 self._id = None
                 return {}
             found.update({each["PartNumber"]: each for each in page.get("Parts", ())})
@@ -729,7 +743,7 @@ class S3Upload:
         except (DeniedError, MissingError, ConflictError):
             raise
         except StoreError as error:
-            if not headers or not re.search(r"answered (400|501)", str(error)):
+            if not headers or not re.search(NO_CHECKSUMS, str(error)):
                 raise
             self._checksums = False
             headers = {}
@@ -746,11 +760,7 @@ class S3Upload:
             return self._single
         assert self._id is not None
         try:
-            self._call(
-                "complete_multipart_upload",
-                UploadId=self._id,
-                MultipartUpload={"Parts": [self._done[number] for number in sorted(self._done)]},
-            )
+            self._store.persist(self._key, self._complete)
         except _GoneUpload:
             found = self._complete_already()
             if found is None:
@@ -762,6 +772,21 @@ class S3Upload:
                 f"{where(self._store, self._key)}: the store took all parts, but the object has another size"
             )
         return found
+
+    def _complete(self, _: Patience) -> None:
+        store, name = self._store, {"Key": self._full_key, "UploadId": self._id}
+        parts = [self._done[number] for number in sorted(self._done)]
+        try:
+            store.call_once(self._key, "complete_multipart_upload", MultipartUpload={"Parts": parts}, **name)
+        except Transient:
+            # radosgw says 500 for ever of an upload that is gone: completed (the answer was lost) or aborted
+            try:
+                store.call_once(self._key, "list_parts", **name)
+            except MissingError:
+                raise _GoneUpload(
+                    f"{where(store, self._key)}: NoSuchUpload: the upload was aborted"
+                ) from None
+            raise
 
     def leave(self) -> None:
         """Nothing to do: what was sent stays until it is taken up again, or dropped by `abort_uploads`."""

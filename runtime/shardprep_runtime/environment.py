@@ -1,0 +1,52 @@
+"""Read the environment, in this one place; every value can be passed instead."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from .errors import InputError, quote
+
+SUFFIXES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """SHARDPREP_CACHE_DIR, or `shardprep` in XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("SHARDPREP_CACHE_DIR")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "shardprep"
+
+
+def cache_bytes() -> int | None:
+    """SHARDPREP_CACHE_SIZE (200GB, 1TiB, a number of bytes), or None. Raises InputError for what is no size."""
+    given = os.environ.get("SHARDPREP_CACHE_SIZE")
+    if not given:
+        return None
+    found = re.fullmatch(r"(\d{1,18})\s*([A-Za-z]*)", given.strip())
+    if not found or found[2].upper() not in SUFFIXES:
+        raise InputError(f"SHARDPREP_CACHE_SIZE is {quote(given)}; write 200GB, 1TiB or a number of bytes")
+    return int(found[1]) * SUFFIXES[found[2].upper()]
+
+
+def rank() -> int | None:
+    """RANK, which torchrun and most launchers set; None without. Raises InputError for what is no rank."""
+    return _number("RANK")
+
+
+def world_size() -> int | None:
+    """WORLD_SIZE; None without."""
+    return _number("WORLD_SIZE")
+
+
+def _number(name: str) -> int | None:
+    given = os.environ.get(name)
+    if given is None:
+        return None
+    if not given.isdecimal():
+        raise InputError(f"the environment's {name} is {quote(given)}, expected a number")
+    return int(given)

@@ -1,0 +1,83 @@
+"""shardprep pull"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from shardprep_runtime.errors import quote
+from shardprep_runtime.store import Access
+
+from . import parse, render
+
+
+@click.command("pull")
+@click.argument("source", type=parse.STORE)
+@click.argument("destination", type=parse.PATH)
+@parse.revision_option
+@click.option("-tp", "--tensor-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
+@click.option("-pp", "--pipeline-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
+@click.option(
+    "--stages", type=parse.StageList(), help="Stages of any size, by first and last layer: 0-15,16-31."
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(0),
+    help="Pull this rank's share alone.  [default: RANK, as torchrun sets it, where -tp, -pp or --stages is given]",
+)
+@click.option("--all", "everything", is_flag=True, help="Pull all of it.")
+@click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
+@parse.connections_option
+@parse.access_options
+@parse.json_option
+def command(
+    source: Path | str,
+    destination: Path,
+    revision: str,
+    tensor_parallel_size: int | None,
+    pipeline_parallel_size: int | None,
+    stages: list[tuple[int, int]] | None,
+    rank: int | None,
+    everything: bool,
+    manifest_digest: str | None,
+    max_workers: int | None,
+    access: Access,
+    as_json: bool,
+) -> None:
+    """Bring the shard set at SOURCE (s3://bucket/prefix), or one rank's share of it, into the folder DESTINATION.
+
+    Only the ranges that the rank needs are fetched, every block is checked as it lands, and the same command goes on
+    after a kill. Several ranks may be pulled into one folder, also at once.
+    """
+    from shardprep.pull import choose_rank, pull
+
+    rank = choose_rank(
+        rank,
+        everything=everything,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=len(stages) if stages else pipeline_parallel_size,
+    )
+    with render.conduct("pull", max_workers) as conduct:
+        report = pull(
+            source,
+            destination,
+            revision=revision,
+            rank=rank,
+            tensor_parallel_size=tensor_parallel_size or 1,
+            pipeline_parallel_size=pipeline_parallel_size,
+            stages=stages,
+            manifest_digest=manifest_digest,
+            access=access,
+            conduct=conduct,
+        )
+    if as_json:
+        render.print_json(report)
+        return
+    what = "all of it" if report.rank is None else f"rank {report.rank}"
+    whole = sum(whole for _, whole in report.parts)
+    click.echo(
+        f"{what}: {render.size(report.nbytes)} in {len(report.parts)} parts ({whole} of them whole), "
+        f"{render.size(report.bytes_fetched)} fetched in {report.seconds:.1f} s"
+    )
+    click.echo(f"manifest {report.manifest_digest} in {quote(destination)}")

@@ -1,0 +1,310 @@
+"""Bring a shard set, or one rank's share of it, from a store into a folder: the ranges of the view and nothing else.
+
+While it comes, every part stands under its name and `.sparse`, with a map of what is there beside it (`.landed`), so
+that a killed pull goes on where it was and several ranks of a host may pull into one folder at once. Then the parts
+that are whole get their names, the side files come, and the manifest last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shardprep_runtime import environment
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.errors import InputError, IntegrityError, ManifestError, WriteError, quote
+from shardprep_runtime.fetch import WORKERS, Arrival, Fetch, open_arrivals, plan_runs
+from shardprep_runtime.landing import Landing, land_in_file
+from shardprep_runtime.load import SPARSE, Shard
+from shardprep_runtime.manifest import Manifest, Part, SideFile
+from shardprep_runtime.parts import open_part
+from shardprep_runtime.remote import DEFAULT_REVISION, blob_key, read_manifest
+from shardprep_runtime.store import Access, Store, open_store, read
+from shardprep_runtime.view import View, plan_view
+
+from .conduct import Conduct
+from .staging import sync_folder
+
+MARKER: Final = ".shardprep-pull"
+"""Holds the digest of the manifest that is being pulled, until the manifest itself is there."""
+
+LANDED: Final = ".landed"
+
+MAX_SIDE_FILE: Final = 2**30
+"""A larger side file is refused before it is fetched: they are read whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """What pull did."""
+
+    source: str
+    revision: str
+    manifest_digest: str
+    destination: Path
+    rank: int | None
+    """None: all of the shard set."""
+    nbytes: int
+    """Bytes of tensors that are wanted here."""
+    bytes_fetched: int
+    """Of them, those that this run brought; the others were here already, or another process brought them."""
+    parts: tuple[tuple[str, bool], ...]
+    """(path, whether it is whole) of each part that is wanted here."""
+    seconds: float
+
+
+def pull(
+    source: str | Path,
+    destination: Path,
+    *,
+    revision: str = DEFAULT_REVISION,
+    rank: int | None = None,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int | None = None,
+    stages: Sequence[Sequence[int]] | None = None,
+    vocab_multiple: int = 1,
+    manifest_digest: str | None = None,
+    access: Access | None = None,
+    conduct: Conduct | None = None,
+) -> PullReport:
+    """Pull a revision of the shard set at `source` (a URI, or a store's folder) into the folder `destination`.
+
+    rank   of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone are
+           pulled; None: everything
+    Every block is checked against its digest as it lands. What an earlier run, or one for another rank, has brought
+    is checked and kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later,
+    in which case the same call resumes.
+    """
+    began = time.monotonic()
+    conduct = conduct or Conduct()
+    with open_store(source, access) as store:
+        raw, manifest = read_manifest(store, revision, manifest_digest)
+        digest = manifests.digest_of(raw)
+        view = None
+        if rank is not None:
+            view = plan_view(
+                manifest,
+                rank=rank,
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                stages=stages,
+                vocab_multiple=vocab_multiple,
+            )
+        _prepare(destination, digest, manifest)
+        parts = manifest.parts if view is None else view.parts
+        wanted, fetched, whole = _bring(store, destination, manifest, parts, view, conduct)
+        for side in manifest.side_files:
+            _bring_side_file(store, destination, side)
+        sync_folder(destination)
+        # last: a folder that has a manifest is complete
+        _write(destination / manifests.FILE_NAME, raw)
+        sync_folder(destination)
+        (destination / MARKER).unlink(missing_ok=True)
+    return PullReport(
+        source=store.uri,
+        revision=revision,
+        manifest_digest=digest,
+        destination=destination,
+        rank=rank,
+        nbytes=wanted,
+        bytes_fetched=fetched,
+        parts=tuple((part.path, part.path in whole) for part in parts),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _prepare(destination: Path, digest: str, manifest: Manifest) -> None:
+    """Make the folder, or prove that it is one that a pull of this very manifest has begun or finished."""
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        there = {entry.name for entry in destination.iterdir()}
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(
+            f"{quote(destination)}: exists and is no folder; choose another destination"
+        ) from None
+    except OSError as error:
+        raise WriteError(f"{quote(destination)}: cannot be written: {error.strerror}") from None
+    found = None
+    if manifests.FILE_NAME in there:
+        found = manifests.digest_of((destination / manifests.FILE_NAME).read_bytes())
+    elif MARKER in there:
+        found = (destination / MARKER).read_text("ascii", "replace").strip()
+    if found not in (None, digest):
+        raise InputError(
+            f"{quote(destination)}: holds another manifest ({quote(found)}) than the one to be pulled ({digest}); "
+            "choose an empty or new folder"
+        )
+    own = {MARKER, manifests.FILE_NAME} | {
+        name
+        for each in (*(part.path for part in manifest.parts), *(side.path for side in manifest.side_files))
+        for name in (each.partition("/")[0], each + SPARSE, each + SPARSE + LANDED)
+    }
+    foreign = {name for name in there - own if not name.startswith(MARKER)}
+    if foreign or (there and found is None):
+        what = quote(min(foreign or there))
+        raise InputError(
+            f"{quote(destination)}: holds {what}; nothing is overwritten: choose an empty or new folder"
+        )
+    if found is None:
+        _write(destination / MARKER, f"{digest}\n".encode())
+
+
+def _bring(
+    store: Store,
+    folder: Path,
+    manifest: Manifest,
+    parts: Sequence[Part],
+    view: View | None,
+    conduct: Conduct,
+) -> tuple[int, int, set[str]]:
+    """Fetch what is wanted of `parts`; bytes of tensors wanted, bytes fetched, and which parts are whole now."""
+    left = [part for part in parts if not (folder / part.path).exists()]
+    landings: list[tuple[Part, str, Landing]] = []
+    try:
+        for part in left:
+            path = folder / (part.path + SPARSE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            landings.append((part, blob_key(part.digest), land_in_file(part, path, trust=False)))
+    except OSError as error:
+        for _, _, landing in landings:
+            landing.close()
+            os.close(landing.data)
+        raise WriteError(f"{quote(folder)}: cannot be written: {error.strerror}") from None
+    workers = conduct.workers or WORKERS
+    arrivals = open_arrivals(store, landings, manifest, check_digest=True, workers=workers)
+    fetch = None
+    try:
+        runs = plan_runs(_ranges(folder, manifest, arrivals, view))
+        missing = [(run, start, stop) for run in runs for start, stop in run.arrival.missing(run)]
+        needed = sum(stop - start for _, start, stop in missing)
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise WriteError(
+                f"{quote(folder)}: {needed:,} bytes are needed, {free:,} are free; make room or pull elsewhere"
+            )
+        for run, start, stop in missing:
+            run.arrival.landing.reserve(start, stop)
+        wanted = sum(run.nbytes for run in runs)
+        conduct.begin(wanted)
+        fetch = Fetch(store, arrivals, runs, verify=True, workers=workers, progress=conduct.progress)
+        fetch.start()
+        fetch.wait_all()
+        whole = {part.path for part in parts} - {part.path for part in left}
+        whole |= {arrival.part.part.path for arrival in arrivals if _publish(folder, arrival)}
+        return wanted, fetch.bytes_fetched, whole
+    finally:
+        if fetch is not None:
+            fetch.join()
+        for arrival in arrivals:
+            arrival.part.close()
+            arrival.landing.close()
+
+
+def _ranges(
+    folder: Path, manifest: Manifest, arrivals: Sequence[Arrival], view: View | None
+) -> Iterable[tuple[Arrival, int, int]]:
+    """The bytes [start, stop) of each part that are wanted, in the order in which they should come."""
+    if view is None:
+        for arrival in arrivals:
+            yield arrival, arrival.part.part.header_size, arrival.part.part.size
+        return
+    of_part = {arrival.part.part.path: arrival for arrival in arrivals}
+    there = [part for part in view.parts if part.path not in of_part]
+    opened = [open_part(folder, part, manifest) for part in there]
+    try:
+        shard = Shard(view, [*(arrival.part for arrival in arrivals), *opened])
+        for part, piece, start, stop in shard.ranges():
+            if part.part.path in of_part:
+                yield of_part[part.part.path], piece.span.start + start, piece.span.start + stop
+    finally:
+        for each in opened:
+            each.close()
+
+
+def _publish(folder: Path, arrival: Arrival) -> bool:
+    """Bring a part to disk, and give it its name if all of it is there; whether it is."""
+    arrival.landing.sync()
+    path = folder / arrival.part.part.path
+    if not all(arrival.landing.state(len(arrival.blocks))):
+        return False
+    sparse = path.with_name(path.name + SPARSE)
+    # somebody who pulls another rank into this folder may have been first
+    with suppress(FileNotFoundError):
+        sparse.rename(path)
+    sparse.with_name(sparse.name + LANDED).unlink(missing_ok=True)
+    return True
+
+
+def _bring_side_file(store: Store, folder: Path, side: SideFile) -> None:
+    """Fetch a side file, unless the very one is here. Raises IntegrityError where the store's is not what it should be."""
+    path = folder / side.path
+    if (
+        path.is_file()
+        and path.stat().st_size == side.size
+        and manifests.digest_of(path.read_bytes()) == side.digest
+    ):
+        return
+    if side.size > MAX_SIDE_FILE:
+        raise ManifestError(
+            f"{quote(side.path)}: a side file of {side.size} bytes; expected at most {MAX_SIDE_FILE}"
+        )
+    raw = read(store, blob_key(side.digest), 0, side.size)
+    if manifests.digest_of(raw) != side.digest:
+        raise IntegrityError(
+            f"{quote(f'{store.uri}/{blob_key(side.digest)}')}: does not match its digest in the manifest "
+            f"({quote(side.path)}): the store's copy is damaged; push it again"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, raw)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a small file whole: a temporary name, fsync, rename."""
+    temporary = path.with_name(f"{MARKER}-{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"{quote(path)}: cannot be written: {error.strerror}") from None
+
+
+def choose_rank(
+    rank: int | None,
+    *,
+    everything: bool,
+    tensor_parallel_size: int | None,
+    pipeline_parallel_size: int | None,
+) -> int | None:
+    """The rank to pull for; None: everything. Without `rank` that of a worker's environment (torchrun's RANK).
+
+    Raises InputError where neither says, and where the environment has another number of workers than the grid.
+    """
+    grid = tensor_parallel_size, pipeline_parallel_size
+    if everything:
+        if rank is not None or grid != (None, None):
+            raise InputError("--all pulls for every grid; leave --rank, -tp, -pp and --stages out")
+        return None
+    if rank is None:
+        if grid == (None, None):
+            raise InputError("which share? say -tp, -pp and --rank of a worker, or --all for everything")
+        rank = environment.rank()
+        if rank is None:
+            raise InputError(
+                "which rank? say --rank, or run it where RANK is set (torchrun), or --all for everything"
+            )
+        size, given = (grid[0] or 1) * (grid[1] or 1), environment.world_size()
+        if given not in (None, size):
+            raise InputError(
+                f"the environment has WORLD_SIZE {given}, the grid {size} workers; give -tp and -pp that fit, or --rank"
+            )
+    return rank
