@@ -23,7 +23,8 @@ from .store import SCRATCH, Body, FileRange, Sink
 LEAST_RATE: Final = 8 * 2**10
 """Bytes a second; a connection that is slower for as long as its idle timeout is given up."""
 
-MOST_HEADERS: Final = 64 * 2**10
+LOOK_EVERY: Final = 0.25
+"""Seconds after which the kernel gives what has come of the bytes it was asked for."""
 
 
 class Broken(Exception):  # noqa: N818 - always tried again by the store
@@ -82,9 +83,10 @@ class Connection:
             raise Broken(f"{quote(address[0])}:{address[1]}: cannot be reached: {_said(error)}") from None
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is None:  # for receive and send, which use the socket in blocking mode
-            limit = struct.pack("ll", int(idle), int(idle % 1 * 1e6))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            self._socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(min(LOOK_EVERY, idle / 2))
+            )
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(idle))
         self._socket.settimeout(idle)
         self._http = http.client.HTTPConnection(*address)
         self._http.response_class = _Response
@@ -116,14 +118,20 @@ class Connection:
             if isinstance(body, FileRange):
                 self._send_file(body)
             else:
-                self._socket.sendall(body)
+                self._send_all(body)
         except (BrokenPipeError, ConnectionResetError):
             pass  # getresponse will find the answer, or the same error
+
+    def _send_all(self, data: bytes | memoryview) -> None:
+        """As sendall, whose timeout is for all of it, however much that is."""
+        view = memoryview(data)
+        while view:
+            view = view[self._socket.send(view[:SCRATCH]) :]
 
     def _send_file(self, body: FileRange) -> None:
         if self._tls is not None:
             for data in body.chunks():
-                self._socket.sendall(data)
+                self._send_all(data)
             return
         at = body.start
         self._socket.settimeout(None)
@@ -155,33 +163,38 @@ class Connection:
                 self._socket.settimeout(None)
             while sink.left:
                 room = sink.room()[:SCRATCH]
-                sink.landed(self._fill(room))
+                done, complaint = self._fill(room)
+                if done:
+                    sink.landed(done)
+                if complaint:
+                    raise Broken(complaint, version=version)
         except (OSError, http.client.HTTPException) as error:
             raise Broken(_said(error), version=version) from None
         self._socket.settimeout(self._idle_timeout)
         self._received = True
 
-    def _fill(self, room: memoryview) -> int:
-        """Receive until `room` is full or the connection has been too slow; at least one byte."""
+    def _fill(self, room: memoryview) -> tuple[int, str]:
+        """Receive until `room` is full: how many bytes have come, and, where they are not all, why."""
         flags = socket.MSG_WAITALL if self._tls is None else 0
-        began = time.monotonic()
+        began = last = time.monotonic()
         done = 0
         while done < len(room):
             try:
                 got = self._socket.recv_into(room[done:], 0, flags)
             except (BlockingIOError, TimeoutError):
                 got = -1
+            except OSError as error:
+                return done, _said(error)
             if got == 0:
-                if done:
-                    break  # the next call tells
-                raise ConnectionError("the connection ended before all bytes had come")
-            done += max(got, 0)
-            waited = time.monotonic() - began
-            if waited >= self._idle_timeout * 0.99 and done < LEAST_RATE * waited:
-                if done:
-                    break
-                raise TimeoutError(f"nothing came for {waited:.1f} s")
-        return done
+                return done, "the connection ended before all bytes had come"
+            now = time.monotonic()
+            if got > 0:
+                done, last = done + got, now
+            if now - last >= self._idle_timeout * 0.99:
+                return done, f"nothing came for {now - last:.1f} s"
+            if now - began >= self._idle_timeout and done < LEAST_RATE * (now - began):
+                return done, f"only {done} bytes came in {now - began:.1f} s"
+        return done, ""
 
     def reusable(self) -> bool:
         """Whether the last answer was read to its end and another request may follow."""
@@ -233,6 +246,10 @@ def _open(address: tuple[str, int], timeout: float) -> socket.socket:
         else:
             return sock
     raise failure
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
 
 
 def _said(error: BaseException) -> str:

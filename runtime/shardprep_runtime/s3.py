@@ -592,9 +592,10 @@ def check_range(store: S3Store, key: str, reply: Reply, start: int, stop: int, v
         whole = reply.status == 200 and start == 0 and length == str(stop)
         if not whole:
             kind = quote(reply.headers.get("content-type", "no type"))
-            raise StoreError(
-                f"{at}: bytes {start} to {stop} were asked for, the answer is {reply.status} without a range ({kind}); "
-                "the store or something in between knows no ranges, or is no store"
+            raise Transient(
+                f"bytes {start} to {stop} were asked for, the answer is {reply.status} without a range ({kind}): "
+                "the store or something in between knows no ranges, or is no store",
+                most=3,
             )
     elif (int(given[1]), int(given[2]) + 1) != (start, stop):
         if given[3] != "*" and int(given[3]) < stop:
