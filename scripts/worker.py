@@ -1,6 +1,6 @@
-"""One worker of the demo: load a shard, report what it cost, and the digest of every tensor. Imports no torch.
+"""One worker of the demo: start from the store, report what it cost, and the digest of every tensor. No torch.
 
-Run as: worker.py SHARD_SET RANK TP PP STAGES(json) VERIFY; prints one JSON object.
+Run as: worker.py STORE RANK TP PP STAGES(json) VERIFY CACHE; prints one JSON object.
 """
 
 from __future__ import annotations
@@ -22,23 +22,22 @@ def status(path: str, key: str) -> int | None:
         return None
 
 
-def main(shard_set: str, rank: str, tp: str, pp: str, stages: str, verify: str) -> None:
-    disk, anonymous = status("/proc/self/io", "read_bytes:"), status("/proc/self/status", "RssAnon:")
+def main(store: str, rank: str, tp: str, pp: str, stages: str, verify: str, cache: str) -> None:
+    anonymous = status("/proc/self/status", "RssAnon:")
     started = time.perf_counter()
     shard = shardprep_runtime.load(
-        shard_set,
+        store,
         rank=int(rank),
         tensor_parallel_size=int(tp),
         pipeline_parallel_size=int(pp),
         stages=json.loads(stages),
         verify=verify,  # type: ignore[arg-type]
+        cache=cache,
     )
+    shard.wait()
     milliseconds = (time.perf_counter() - started) * 1e3
     digests = {name: hashlib.sha256(shard.memory(name)).hexdigest() for name in shard}
-    disk_after, anonymous_after = (
-        status("/proc/self/io", "read_bytes:"),
-        status("/proc/self/status", "RssAnon:"),
-    )
+    anonymous_after = status("/proc/self/status", "RssAnon:")
     assert "torch" not in sys.modules
     report = {
         "rank": int(rank),
@@ -49,7 +48,7 @@ def main(shard_set: str, rank: str, tp: str, pp: str, stages: str, verify: str) 
         "bytes_kept": shard.nbytes,
         "bytes_needed": shard.bytes_read,
         "bytes_mapped": shard.bytes_mapped,
-        "disk_bytes": None if disk is None or disk_after is None else disk_after - disk,
+        "bytes_fetched": shard.bytes_fetched,
         "anonymous_kib": None
         if anonymous is None or anonymous_after is None
         else anonymous_after - anonymous,
