@@ -25,6 +25,8 @@ ABSENT: Final = 0
 LANDED: Final = 1
 """There, and nobody has compared it with its digest."""
 VERIFIED: Final = 2
+GIVEN: Final = 3
+"""Was there, in memory that was given back once a joined copy had taken its place."""
 
 MAGIC: Final = b"shardprep landed 1\n".ljust(32, b"\0")
 HEAD: Final = len(MAGIC) + 32 + 64
@@ -33,19 +35,16 @@ HEAD: Final = len(MAGIC) + 32 + 64
 HEADER: Final = 0
 """The number of the part's header in its map; its blocks follow, in the order of their bytes."""
 
-POPULATE_WRITE: Final = 23
-"""madvise: give a range its pages at once (Linux 5.14); the mmap module has no name for it."""
-
 
 class Landing:
     """One part that is arriving, in memory of this process or in a file that several processes fill."""
 
-    def __init__(self, part: Part, data: int, chart: int, *, in_memory: bool) -> None:
-        """Takes the descriptors of the data and of the map over."""
+    def __init__(
+        self, part: Part, data: int, chart: int, *, in_memory: bool, buffer: memoryview | None = None
+    ) -> None:
+        """Takes the descriptors of the data and of the map over. With `buffer`, blocks land there and not in the data."""
         self.part, self.data, self.chart, self.in_memory = part, data, chart, in_memory
-        self._shared: mmap.mmap | None = None
-        if in_memory:
-            self._shared = mmap.mmap(data, part.size)
+        self.buffer = buffer
 
     # ----------------------------------------------------------------------------------------------------- the map
     def state(self, count: int) -> bytearray:
@@ -86,28 +85,26 @@ class Landing:
                 f"{quote(self.part.path)}: {stop - start:,} bytes cannot be set aside: {error.strerror}"
             ) from None
 
+    def set_aside(self, landed: int) -> int:
+        """Bytes that the file system keeps ready for what is still to come, `landed` being there."""
+        return max(0, os.fstat(self.data).st_blocks * 512 - landed)
+
     def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write bytes of the part."""
+        """Write bytes of the part. Raises WriteError."""
         view = memoryview(data)
         while view:
-            done = os.pwrite(self.data, view, offset)
+            try:
+                done = os.pwrite(self.data, view, offset)
+            except OSError as error:
+                raise WriteError(f"{quote(self.part.path)}: cannot be written: {error.strerror}") from None
             view, offset = view[done:], offset + done
-
-    def memory(self, start: int, stop: int) -> memoryview | None:
-        """The memory of bytes [start, stop), with its pages given; None where they lie in a file."""
-        if self._shared is None:
-            return None
-        first = start - start % mmap.PAGESIZE
-        with suppress(OSError):
-            self._shared.madvise(POPULATE_WRITE, first, stop - first)
-        return memoryview(self._shared)[start:stop]
 
     def forget(self, start: int, stop: int) -> None:
         """Give the memory of whole pages within [start, stop) back; their bytes are zeros from now on."""
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._shared is not None and first < last:
-            with suppress(OSError):
-                self._shared.madvise(mmap.MADV_REMOVE, first, last - first)
+        if self.in_memory and first < last:
+            with suppress(OSError), mmap.mmap(self.data, last - first, offset=first) as pages:
+                pages.madvise(mmap.MADV_REMOVE)
 
     def sync(self) -> None:
         """Bring data and map to disk, the data first."""
@@ -130,6 +127,13 @@ def land_in_memory(part: Part) -> Landing:
         raise
     os.pwrite(chart, _head(part), 0)
     return Landing(part, data, chart, in_memory=True)
+
+
+def land_in_buffer(part: Part, buffer: memoryview) -> Landing:
+    """A part whose blocks arrive in place in `buffer`, as large as the part: memory that is pinned for a device, say."""
+    found = land_in_memory(part)
+    found.buffer = buffer
+    return found
 
 
 def land_in_file(part: Part, path: Path, *, trust: bool) -> Landing:
@@ -218,8 +222,6 @@ class LandingSink:
         self._landing, self._blocks, self._first, self._verify = landing, blocks, first, verify
         self._scratch, self._landed, self._stopped = scratch, landed, stopped
         self._at, self._stop = blocks[0].start, blocks[-1].stop
-        self._memory = landing.memory(self._at, self._stop)
-        self._start = self._at
         self._block = 0
         self.bad: list[int] = []
         """Numbers of blocks that came with other bytes than they should have."""
@@ -236,14 +238,14 @@ class LandingSink:
         return self._stop - self._at
 
     def room(self) -> memoryview:
-        if self._memory is not None:
-            return self._memory[self._at - self._start :]
-        return self._scratch[: self.left]
+        # fresh memory is cheaper to write to than to receive into: the kernel need not clear its pages first
+        into = self._landing.buffer
+        return self._scratch[: self.left] if into is None else into[self._at : self._stop]
 
     def landed(self, count: int) -> None:
         self._stopped()
         data = self.room()[:count]
-        if self._memory is None:
+        if self._landing.buffer is None:
             self._landing.write(data, self._at)
         while data:
             block = self._blocks[self._block]
