@@ -9,12 +9,13 @@ from math import prod
 from pathlib import Path
 
 from shardprep_runtime.errors import InputError, quote
+from shardprep_runtime.store import Access
 
 from .conduct import Conduct
 from .index import Index, LeftOut
 from .plan import Plan, check_cast, plan_convert, settle_aliases
 from .side_files import copy_side_files
-from .source import read_checkpoint
+from .source import open_source, read_checkpoint
 from .staging import Staging
 from .write import carry_out, fingerprint, planned_size
 
@@ -37,30 +38,32 @@ class ConvertReport:
 
 
 def convert(
-    source: Path,
+    source: Path | str,
     destination: Path,
     *,
     max_part_bytes: int = DEFAULT_PART_BYTES,
     dtype: str | None = None,
     include_code: bool = False,
+    access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> ConvertReport:
-    """Convert the checkpoint at `source` into `destination`, a new or empty folder.
+    """Convert the checkpoint at `source`, a path or a URI, into `destination`, a new or empty folder.
 
     dtype          one of F64, F32, F16, BF16: cast every floating-point tensor of these kinds; None: keep
     Raises InputError before anything is written; WriteError, IntegrityError or SourceError later, in which case
     nothing stands under a final name and the same call resumes.
     """
-    index = settle_aliases(read_checkpoint(source, include_code=include_code))
-    if index.kind == "shard set":
-        raise InputError(f"{quote(source)}: a shard set; `shardprep export` restores the checkpoint")
-    plan = plan_convert(
-        index,
-        max_part_bytes=max_part_bytes,
-        dtype=check_cast(dtype) if dtype else None,
-        aliases=index.aliases,
-    )
-    write_checkpoint(plan, index, destination, dtype=dtype, conduct=conduct or Conduct())
+    with open_source(source, access) as opened:
+        index = settle_aliases(read_checkpoint(opened, include_code=include_code))
+        if index.kind == "shard set":
+            raise InputError(f"{quote(source)}: a shard set; `shardprep export` restores the checkpoint")
+        plan = plan_convert(
+            index,
+            max_part_bytes=max_part_bytes,
+            dtype=check_cast(dtype) if dtype else None,
+            aliases=index.aliases,
+        )
+        write_checkpoint(plan, index, destination, dtype=dtype, conduct=conduct or Conduct())
     return report(plan, index, destination)
 
 

@@ -11,6 +11,7 @@ from shardprep_runtime.manifest import Manifest
 
 from .conduct import Conduct
 from .convert import DEFAULT_PART_BYTES, ConvertReport, report, write_checkpoint
+from .files import LocalFolder
 from .plan import Move, Plan, PlannedPart, PlannedPiece, plan_convert
 from .side_files import check_side_file
 from .source import locate_pieces, open_parts, read_shard_set
@@ -40,7 +41,7 @@ def export(
     """
     index, manifest = read_shard_set(source)
     for side in manifest.side_files:
-        check_side_file(source, side)
+        check_side_file(index.folder, side)
     plan = plan_convert(index, max_part_bytes=max_part_bytes, aliases=index.aliases)
     conduct = conduct or Conduct()
     blocks = 0
@@ -58,7 +59,7 @@ def export(
 
 def _prove(source: Path, manifest: Manifest, folder: Path, files: list[str], *, workers: int | None) -> int:
     """Compare the digests of the written files with those of the parts; the number of blocks compared."""
-    written = read_weights(folder, "safetensors", files)
+    written = read_weights(LocalFolder(folder), "safetensors", files)
     pieces = [
         PlannedPiece(name, entry.form, piece, 0, 0)
         for name, entry in manifest.tensors.items()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from shardprep_runtime.dtypes import nbytes
+
+from .files import Folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ class SourceFile:
     path: str
     """Relative to the checkpoint's folder."""
     size: int
-    mtime_ns: int
+    version: str
+    """Differs once the file is another: when it was changed, or an ETag."""
     digest: str
     """`sha256:...` of what describes the data: a safetensors header, or the pickle and the directory of a zip
     (which holds the crc32 of every record)."""
@@ -85,7 +87,7 @@ class LeftOut:
 class Index:
     """What a checkpoint holds."""
 
-    root: Path
+    folder: Folder
     kind: str
     """`torch`, `safetensors` or `shard set`."""
     tensors: Mapping[str, Tensor]

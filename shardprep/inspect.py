@@ -10,17 +10,18 @@ from pathlib import Path
 
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.manifest import Part
+from shardprep_runtime.store import Access
 
 from .index import LeftOut, SourceFile, Tensor
 from .plan import natural
-from .source import read_checkpoint
+from .source import open_source, read_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """What lies at a path."""
 
-    path: Path
+    path: Path | str
     kind: str
     model_type: str | None
     tensors: tuple[Tensor, ...]
@@ -52,9 +53,10 @@ class Inspection:
 OUTSIDE = "outside the layers"
 
 
-def inspect(path: Path) -> Inspection:
-    """What lies at `path`. Raises InputError where it is not sound."""
-    index = read_checkpoint(path)
+def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
+    """What lies at `path`, a path or a URI. Raises InputError where it is not sound."""
+    with open_source(path, access, data=False) as source:
+        index = read_checkpoint(source)
     manifest = manifests.read(path) if index.kind == "shard set" else None
     tensors = tuple(sorted(index.tensors.values(), key=lambda tensor: natural(tensor.name)))
     model_type = index.config.get("model_type")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import mmap
-import os
-import stat
 import threading
 from math import prod
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isal.isal_zlib import crc32
 
 from shardprep_runtime import dtypes
-from shardprep_runtime.errors import FormatError, IntegrityError, SourceError, quote
+from shardprep_runtime.errors import IntegrityError, SourceError
 
-from .index import Extent, Index, Record, SourceFile, Tensor
+from .files import File
+from .index import Extent, Index, Record, Tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,25 +23,13 @@ CHUNK = 256 * 2**10
 """Bytes that are in flight per thread: small enough to stay in a core's own cache between read, digest and write."""
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor of a regular file. Raises FormatError for anything else; a FIFO does not hang it."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise FormatError(f"{quote(path)}: cannot be opened: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FormatError(f"{quote(path)}: not a regular file")
-    return fd
-
-
 class Sources:
     """The open files of a checkpoint, each proved to be the one that was indexed. Safe to use from several threads."""
 
     def __init__(self, index: Index) -> None:
-        self.root = index.root
-        self._files = {file.path: file for file in index.files}
-        self._fds: dict[str, int] = {}
+        self._folder = index.folder
+        self._indexed = {file.path: file for file in index.files}
+        self._open: dict[str, File] = {}
         self._checked: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
 
@@ -53,69 +39,61 @@ class Sources:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
+        for file in self._open.values():
+            file.close()
 
-    def fd(self, path: str) -> int:
-        """The descriptor of a source file. Raises SourceError where the file is no longer the one indexed."""
+    def file(self, path: str) -> File:
+        """A source file, opened once. Raises SourceError where it is no longer the one indexed."""
         with self._lock:
-            if path not in self._fds:
-                fd = open_regular(self.root / path)
-                self._fds[path] = fd
-                self._same(self._files[path], fd)
-            return self._fds[path]
+            if path not in self._open:
+                file, indexed = self._folder.open(path), self._indexed[path]
+                self._open[path] = file
+                if (file.size, file.version) != (indexed.size, indexed.version):
+                    raise _changed(file)
+            return self._open[path]
 
     def check_unchanged(self) -> None:
         """Raises SourceError where a file that was read has changed since it was indexed."""
-        for path, fd in self._fds.items():
-            self._same(self._files[path], fd)
+        for file in self._open.values():
+            if not file.is_unchanged():
+                raise _changed(file)
 
-    def _same(self, file: SourceFile, fd: int) -> None:
-        found = os.fstat(fd)
-        if (found.st_size, found.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise SourceError(
-                f"{quote(self.root / file.path)}: the file changed while it was read; "
-                "what was written from it is not used; run again"
-            )
-
-    def read_into(self, path: str, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer` with the bytes from `offset` on."""
-        fd = self.fd(path)
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise SourceError(f"{quote(self.root / path)}: cannot be read: {error.strerror}") from None
-            if got == 0:
-                raise self.ended(path, offset + done)
-            done += got
-
-    def ended(self, path: str, at: int) -> SourceError:
-        """The error of a file that ends at byte `at`, before what was indexed does."""
-        return SourceError(f"{quote(self.root / path)}: ends at byte {at}; it changed while it was read")
+    def claim(self, path: str, record: Record) -> bool:
+        """Whether the caller is the first that wants a record checked, and so has to do it."""
+        with self._lock:
+            if (path, record.start) in self._checked:
+                return False
+            self._checked.add((path, record.start))
+            return True
 
     def check_record(self, path: str, record: Record) -> None:
         """Read a record once and compare its crc32; a record that was checked is not read again."""
-        with self._lock:
-            if (path, record.start) in self._checked:
-                return
-            self._checked.add((path, record.start))
+        if not self.claim(path, record):
+            return
+        file = self.file(path)
+        ahead = file.stretch(record.start, record.stop)
         buffer = memoryview(bytearray(min(CHUNK, record.stop - record.start)))
         found = 0
         for at in range(record.start, record.stop, CHUNK):
             chunk = buffer[: min(CHUNK, record.stop - at)]
-            self.read_into(path, chunk, at)
+            ahead.read_into(chunk, at)
             found = crc32(chunk, found)
-        self.compare(path, record, found)
+        compare(file, record, found)
 
-    def compare(self, path: str, record: Record, found: int) -> None:
-        """Raises IntegrityError where a record's crc32 is not the one that the zip's directory states."""
-        if found != record.crc32:
-            raise IntegrityError(
-                f"{quote(self.root / path)}: bytes {record.start} to {record.stop} have crc32 {found:08x}, the zip's "
-                f"directory says {record.crc32:08x}: the file is damaged (or was saved with crc32 switched off)"
-            )
+
+def compare(file: File, record: Record, found: int) -> None:
+    """Raises IntegrityError where a record's crc32 is not the one that the zip's directory states."""
+    if found != record.crc32:
+        raise IntegrityError(
+            f"{file.where}: bytes {record.start} to {record.stop} have crc32 {found:08x}, the zip's "
+            f"directory says {record.crc32:08x}: the file is damaged (or was saved with crc32 switched off)"
+        )
+
+
+def _changed(file: File) -> SourceError:
+    return SourceError(
+        f"{file.where}: the file changed while it was read; what was written from it is not used; run again"
+    )
 
 
 class Reader(Protocol):
@@ -130,14 +108,14 @@ class PlainReader:
 
     def __init__(self, sources: Sources, tensor: Tensor) -> None:
         extent = tensor.extents[0]
-        self.sources, self.path, self.offset, self.size = sources, extent.file, extent.offset, tensor.nbytes
+        self.file, self.offset, self.size = sources.file(extent.file), extent.offset, tensor.nbytes
         record = extent.record
         self.record = record
         if record is not None and (record.start, record.stop) != (self.offset, self.offset + self.size):
-            sources.check_record(
-                self.path, record
-            )  # a view of a larger storage: its bytes alone cannot be summed
+            # a view of a larger storage: its bytes alone cannot be summed
+            sources.check_record(extent.file, record)
             self.record = None
+        self.ahead = self.file.stretch(self.offset, self.offset + self.size)
         self.crc = 0
         self.buffer = memoryview(bytearray(min(self.size, CHUNK)))
 
@@ -145,7 +123,7 @@ class PlainReader:
         if stop - start > len(self.buffer):
             self.buffer = memoryview(bytearray(stop - start))
         chunk = self.buffer[: stop - start]
-        self.sources.read_into(self.path, chunk, self.offset + start)
+        self.ahead.read_into(chunk, self.offset + start)
         if self.record is not None:
             self.crc = crc32(chunk, self.crc)
         return chunk
@@ -153,14 +131,15 @@ class PlainReader:
     def finish(self) -> None:
         """Call once all bytes were read in order."""
         if self.record is not None:
-            self.sources.compare(self.path, self.record, self.crc)
+            compare(self.file, self.record, self.crc)
 
 
 class JoinedReader:
     """A tensor that lies in several packed blocks along one dim: one of a shard set."""
 
     def __init__(self, sources: Sources, tensor: Tensor) -> None:
-        self.sources, self.extents = sources, tensor.extents
+        self.extents = tensor.extents
+        self.files = [sources.file(extent.file) for extent in tensor.extents]
         inner = dtypes.nbytes(tensor.dtype, tensor.shape[tensor.dim + 1 :])
         self.row = inner * tensor.shape[tensor.dim]
         self.bounds = [(e.start * inner, (e.stop or 0) * inner) for e in self.extents]
@@ -182,19 +161,18 @@ class JoinedReader:
         out = memoryview(bytearray(stop - start))
         for row in range(start // self.row, -(-stop // self.row)):
             base = row * self.row - start  # where the row begins in `out`
-            for extent, (low, high) in zip(self.extents, self.bounds, strict=True):
+            for extent, file, (low, high) in zip(self.extents, self.files, self.bounds, strict=True):
                 a, b = max(low, -base), min(high, len(out) - base)
                 if a < b:
                     at = extent.offset + row * (high - low) + a - low
-                    self.sources.read_into(extent.file, out[base + a : base + b], at)
+                    file.read_into(out[base + a : base + b], at)
         return out
 
     def _column(self, number: int, first: int, last: int) -> memoryview:
         """Rows [first, last) of one block."""
         low, high = self.bounds[number]
         column = memoryview(bytearray((last - first) * (high - low)))
-        extent = self.extents[number]
-        self.sources.read_into(extent.file, column, extent.offset + first * (high - low))
+        self.files[number].read_into(column, self.extents[number].offset + first * (high - low))
         return column
 
 
@@ -205,15 +183,13 @@ class GatheredReader:
         import numpy as np
 
         extent = tensor.extents[0]
-        if extent.record is not None:
-            sources.check_record(extent.file, extent.record)
         self.itemsize = dtypes.BITS[tensor.dtype] // 8
         self.target_size = dtypes.BITS[dtype] // 8
         self.cast = (tensor.dtype, dtype) if tensor.dtype != dtype else None
         self.swap = extent.big_endian
         # complex64 is a pair of float32, each swapped by itself
         self.word = np.dtype(f"u{4 if tensor.dtype == 'C64' else self.itemsize}")
-        self.flat = _elements(sources.fd(extent.file), extent, tensor, self.itemsize).flat
+        self.flat = _elements(sources, extent, tensor, self.itemsize).flat
 
     def read(self, start: int, stop: int) -> memoryview:
         found: np.ndarray[Any, Any] = self.flat[start // self.target_size : stop // self.target_size]
@@ -228,21 +204,38 @@ class GatheredReader:
         return memoryview(found.view("u1"))  # type: ignore[arg-type]
 
 
-def _elements(fd: int, extent: Extent, tensor: Tensor, itemsize: int) -> np.ndarray[Any, Any]:
-    """The tensor's elements as unsigned integers of their width, strided over a mapping of the file."""
+def _elements(sources: Sources, extent: Extent, tensor: Tensor, itemsize: int) -> np.ndarray[Any, Any]:
+    """The tensor's elements as unsigned integers of their width, strided over the bytes of the file."""
     import numpy as np
 
     strides = extent.strides
     if strides is None:
         strides = tuple(prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
     reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
-    base = extent.offset - extent.offset % mmap.ALLOCATIONGRANULARITY
-    length = extent.offset + reach * itemsize - base
-    mapping = mmap.mmap(fd, length, prot=mmap.PROT_READ, offset=base)
+    mapping, base = _mapped(sources, extent, extent.offset + reach * itemsize)
     flat = np.frombuffer(mapping, f"u{itemsize}", count=reach, offset=extent.offset - base)
     return np.lib.stride_tricks.as_strided(
         flat, tensor.shape, tuple(stride * itemsize for stride in strides), writeable=False
     )
+
+
+def _mapped(sources: Sources, extent: Extent, stop: int) -> tuple[mmap.mmap, int]:
+    """Memory that holds an extent up to byte `stop`, its record checked, and the byte at which it begins."""
+    file, record = sources.file(extent.file), extent.record
+    if file.fd is not None:
+        if record is not None:
+            sources.check_record(extent.file, record)
+        base = extent.offset - extent.offset % mmap.ALLOCATIONGRANULARITY
+        return mmap.mmap(file.fd, stop - base, prot=mmap.PROT_READ, offset=base), base
+    # far away: one request brings what is gathered, and the first time all that its checksum covers
+    first = record is not None and sources.claim(extent.file, record)
+    base, stop = (record.start, record.stop) if record is not None and first else (extent.offset, stop)
+    memory = mmap.mmap(-1, stop - base)
+    with memoryview(memory) as into:
+        file.read_into(into, base)
+        if record is not None and first:
+            compare(file, record, crc32(into))
+    return memory, base
 
 
 def numpy_dtype(dtype: str) -> np.dtype[Any]:

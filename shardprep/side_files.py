@@ -7,22 +7,23 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from shardprep_runtime.dtypes import TORCH
-from shardprep_runtime.errors import IntegrityError, quote
+from shardprep_runtime.errors import IntegrityError
 from shardprep_runtime.manifest import SideFile
 
+from .files import File, Folder
 from .index import Index
 from .plan import CASTABLE, target_dtype
-from .read import open_regular
-from .staging import Staging
+from .staging import Destination, Written
 from .write import write_all
 
 CONFIG = "config.json"
 
 
-def copy_side_files(index: Index, staging: Staging, *, dtype: str | None, name_dtype: bool) -> list[SideFile]:
+def copy_side_files(
+    index: Index, staging: Destination, *, dtype: str | None, name_dtype: bool
+) -> list[SideFile]:
     """Copy them into `staging` and give their digests.
 
     config.json is rewritten only where it would be wrong: when tensors are cast to `dtype`, or when it names no
@@ -39,37 +40,43 @@ def copy_side_files(index: Index, staging: Staging, *, dtype: str | None, name_d
     return found
 
 
-def _copy(index: Index, name: str, staging: Staging) -> SideFile:
+def _copy(index: Index, name: str, staging: Destination) -> SideFile:
     digest, size = hashlib.sha256(), 0
     fd = staging.create(name)
     try:
-        for chunk in read_chunks(open_regular(index.root / name)):
-            write_all(fd, chunk, size)
-            digest.update(chunk)
-            size += len(chunk)
+        with index.folder.open(name) as file:
+            for chunk in read_chunks(file):
+                write_all(fd, chunk, size)
+                digest.update(chunk)
+                size += len(chunk)
     except BaseException:
         os.close(fd)
         raise
-    staging.finish(name, fd)
-    return SideFile(name, size, f"sha256:{digest.hexdigest()}")
+    written = Written(size, size, f"sha256:{digest.hexdigest()}")
+    staging.finish(name, fd, written)
+    return SideFile(name, size, written.digest)
 
 
-def check_side_file(folder: Path, side: SideFile) -> None:
+def check_side_file(folder: Folder, side: SideFile) -> None:
     """Raises IntegrityError where a shard set's side file is not the one that its manifest names."""
     digest = hashlib.sha256()
-    for chunk in read_chunks(open_regular(folder / side.path)):
-        digest.update(chunk)
+    with folder.open(side.path) as file:
+        for chunk in read_chunks(file):
+            digest.update(chunk)
     if f"sha256:{digest.hexdigest()}" != side.digest:
         raise IntegrityError(
-            f"{quote(folder / side.path)}: does not match its digest in the manifest; it was changed"
+            f"{folder.where(side.path)}: does not match its digest in the manifest; it was changed"
         )
 
 
-def read_chunks(fd: int) -> Iterator[bytes]:
-    """The bytes of a file, a MiB at a time. Closes `fd`."""
-    with open(fd, "rb") as stream:
-        while chunk := stream.read(2**20):
-            yield chunk
+def read_chunks(file: File) -> Iterator[memoryview]:
+    """The bytes of a file, a MiB at a time, each valid until the next."""
+    ahead = file.stretch(0, file.size)
+    buffer = memoryview(bytearray(min(2**20, file.size)))
+    for at in range(0, file.size, 2**20):
+        chunk = buffer[: file.size - at]
+        ahead.read_into(chunk, at)
+        yield chunk
 
 
 def _named(index: Index) -> bool:

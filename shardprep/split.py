@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +12,18 @@ from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.grid import Stages, check_stages, even_stages
 from shardprep_runtime.manifest import Entry, Form, Manifest, Part, SideFile
+from shardprep_runtime.remote import DEFAULT_REVISION, check_revision
+from shardprep_runtime.store import Access, is_uri
 
 from .conduct import Conduct
 from .index import Index, LeftOut
 from .layout import ModelLayout, derive_layout
 from .plan import Plan, plan_split, settle_aliases
+from .publish import StoreStaging
 from .side_files import copy_side_files
-from .source import read_checkpoint
-from .staging import Staging
-from .write import Written, carry_out, fingerprint, planned_size
+from .source import Source, open_source, read_checkpoint
+from .staging import Destination, Staging, Written
+from .write import carry_out, fingerprint, planned_size
 
 DEFAULT_PART_BYTES = 2**30
 
@@ -28,7 +32,8 @@ DEFAULT_PART_BYTES = 2**30
 class SplitReport:
     """What split did, or would do."""
 
-    destination: Path
+    destination: Path | str
+    """A folder, or the URI of a store."""
     model_type: str
     layers: int
     grain: int
@@ -51,8 +56,8 @@ class SplitReport:
 
 
 def split(
-    source: Path,
-    destination: Path,
+    source: Path | str,
+    destination: Path | str,
     *,
     tensor_parallel_size: int,
     pipeline_parallel_size: int | None = None,
@@ -61,47 +66,83 @@ def split(
     block_bytes: int = manifests.MAX_BLOCK_BYTES,
     include_code: bool = False,
     dry_run: bool = False,
+    revision: str | None = None,
+    scratch: Path | None = None,
+    access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> SplitReport:
-    """Cut the checkpoint at `source`, pickle or safetensors, at the grain `tensor_parallel_size`.
+    """Cut the checkpoint at `source`, a path or a URI, pickle or safetensors, at the grain `tensor_parallel_size`.
 
     stages         layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well
     dry_run        plan and check everything, write nothing
+    revision       the name under which a store publishes the set, `main` if None; `destination` must be a URI
+    scratch        where parts lie on their way to a store, the system's folder for temporary files if None
+    Into a folder, which must be new or empty, or, at a URI, into a store without a full copy on this machine.
     Every source byte is read once. Raises InputError before anything is written; WriteError, IntegrityError or
     SourceError later, in which case nothing stands under a final name and the same call resumes.
     """
-    index = settle_aliases(read_checkpoint(source, include_code=include_code))
-    if index.kind == "shard set":
-        raise InputError(f"{quote(source)}: a shard set already; it serves every size that divides its grain")
-    if not index.config:
-        raise InputError(
-            f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
-        )
-    layout = derive_layout(index.config, {name: tensor.shape for name, tensor in index.tensors.items()})
-    chosen = _stages(layout, pipeline_parallel_size, stages)
-    plan = plan_split(
-        index,
-        layout,
-        grain=tensor_parallel_size,
-        stages=chosen,
-        max_part_bytes=max_part_bytes,
-        block_bytes=block_bytes,
-    )
-    if dry_run:
-        return _report(plan, index, layout, destination, tensor_parallel_size, chosen, None)
-    conduct = conduct or Conduct()
-    files = [*(part.path for part in plan.parts), *index.side_files, manifests.FILE_NAME]
-    with Staging(destination, fingerprint(plan, index), files, warn=conduct.warn) as staging:
-        side_files = copy_side_files(index, staging, dtype=None, name_dtype=True)
-        written = carry_out(plan, index, staging, conduct)
-        raw = manifests.dump(
-            _manifest(
-                plan, index, layout, written, side_files, source, grain=tensor_parallel_size, stages=chosen
+    with open_source(source, access) as opened:
+        index = settle_aliases(read_checkpoint(opened, include_code=include_code))
+        if index.kind == "shard set":
+            raise InputError(
+                f"{quote(source)}: a shard set already; it serves every size that divides its grain"
             )
+        if not index.config:
+            raise InputError(
+                f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
+            )
+        layout = derive_layout(index.config, {name: tensor.shape for name, tensor in index.tensors.items()})
+        chosen = _stages(layout, pipeline_parallel_size, stages)
+        plan = plan_split(
+            index,
+            layout,
+            grain=tensor_parallel_size,
+            stages=chosen,
+            max_part_bytes=max_part_bytes,
+            block_bytes=block_bytes,
         )
-        manifests.parse(raw)  # what no reader would take must not be published
-        staging.write(manifests.FILE_NAME, raw)
-        staging.publish()
+        remote = is_uri(destination)
+        if remote:
+            check_revision(revision or DEFAULT_REVISION)
+        elif revision is not None or scratch is not None:
+            raise InputError(
+                f"{quote(destination)}: a folder has neither revisions nor scratch space; they are for a store at a URI"
+            )
+        if dry_run:
+            return _report(plan, index, layout, destination, tensor_parallel_size, chosen, None)
+        conduct = conduct or Conduct()
+        files = [*(part.path for part in plan.parts), *index.side_files, manifests.FILE_NAME]
+        begun: AbstractContextManager[Destination, None]
+        if remote:
+            begun = into = StoreStaging(
+                str(destination),
+                plan,
+                fingerprint(plan, index),
+                revision=revision or DEFAULT_REVISION,
+                scratch=scratch,
+                access=access,
+                conduct=conduct,
+            )
+            conduct = into.mover
+        else:
+            begun = Staging(Path(destination), fingerprint(plan, index), files, warn=conduct.warn)
+        with begun as staging:
+            side_files = copy_side_files(index, staging, dtype=None, name_dtype=True)
+            written = carry_out(plan, index, staging, conduct)
+            raw = manifests.dump(
+                _manifest(
+                    plan,
+                    index,
+                    layout,
+                    written,
+                    side_files,
+                    opened,
+                    grain=tensor_parallel_size,
+                    stages=chosen,
+                )
+            )
+            manifests.parse(raw)  # what no reader would take must not be published
+            staging.complete(manifests.FILE_NAME, raw)
     digest = manifests.digest_of(raw)
     return _report(plan, index, layout, destination, tensor_parallel_size, chosen, digest)
 
@@ -126,7 +167,7 @@ def _manifest(
     layout: ModelLayout,
     written: Sequence[Written],
     side_files: Sequence[SideFile],
-    source: Path,
+    source: Source,
     *,
     grain: int,
     stages: Stages | None,
@@ -147,8 +188,8 @@ def _manifest(
             "model_type": layout.model_type,
             "config_digest": config[0] if config else None,
             "source": {
-                "uri": source.resolve().name,  # its last word: where it lay is nobody else's business
-                "revision": None,
+                "uri": source.uri,
+                "revision": source.revision,
                 "kind": index.kind,
                 "files": [{"path": f.path, "size": f.size, "index_digest": f.digest} for f in index.files],
             },
@@ -175,7 +216,7 @@ def _report(
     plan: Plan,
     index: Index,
     layout: ModelLayout,
-    destination: Path,
+    destination: Path | str,
     grain: int,
     stages: Stages | None,
     digest: str | None,

@@ -13,16 +13,66 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Protocol
 
-from shardprep_runtime.errors import InputError, IntegrityError, SourceError, WriteError, quote
+from shardprep_runtime.errors import (
+    InputError,
+    IntegrityError,
+    ProblemError,
+    SourceError,
+    WriteError,
+    quote,
+)
+from shardprep_runtime.header import read_header
+from shardprep_runtime.manifest import digest_of
+
+from .files import open_regular
+from .plan import PlannedPart
 
 FOLDER: Final = ".shardprep-partial"
 JOURNAL: Final = ".journal.json"  # with a dot: no side file of a checkpoint has such a name
 LOCK: Final = ".lock"
 UNFINISHED: Final = ".unfinished"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished file, as a manifest names it."""
+
+    size: int
+    header_size: int
+    """Bytes that `digest` is of: the header of a part, all of a side file."""
+    digest: str
+    """`sha256:...`"""
+
+
+class Destination(Protocol):
+    """Where files are written one by one, and stand for nothing before the one that makes them complete is there."""
+
+    @property
+    def where(self) -> str:
+        """How a message names it."""
+
+    def check_room(self, needed: int) -> None:
+        """Raises WriteError where bytes that are still to be written do not fit."""
+
+    def finished(self, part: PlannedPart) -> Written | None:
+        """What an earlier run has finished of the parts, so that it need not be written again."""
+
+    def create(self, name: str) -> int:
+        """A descriptor for writing a file that nobody takes for finished. May wait until there is room."""
+
+    def finish(self, name: str, fd: int, written: Written) -> None:
+        """Take over a file that is whole, and close `fd` sooner or later."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file at once."""
+
+    def complete(self, name: str, data: bytes) -> None:
+        """Write the file that makes the others complete, once all of them are there for good."""
 
 
 class Staging:
@@ -33,6 +83,7 @@ class Staging:
     ) -> None:
         """`fingerprint` stands for all that decides the bytes of `files`, the final names in the order of renaming."""
         self.destination = destination
+        self.where = quote(destination)
         self.folder = destination / FOLDER
         self.fingerprint = fingerprint
         self.files = tuple(files)
@@ -120,12 +171,31 @@ class Staging:
                 entry.unlink()
         self.write(JOURNAL, json.dumps({"fingerprint": self.fingerprint, "files": self.files}).encode())
 
-    def finished(self, name: str) -> Path | None:
-        """Where the file lies if an earlier run has finished it."""
-        for path in (self.folder / name, self.destination / name):
+    def check_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.destination).free
+        if needed > free:
+            raise WriteError(
+                f"{self.where}: {needed:,} bytes are needed, {free:,} are free; make room or write elsewhere"
+            )
+
+    def finished(self, part: PlannedPart) -> Written | None:
+        """What an earlier run wrote. Its header is there only if the data are: it was renamed after an fsync."""
+        for path in (self.folder / part.path, self.destination / part.path):
             if path.is_file():
-                return path
+                return self._examine(part, path)
         return None
+
+    def _examine(self, part: PlannedPart, path: Path) -> Written:
+        fd = open_regular(path)
+        try:
+            raw, header = read_header(fd, where=quote(path))
+            size = os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+        planned = {piece.name: (piece.form.dtype, piece.shape) for piece in part.pieces}
+        if {name: (span.dtype, span.shape) for name, span in header.tensors.items()} != planned:
+            raise ProblemError(f"{quote(path)}: not what was to be written; remove {quote(self.folder)}")
+        return Written(size, len(raw), digest_of(raw))
 
     def create(self, name: str) -> int:
         """A descriptor for writing a file under its temporary name. Its mode follows the umask."""
@@ -133,7 +203,7 @@ class Staging:
             self.folder / (name + UNFINISHED), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
         )
 
-    def finish(self, name: str, fd: int) -> None:
+    def finish(self, name: str, fd: int, written: Written) -> None:
         """Bring the file to disk and give it its name among the finished ones. Closes `fd`."""
         try:
             os.fsync(fd)
@@ -151,7 +221,11 @@ class Staging:
         except BaseException:
             os.close(fd)
             raise
-        self.finish(name, fd)
+        self.finish(name, fd, Written(len(data), len(data), digest_of(data)))
+
+    def complete(self, name: str, data: bytes) -> None:
+        self.write(name, data)
+        self.publish()
 
     def publish(self) -> None:
         """Rename all files into the destination in their order, then remove the staging folder."""

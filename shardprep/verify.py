@@ -8,6 +8,7 @@ from pathlib import Path
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.parts import Block, blocks_of, check_blocks, default_workers
 
+from .files import LocalFolder
 from .side_files import check_side_file
 from .source import locate_pieces, open_parts
 
@@ -41,7 +42,7 @@ def verify(
     try:
         located = locate_pieces(manifest, parts)
         for side in manifest.side_files:
-            check_side_file(file.parent, side)
+            check_side_file(LocalFolder(file.parent), side)
         blocks: list[Block] = []
         if not fast:
             for part in parts:

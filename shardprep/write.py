@@ -9,29 +9,26 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Final
 
 from blake3 import blake3
 
 from shardprep_runtime import __version__
-from shardprep_runtime.errors import ProblemError, ShardprepError, WriteError, quote
-from shardprep_runtime.header import read_header
+from shardprep_runtime.errors import ShardprepError, WriteError
 from shardprep_runtime.manifest import digest_of
 from shardprep_runtime.parts import default_workers
 
 from .conduct import Conduct, silent
+from .files import ended
 from .index import Index
 from .plan import Move, Plan, PlannedPart, PlannedPiece
-from .read import CHUNK, PlainReader, Reader, Sources, open_reader, open_regular
-from .staging import Staging
+from .read import CHUNK, PlainReader, Reader, Sources, open_reader
+from .staging import Destination, Written
 
 KERNEL_COPY: Final = 64 * 2**20
 """Bytes of one copy_file_range, so that progress moves and a stop is noticed."""
@@ -53,47 +50,29 @@ class Stopped(Exception):  # noqa: N818 - no error: another thread has one
     """Another thread failed; this one gives up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A finished part."""
-
-    size: int
-    header_size: int
-    digest: str
-    """`sha256:...` of its header."""
-
-
-def carry_out(plan: Plan, index: Index, staging: Staging, conduct: Conduct) -> list[Written]:
+def carry_out(plan: Plan, index: Index, staging: Destination, conduct: Conduct) -> list[Written]:
     """Write every part of `plan` into `staging` and say what was written, in the order of the parts.
 
     Parts that an earlier run finished are kept. Memory is bounded by a few buffers a thread, whatever the sizes.
     Raises WriteError (disk full), IntegrityError or SourceError (a damaged or changing source).
     """
     outputs = _Outputs(plan, staging)
-    _check_room(staging.destination, outputs.missing_bytes())
+    staging.check_room(outputs.missing_bytes())
     conduct.begin(plan.nbytes)
     conduct.progress(plan.nbytes - outputs.missing_bytes())
     with Sources(index) as sources:
         run = _Run(plan, sources, outputs, conduct.progress)
-        run.all(conduct.workers or default_workers())
+        run.all(conduct.workers or index.folder.workers or default_workers())
         sources.check_unchanged()
     return [outputs.written[i] for i in range(len(plan.parts))]
-
-
-def _check_room(destination: Path, needed: int) -> None:
-    free = shutil.disk_usage(destination).free
-    if needed > free:
-        raise WriteError(
-            f"{quote(destination)}: {needed:,} bytes are needed, {free:,} are free; make room or write elsewhere"
-        )
 
 
 class _Outputs:
     """The parts that are being written: open from their first piece to their last."""
 
-    def __init__(self, plan: Plan, staging: Staging) -> None:
+    def __init__(self, plan: Plan, staging: Destination) -> None:
         self.plan, self.staging = plan, staging
-        self.where = quote(staging.destination)
+        self.where = staging.where
         self.written: dict[int, Written] = {}
         self.digests: list[dict[str, list[str]]] = [{} for _ in plan.parts]
         self.left = [len(part.pieces) for part in plan.parts]
@@ -101,25 +80,9 @@ class _Outputs:
         self._fds: dict[int, int] = {}
         self._lock = threading.Lock()
         for i, part in enumerate(plan.parts):
-            path = staging.finished(part.path)
-            if path is not None:
-                self.written[i] = self._examine(i, path)
-
-    def _examine(self, number: int, path: Path) -> Written:
-        """What an earlier run wrote. Its header is there only if the data are: it was renamed after an fsync."""
-        part = self.plan.parts[number]
-        fd = open_regular(path)
-        try:
-            raw, header = read_header(fd, where=quote(path))
-            size = os.fstat(fd).st_size
-        finally:
-            os.close(fd)
-        planned = {piece.name: (piece.form.dtype, piece.shape) for piece in part.pieces}
-        if {name: (span.dtype, span.shape) for name, span in header.tensors.items()} != planned:
-            raise ProblemError(
-                f"{quote(path)}: not what was to be written; remove {quote(self.staging.folder)}"
-            )
-        return Written(size, len(raw), digest_of(raw))
+            written = staging.finished(part)
+            if written is not None:
+                self.written[i] = written
 
     def missing_bytes(self) -> int:
         """Bytes of data that are still to be written."""
@@ -148,8 +111,9 @@ class _Outputs:
         write_all(fd, raw, 0)
         with self._lock:
             del self._fds[number]
-        self.staging.finish(part.path, fd)
-        self.written[number] = Written(len(raw) + part.nbytes, len(raw), digest_of(raw))
+        written = Written(len(raw) + part.nbytes, len(raw), digest_of(raw))
+        self.staging.finish(part.path, fd, written)
+        self.written[number] = written
 
     def finish_empty(self) -> None:
         """Write the parts that have no pieces: a header alone."""
@@ -352,12 +316,13 @@ class _Run:
         """Let the kernel copy (and share blocks where the file system can) what needs neither digest nor crc32."""
         if (
             not isinstance(reader, PlainReader)
+            or reader.file.fd is None
             or reader.record is not None
             or self.plan.block_bytes is not None
             or len(move.pieces) != 1
         ):
             return False
-        source, writer = self.sources.fd(reader.path), writers[id(move.pieces[0])]
+        source, writer = reader.file.fd, writers[id(move.pieces[0])]
         done = 0
         while done < reader.size:
             count = min(KERNEL_COPY, reader.size - done)
@@ -370,7 +335,7 @@ class _Run:
             if got == 0 and done == 0:
                 return False
             if got == 0:
-                raise self.sources.ended(reader.path, reader.offset + done)
+                raise ended(reader.file, reader.offset + done)
             done += got
             writer.advance(got)
             self._step(got)
@@ -386,10 +351,10 @@ def fingerprint(plan: Plan, index: Index) -> str:
     """What decides every byte that `plan` writes: this version, the source files as indexed, the headers to be written."""
     digest = hashlib.sha256(__version__.encode())
     for file in index.files:
-        digest.update(repr((file.path, file.size, file.mtime_ns, file.digest)).encode())
+        digest.update(repr((file.path, file.size, file.version, file.digest)).encode())
     for name in index.side_files:
-        found = (index.root / name).stat()
-        digest.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+        with index.folder.open(name) as side:
+            digest.update(repr((name, side.size, side.version)).encode())
     for part in plan.parts:
         digest.update(part.path.encode())
         digest.update(plan.header(part, None))

@@ -15,6 +15,10 @@ COMMANDS = {
     "inspect": "Show what a checkpoint or a shard set holds.",
     "convert": "Turn a checkpoint into safetensors, without running its pickle.",
     "split": "Cut a checkpoint into a shard set for tensor x pipeline parallel workers.",
+    "push": "Put a shard set into a store; only what is missing there is sent.",
+    "revisions": "List the revisions in a store.",
+    "prune": "Remove from a store what no revision needs.",
+    "pull": "Bring a shard set, or one rank's share of it, from a store.",
     "verify": "Check a shard set, every byte of it.",
     "export": "Restore the checkpoint from a shard set, bit for bit.",
 }

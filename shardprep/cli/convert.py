@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
+from shardprep_runtime.store import Access
 
 from . import parse, render
 
 
 @click.command("convert")
 @click.argument("source", type=parse.SOURCE)
-@click.argument("destination", type=parse.SOURCE)
+@click.argument("destination", type=parse.PATH)
 @click.option("--max-part-size", type=parse.Size(), default="5GB", show_default=True, help="Of one file.")
 @click.option(
     "--dtype",
@@ -23,18 +24,23 @@ from . import parse, render
     help="Cast floating-point tensors (64, 32 and 16 bits) to this.",
 )
 @click.option("--include-code", is_flag=True, help="Copy *.py files too; they are code that others may run.")
+@parse.access_options
 @parse.workers_option
 @parse.json_option
 def command(
-    source: Path,
+    source: Path | str,
     destination: Path,
     max_part_size: int,
     dtype: str,
     include_code: bool,
+    access: Access,
     max_workers: int | None,
     as_json: bool,
 ) -> None:
     """Turn the checkpoint SOURCE (a folder or a file, pickle or safetensors) into safetensors in DESTINATION.
+
+    SOURCE is a path, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision. Of a store only the tensors
+    are fetched, straight into DESTINATION.
 
     No pickle is run. DESTINATION must be new or empty; nothing stands there under a final name before all is
     whole, and the same command resumes after a kill.
@@ -48,6 +54,7 @@ def command(
             max_part_bytes=max_part_size,
             dtype=parse.DTYPES[dtype],
             include_code=include_code,
+            access=access,
             conduct=conduct,
         )
     if as_json:

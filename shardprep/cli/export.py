@@ -12,8 +12,8 @@ from . import parse, render
 
 
 @click.command("export")
-@click.argument("shard_set", type=parse.SOURCE)
-@click.argument("destination", type=parse.SOURCE)
+@click.argument("shard_set", type=parse.PATH)
+@click.argument("destination", type=parse.PATH)
 @click.option("--max-part-size", type=parse.Size(), default="5GB", show_default=True, help="Of one file.")
 @parse.workers_option
 @parse.json_option

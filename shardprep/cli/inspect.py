@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
+from shardprep_runtime.store import Access
 
 from . import parse, render
 from .split import span
@@ -14,12 +15,16 @@ from .split import span
 
 @click.command("inspect")
 @click.argument("path", type=parse.SOURCE)
+@parse.access_options
 @parse.json_option
-def command(path: Path, as_json: bool) -> None:
-    """Show what PATH (a checkpoint, one weight file or a shard set) holds. Reads no tensor data, runs no pickle."""
+def command(path: Path | str, access: Access, as_json: bool) -> None:
+    """Show what PATH (a checkpoint, one weight file or a shard set) holds. Reads no tensor data, runs no pickle.
+
+    PATH may be a URI too, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision: no weights are fetched.
+    """
     from shardprep.inspect import inspect
 
-    report = inspect(path)
+    report = inspect(path, access=access)
     if as_json:
         render.print_json({**render.plain(report), "tied": report.tied})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from shardprep_runtime.errors import quote
+from shardprep_runtime.remote import DEFAULT_REVISION
+from shardprep_runtime.store import SCHEMES, Access, is_uri
+
 if TYPE_CHECKING:
     _SizeType = click.ParamType[int]
     _StagesType = click.ParamType[list[tuple[int, int]]]
+    _PlaceType = click.ParamType[Path | str]
+    _DurationType = click.ParamType[float]
 else:  # only the newest clicks let the class be subscripted when it runs
-    _SizeType = _StagesType = click.ParamType
+    _SizeType = _StagesType = _PlaceType = _DurationType = click.ParamType
 
 SUFFIXES: Final = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -37,6 +44,20 @@ class Size(_SizeType):
         if size < 1:
             self.fail("must be at least 1 byte", param, ctx)
         return size
+
+
+class Duration(_DurationType):
+    """A time, given in seconds: 7d, 12h, 30m, 90s."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", value.strip())
+        if not found:
+            self.fail(f"{value!r} is no time; write 7d, 12h, 30m or 90s", param, ctx)
+        return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 class StageList(_StagesType):
@@ -63,7 +84,62 @@ DTYPES: Final = {
     "f64": "F64", "float64": "F64",
 }  # fmt: skip
 
-SOURCE = click.Path(path_type=Path)
+
+class Place(_PlaceType):
+    """A path (given as Path) or a URI of one of `schemes` (given as str)."""
+
+    name = "place"
+
+    def __init__(self, *schemes: str) -> None:
+        self.schemes = schemes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        if isinstance(value, Path):
+            return value
+        if is_uri(value):
+            scheme = value.partition("://")[0]
+            if scheme not in self.schemes:
+                known = ", ".join(f"{each}://" for each in self.schemes)
+                other = f"a URI of {known} or a path" if known else "a path"
+                self.fail(f"{quote(value)} is reached by {scheme}://; expected {other}", param, ctx)
+            return str(value)
+        return Path(click.Path(path_type=Path).convert(value, param, ctx))
+
+
+SOURCE: Final = Place(*SCHEMES, "hf")
+"""Whence a checkpoint is read: a path, a URI of a store, or hf://org/name."""
+
+STORE: Final = Place(*SCHEMES)
+"""A path or the URI of a store."""
+
+PATH: Final = Place()
+"""A path on this machine."""
+
+
+def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a store is reached, the same for every command that takes a URI; the command gets one `access: Access`."""
+
+    @functools.wraps(command)  # which takes the options along that are declared below this decorator
+    def with_access(
+        *arguments: Any,
+        endpoint_url: str | None,
+        profile: str | None,
+        region: str | None,
+        no_sign_request: bool,
+        **options: Any,
+    ) -> Any:
+        access = Access(endpoint_url, profile, region, anonymous=no_sign_request)
+        return command(*arguments, access=access, **options)
+
+    found: Callable[..., Any] = with_access
+    for option in (
+        click.option("--no-sign-request", is_flag=True, help="Send no credentials: for public buckets."),
+        click.option("--region", help="Of an s3:// store.  [default: as configured for aws]"),
+        click.option("--profile", help="Of the aws configuration, for s3://."),
+        click.option("--endpoint-url", metavar="URL", help="Of an s3:// store that is not Amazon's."),
+    ):
+        found = option(found)
+    return found
 
 
 def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -79,3 +155,19 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """--json, the same for every command that reports."""
     return click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")(command)
+
+
+def connections_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--max-workers of the commands whose workers are connections to a store."""
+    option = click.option(
+        "--max-workers", type=click.IntRange(1, 256), help="Connections to the store.  [default: 16]"
+    )
+    return option(command)
+
+
+def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--revision, the same for every command that names one."""
+    option = click.option(
+        "--revision", metavar="NAME", default=DEFAULT_REVISION, show_default=True, help="Of the shard set."
+    )
+    return option(command)

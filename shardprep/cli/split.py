@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
+from shardprep_runtime.store import Access
 
 from . import parse, render
 
 
 @click.command("split")
 @click.argument("source", type=parse.SOURCE)
-@click.argument("destination", type=parse.SOURCE)
+@click.argument("destination", type=parse.STORE)
 @click.option(
     "-tp",
     "--tensor-parallel-size",
@@ -33,24 +34,40 @@ from . import parse, render
 @click.option("--max-part-size", type=parse.Size(), default="1GiB", show_default=True, help="Of one file.")
 @click.option("--include-code", is_flag=True, help="Copy *.py files too; they are code that others may run.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
+@click.option("--revision", help="The name under which a store publishes the set.  [default: main]")
+@click.option(
+    "--scratch",
+    type=parse.PATH,
+    help="Folder for parts on their way to a store.  [default: that for temporary files]",
+)
+@parse.access_options
 @parse.workers_option
 @parse.json_option
 def command(
-    source: Path,
-    destination: Path,
+    source: Path | str,
+    destination: Path | str,
     tensor_parallel_size: int,
     pipeline_parallel_size: int | None,
     stages: list[tuple[int, int]] | None,
     max_part_size: int,
     include_code: bool,
     dry_run: bool,
+    revision: str | None,
+    scratch: Path | None,
+    access: Access,
     max_workers: int | None,
     as_json: bool,
 ) -> None:
     """Cut the checkpoint SOURCE (a folder, pickle or safetensors) into a shard set in DESTINATION.
 
+    SOURCE is a path, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision.
+
     One copy serves every tensor parallel size that divides -tp, and any pipeline stages. DESTINATION must be new
     or empty; the manifest is written last, and the same command resumes after a kill.
+
+    With a URI (s3://bucket/prefix) for DESTINATION each part is sent to that store as soon as it is whole, as
+    `shardprep push` sends it; about twice the parts that are open at a time, 2 GiB for each rank of -tp at the
+    default size, lie on this machine.
     """
     from shardprep.split import split
 
@@ -64,6 +81,9 @@ def command(
             max_part_bytes=max_part_size,
             include_code=include_code,
             dry_run=dry_run,
+            revision=revision,
+            scratch=scratch,
+            access=access,
             conduct=conduct,
         )
     if as_json:

@@ -12,7 +12,7 @@ from . import parse, render
 
 
 @click.command("verify")
-@click.argument("shard_set", type=parse.SOURCE)
+@click.argument("shard_set", type=parse.PATH)
 @click.option("--fast", is_flag=True, help="Structure, sizes and headers only; reads no tensor data.")
 @click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
 @parse.workers_option

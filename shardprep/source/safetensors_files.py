@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from shardprep_runtime.errors import quote
-from shardprep_runtime.header import read_header
+from shardprep_runtime.header import header_length, parse_header
 from shardprep_runtime.manifest import digest_of
 
+from ..files import Folder, read_at
 from ..index import Extent, SourceFile, Tensor
-from ..read import open_regular
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +22,14 @@ class SafetensorsFile:
     source: SourceFile
 
 
-def read_safetensors_file(path: Path, *, root: Path) -> SafetensorsFile:
+def read_safetensors_file(folder: Folder, path: str) -> SafetensorsFile:
     """Index one safetensors file. Raises FormatError on any breach of the format."""
-    fd = open_regular(path)
-    try:
-        raw, header = read_header(fd, where=quote(path))
-        found = os.fstat(fd)
-    finally:
-        os.close(fd)
-    relative = path.relative_to(root).as_posix()
+    with folder.open(path) as file:
+        first = read_at(file, min(8, file.size), 0)
+        raw = first + read_at(file, header_length(first, file.size, where=file.where), len(first))
+        header = parse_header(raw, file.size, where=file.where)
     tensors = {
-        name: Tensor(name, span.dtype, span.shape, (Extent(relative, span.start),))
+        name: Tensor(name, span.dtype, span.shape, (Extent(path, span.start),))
         for name, span in header.tensors.items()
     }
     aliases = {
@@ -43,6 +37,4 @@ def read_safetensors_file(path: Path, *, root: Path) -> SafetensorsFile:
         for alias, name in header.metadata.items()
         if name in tensors and alias not in tensors and alias != "format"
     }
-    return SafetensorsFile(
-        tensors, aliases, SourceFile(relative, found.st_size, found.st_mtime_ns, digest_of(raw))
-    )
+    return SafetensorsFile(tensors, aliases, SourceFile(path, file.size, file.version, digest_of(raw)))

@@ -9,8 +9,9 @@ from shardprep_runtime import cut
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import ManifestError, quote
 from shardprep_runtime.manifest import Manifest
-from shardprep_runtime.parts import OpenPart, PieceSpan
+from shardprep_runtime.parts import OpenPart, PieceSpan, open_part
 
+from ..files import LocalFolder
 from ..index import Extent, Index, SourceFile, Tensor
 
 
@@ -19,7 +20,7 @@ def open_parts(folder: Path, manifest: Manifest) -> list[OpenPart]:
     parts: list[OpenPart] = []
     try:
         for part in manifest.parts:
-            parts.append(OpenPart(folder, part, manifest))  # noqa: PERF401 - what is open is closed if the next fails
+            parts.append(open_part(folder, part, manifest))  # noqa: PERF401 - what is open is closed if the next fails
     except BaseException:
         for opened in parts:
             opened.close()
@@ -66,7 +67,7 @@ def read_shard_set(folder: Path) -> tuple[Index, Manifest]:
             )
             tensors[name] = Tensor(name, form.dtype, form.shape, extents, form.layout.dim or 0)
         files = tuple(
-            SourceFile(part.part.path, found.st_size, found.st_mtime_ns, part.part.digest)
+            SourceFile(part.part.path, found.st_size, str(found.st_mtime_ns), part.part.digest)
             for part in parts
             for found in [os.fstat(part.fd)]
         )
@@ -74,4 +75,5 @@ def read_shard_set(folder: Path) -> tuple[Index, Manifest]:
         for part in parts:
             part.close()
     side_files = tuple(side.path for side in manifest.side_files)
-    return Index(folder, "shard set", tensors, manifest.aliases, files, side_files=side_files), manifest
+    index = Index(LocalFolder(folder), "shard set", tensors, manifest.aliases, files, side_files=side_files)
+    return index, manifest

@@ -10,19 +10,18 @@ lose weights.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
-from pathlib import Path
 from typing import Final
 
 from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, UnsupportedError, quote
 from shardprep_runtime.header import MAX_DIMS, is_size
 
+from ..files import File, Folder, read_at
 from ..index import Extent, LeftOut, Record, SourceFile, Tensor
-from ..read import open_regular
 from .torch_pickle import (
     MAX_PICKLE_BYTES,
     BadTensor,
@@ -34,7 +33,7 @@ from .torch_pickle import (
     describe,
     read_pickle,
 )
-from .torch_zip import Zip, read_at, read_member, read_zip
+from .torch_zip import Zip, read_member, read_zip
 
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "module")
 MAX_EXPANSION: Final = 4
@@ -91,43 +90,39 @@ class _Contents:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def is_torch_file(path: Path) -> bool:
+def is_torch_file(folder: Folder, name: str) -> bool:
     """Whether the file begins as torch's zips, legacy files or old tars do. False for what is no regular file."""
     try:
-        fd = open_regular(path)
+        with folder.open(name) as file:
+            head = _head(file)
     except FormatError:
         return False
-    try:
-        head = os.pread(fd, 512, 0)
-    finally:
-        os.close(fd)
     return head.startswith((_ZIP_MAGIC, *(bytes([0x80, protocol]) for protocol in range(2, 6)))) or _is_tar(
         head
     )
 
 
-def read_torch_file(path: Path, *, root: Path) -> TorchFile:
-    """What the file at `path`, which lies under `root`, holds. Nothing in it is executed.
+def _head(file: File) -> bytes:
+    return read_at(file, min(512, file.size), 0)
+
+
+def read_torch_file(folder: Folder, name: str) -> TorchFile:
+    """What the file `name` holds. Nothing in it is executed.
 
     Raises FormatError where it is damaged or hostile, UnsupportedError where it cannot be carried over.
     """
-    where = quote(path.name)
-    fd = open_regular(path)
-    try:
-        status = os.fstat(fd)
-        head = os.pread(fd, 512, 0)
+    where = quote(name.rpartition("/")[2])
+    with folder.open(name) as file:
+        head = _head(file)
         if head.startswith(_ZIP_MAGIC):
-            contents = _read_zip(fd, status.st_size, where=where)
+            contents = _read_zip(file, where=where)
         elif head.startswith(b"\x80"):
-            contents = _read_legacy(fd, status.st_size, where=where)
+            contents = _read_legacy(file, where=where)
         else:
             raise _not_torch(head, where=where)
-    finally:
-        os.close(fd)
-    file = path.relative_to(root).as_posix()
     weights, beside = _find_weights(contents.value, where=where)
-    tensors, aliases, rest = _place(weights, contents, file=file, where=where)
-    source = SourceFile(file, status.st_size, status.st_mtime_ns, contents.digest)
+    tensors, aliases, rest = _place(weights, contents, file=name, where=where)
+    source = SourceFile(name, file.size, file.version, contents.digest)
     return TorchFile(tensors, aliases, (*beside, *rest, *contents.left_out), source)
 
 
@@ -150,19 +145,19 @@ def _not_torch(head: bytes, *, where: str) -> Exception:
 # the two formats
 
 
-def _read_zip(fd: int, size: int, *, where: str) -> _Contents:
-    archive = read_zip(fd, size, where=where)
+def _read_zip(file: File, *, where: str) -> _Contents:
+    archive = read_zip(file, where=where)
     if "data.pkl" not in archive.members:
         raise FormatError(f"{where}: a zip without data.pkl is not a torch checkpoint")
-    _check_version(fd, archive, where=where)
+    _check_version(file, archive, where=where)
     order = b""
     if "byteorder" in archive.members:
-        order = read_member(fd, archive, "byteorder", most=16, where=where)
+        order = read_member(file, archive, "byteorder", most=16, where=where)
         if order not in (b"little", b"big"):
             raise FormatError(
                 f"{where}: byteorder is {quote(order.decode('latin-1'))}, expected little or big"
             )
-    raw = read_member(fd, archive, "data.pkl", most=MAX_PICKLE_BYTES, where=where)
+    raw = read_member(file, archive, "data.pkl", most=MAX_PICKLE_BYTES, where=where)
     pickle = read_pickle(raw, where=f"{where}: data.pkl")
     if pickle.stop != len(raw):
         raise FormatError(
@@ -192,23 +187,24 @@ def _read_zip(fd: int, size: int, *, where: str) -> _Contents:
     return _Contents(pickle.value, runs, order == b"big", f"sha256:{digest}", unused)
 
 
-def _check_version(fd: int, archive: Zip, *, where: str) -> None:
+def _check_version(file: File, archive: Zip, *, where: str) -> None:
     name = "version" if "version" in archive.members else ".data/version"
     if name not in archive.members:
         raise FormatError(f"{where}: a zip without the member version is not a torch checkpoint")
-    version = read_member(fd, archive, name, most=16, where=where).decode("latin-1").strip()
+    version = read_member(file, archive, name, most=16, where=where).decode("latin-1").strip()
     if not version.isdecimal() or not 1 <= int(version) <= 10:  # caffe2/serialize/versions.h
         raise UnsupportedError(
             f"{where}: torch format version {quote(version)}, expected 1 to 10; upgrade shardprep"
         )
 
 
-def _read_legacy(fd: int, size: int, *, where: str) -> _Contents:
+def _read_legacy(file: File, *, where: str) -> _Contents:
+    size = file.size
     # how long the pickles are is known only once they are read: try a small window before a large one
     for window in _LEGACY_WINDOWS:
-        head = read_at(fd, min(window, size), 0, where=where)
+        head = read_at(file, min(window, size), 0)
         try:
-            return _parse_legacy(fd, head, size, where=where)
+            return _parse_legacy(file, head, where=where)
         except TruncatedPickleError:
             if len(head) == size:
                 raise
@@ -217,7 +213,8 @@ def _read_legacy(fd: int, size: int, *, where: str) -> _Contents:
     )
 
 
-def _parse_legacy(fd: int, head: bytes, size: int, *, where: str) -> _Contents:
+def _parse_legacy(file: File, head: bytes, *, where: str) -> _Contents:
+    size = file.size
     magic = read_pickle(head, where=where)
     if type(magic.value) is not int or magic.value != _LEGACY_MAGIC:
         raise FormatError(
@@ -246,11 +243,15 @@ def _parse_legacy(fd: int, head: bytes, size: int, *, where: str) -> _Contents:
         raise FormatError(f"{where}: storage {odd} stands in only one of the pickle and the list of storages")
     runs: dict[str, _Run] = {}
     pos = listed.stop
+    sizes = [8 + main.storages[key].nbytes for key in keys]
+    starts = list(accumulate(sizes, initial=pos))
+    if starts[-1] == size:  # else it is refused below
+        file.hint([(start, start + 8) for start in starts[:-1]])
     for key in keys:
         storage = main.storages[key]
         if size - pos < 8 + storage.nbytes:
             raise FormatError(f"{where}: truncated: storage {quote(key)} ends beyond the end of the file")
-        count = read_at(fd, 8, pos, where=where)
+        count = read_at(file, 8, pos)
         # written little-endian everywhere; only the first torch on big-endian machines forgot to swap the count
         numels = {int.from_bytes(count, "little"), int.from_bytes(count, "little" if little[0] else "big")}
         if all(numel * storage.itemsize != storage.nbytes for numel in numels):

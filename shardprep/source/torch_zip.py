@@ -7,7 +7,6 @@ or overlap in such a file.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from shardprep_runtime.errors import FormatError, UnsupportedError, quote
+
+from ..files import File, read_at
 
 MAX_DIRECTORY_BYTES: Final = 64 * 2**20
 MAX_MEMBERS: Final = 400_000
@@ -31,6 +32,9 @@ _ZIP64: Final = 0x0001
 _PADDING: Final = 0x4246  # "FB": torch's filler, so that storages are aligned
 _HAS_DESCRIPTOR: Final = 0x8
 _UTF8: Final = 0x800
+_LONGEST_DESCRIPTOR: Final = 24
+SMALL: Final = 64
+"""Bytes of a member that is fetched with its header: version and byteorder are so small, a storage hardly ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +75,10 @@ class _Entry:
     offset: int
 
 
-def read_at(fd: int, count: int, offset: int, *, where: str) -> bytes:
-    """Exactly `count` bytes from `offset`. Raises FormatError where the file ends before."""
-    found = bytearray()
-    while len(found) < count:
-        more = os.pread(fd, count - len(found), offset + len(found))
-        if not more:
-            raise FormatError(f"{where}: truncated: {count} bytes expected at {offset}, {len(found)} found")
-        found += more
-    return bytes(found)
-
-
-def read_zip(fd: int, size: int, *, where: str) -> Zip:
-    """The members of the zip in the open file `fd` of `size` bytes. Raises FormatError on any breach."""
-    start, stop, count = _find_directory(fd, size, where=where)
-    directory = read_at(fd, stop - start, start, where=where)
+def read_zip(file: File, *, where: str) -> Zip:
+    """The members of the zip. Raises FormatError on any breach."""
+    start, stop, count = _find_directory(file, where=where)
+    directory = read_at(file, stop - start, start)
     entries = sorted(_entries(directory, count, where=where), key=lambda entry: entry.offset)
     tops = {entry.name.partition("/")[0] for entry in entries}
     if len(tops) != 1 or not all("/" in entry.name for entry in entries):
@@ -99,18 +92,19 @@ def read_zip(fd: int, size: int, *, where: str) -> Zip:
         )
     # each member must fill the place up to the next, the last one up to the directory: no hole, no overlap
     followed_by = [*(entry.offset for entry in entries[1:]), start]
-    found = [_member(fd, entry, end, where=where) for entry, end in zip(entries, followed_by, strict=True)]
+    file.hint([bounds for pair in zip(entries, followed_by, strict=True) for bounds in _around(*pair)])
+    found = [_member(file, entry, end, where=where) for entry, end in zip(entries, followed_by, strict=True)]
     members = {member.name: member for member in found}
     return Zip(members, directory, has_crc)
 
 
-def read_member(fd: int, archive: Zip, name: str, *, most: int, where: str) -> bytes:
+def read_member(file: File, archive: Zip, name: str, *, most: int, where: str) -> bytes:
     """The checked bytes of the member `name`. Raises FormatError where it has more than `most` or its CRC is wrong."""
     member = archive.members[name]
     count = member.stop - member.start
     if count > most:
         raise FormatError(f"{where}: {quote(name)} has {count} bytes, expected at most {most}")
-    found = read_at(fd, count, member.start, where=where)
+    found = read_at(file, count, member.start)
     if archive.has_crc and zlib.crc32(found) != member.crc32:
         raise FormatError(
             f"{where}: {quote(name)} does not match its CRC-32: the file is damaged; fetch it again"
@@ -118,10 +112,11 @@ def read_member(fd: int, archive: Zip, name: str, *, most: int, where: str) -> b
     return found
 
 
-def _find_directory(fd: int, size: int, *, where: str) -> tuple[int, int, int]:
+def _find_directory(file: File, *, where: str) -> tuple[int, int, int]:
     """First byte of the central directory, one past its last, and how many members it lists."""
+    size = file.size
     tail_size = min(size, _END.size + _LOCATOR64.size + _END64.size)
-    tail = read_at(fd, tail_size, size - tail_size, where=where)
+    tail = read_at(file, tail_size, size - tail_size)
     if tail_size < _END.size or tail[-_END.size :][:4] != b"PK\x05\x06":
         raise FormatError(
             f"{where}: no end record in the last {_END.size} bytes of the zip: truncated, or bytes were appended; fetch it again"
@@ -236,7 +231,22 @@ def _extra(raw: bytes, where: str) -> list[int]:
     return values or []
 
 
-def _member(fd: int, entry: _Entry, following: int, *, where: str) -> Member:
+def _around(entry: _Entry, following: int) -> list[tuple[int, int]]:
+    """What is read of a member's place besides its data: before them, and after them where a descriptor is.
+
+    A small member whole: what says how to read the others is one.
+    """
+    beside = following - entry.offset - entry.size
+    longest = _LOCAL.size + len(entry.raw_name) + _MAX16
+    if not 0 <= beside <= longest + _LONGEST_DESCRIPTOR:
+        return []  # no member that we take; `_member` says why
+    if entry.size <= SMALL or entry.name.endswith("/data.pkl"):
+        return [(entry.offset, following)] if entry.size <= MAX_DIRECTORY_BYTES else []
+    tail = _LONGEST_DESCRIPTOR if entry.common[1] & _HAS_DESCRIPTOR else 0
+    return [(entry.offset, entry.offset + beside - min(tail, 16)), (following - tail, following)]
+
+
+def _member(file: File, entry: _Entry, following: int, *, where: str) -> Member:
     """Check the local header of `entry`, and that its data and descriptor end exactly where `following` begins."""
     label = f"{where}: {quote(entry.name)}"
     room = following - entry.offset - _LOCAL.size - len(entry.raw_name)
@@ -244,7 +254,7 @@ def _member(fd: int, entry: _Entry, following: int, *, where: str) -> Member:
         raise FormatError(
             f"{label}: overlaps what follows it: {entry.size} bytes in a place of {max(room, 0)}"
         )
-    head = read_at(fd, _LOCAL.size + len(entry.raw_name), entry.offset, where=where)
+    head = read_at(file, _LOCAL.size + len(entry.raw_name), entry.offset)
     signature, *common, crc32, packed, size, name_length, extra_length = _LOCAL.unpack_from(head)
     if (
         signature != b"PK\x03\x04"
@@ -261,7 +271,7 @@ def _member(fd: int, entry: _Entry, following: int, *, where: str) -> Member:
         raise FormatError(
             f"{label}: its data end at byte {stop}, which leaves {tail_size} bytes before what follows"
         )
-    wide = _extra(read_at(fd, extra_length, start - extra_length, where=where), label)
+    wide = _extra(read_at(file, extra_length, start - extra_length), label)
     sizes = [entry.size, entry.size]
     # miniz, which torch writes with, repeats the offset, leaves out what fits in 32 bits, and knows only one size yet
     started = [[entry.size, 0], [entry.size, 0, entry.offset]] if has_descriptor else []
@@ -277,7 +287,7 @@ def _member(fd: int, entry: _Entry, following: int, *, where: str) -> Member:
         )
     if has_descriptor:
         layout = "<4sLLL" if tail_size == 16 else "<4sLQQ"
-        tail = struct.unpack(layout, read_at(fd, tail_size, stop, where=where))
+        tail = struct.unpack(layout, read_at(file, tail_size, stop))
         if tail != (b"PK\x07\x08", entry.crc32, entry.size, entry.size):
             raise FormatError(f"{label}: the descriptor after its data contradicts the directory of the zip")
     return Member(entry.name.partition("/")[2], start, stop, entry.crc32)

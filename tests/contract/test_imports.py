@@ -20,7 +20,10 @@ from shardprep.cli import COMMANDS, main
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"
 
-HEAVY = {"torch", "numpy", "transformers", "ml_dtypes", "safetensors", "huggingface_hub", "boto3", "obstore"}
+HEAVY = {
+    "torch", "numpy", "transformers", "ml_dtypes", "safetensors",
+    "huggingface_hub", "httpx", "httpx2", "boto3", "botocore", "obstore",
+}  # fmt: skip
 """What no import and no command may bring in that does not need it."""
 
 COMMAND_LINE = {"click", "tqdm", "isal", "shardprep"}
@@ -258,6 +261,8 @@ def test_no_environment_variable_of_the_command_line() -> None:
 
 # ---------------------------------------------------------------------------------------------------- the command line
 
+ACCESS = ["--endpoint-url", "--profile", "--region", "--no-sign-request"]
+
 SURFACE: dict[str, list[str]] = {
     "inspect": ["PATH", "--json"],
     "convert": [
@@ -278,9 +283,24 @@ SURFACE: dict[str, list[str]] = {
         "--max-part-size",
         "--include-code",
         "--dry-run",
+        "--revision",
+        "--scratch",
+        *ACCESS,
         "--max-workers",
         "--json",
     ],
+    "push": [
+        "SHARD_SET",
+        "STORE",
+        "--revision",
+        "--manifest-digest",
+        "--dry-run",
+        *ACCESS,
+        "--max-workers",
+        "--json",
+    ],
+    "revisions": ["STORE", *ACCESS, "--json"],
+    "prune": ["STORE", "--grace", "--delete-revision", "--dry-run", *ACCESS, "--json"],
     "verify": ["SHARD_SET", "--fast", "--manifest-digest", "--max-workers", "--json"],
     "export": ["SHARD_SET", "DESTINATION", "--max-part-size", "--max-workers", "--json"],
 }

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import torch_corpus as corpus
+from shardprep.files import LocalFolder
 from shardprep.source import torch_files, torch_pickle
 from shardprep.source.torch_files import TorchFile, read_torch_file
 from shardprep.source.torch_pickle import read_pickle
@@ -32,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def read(path: Path) -> TorchFile:
-    return read_torch_file(path, root=path.parent)
+    return read_torch_file(LocalFolder(path.parent), path.name)
 
 
 def read_data(path: Path, data: bytes) -> TorchFile:

@@ -24,6 +24,7 @@ import torch
 from torch.utils.serialization import config
 
 import torch_corpus as corpus
+from shardprep.files import LocalFolder
 from shardprep.source import torch_files
 from shardprep.source.torch_files import TorchFile, is_torch_file, read_torch_file
 from shardprep_runtime import dtypes
@@ -41,7 +42,7 @@ FORMATS = [
 
 def save(obj: Any, path: Path, **options: Any) -> TorchFile:
     torch.save(obj, path, **options)
-    return read_torch_file(path, root=path.parent)
+    return read_torch_file(LocalFolder(path.parent), path.name)
 
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
@@ -418,7 +419,7 @@ def test_a_tensor_subclass_is_refused_by_the_name_of_its_class(path: Path) -> No
         )
         corpus.write_zip(path, corpus.pickled(corpus.mapping(w=body)))
         with pytest.raises(UnsupportedError, match=words):
-            read_torch_file(path, root=path.parent)
+            read_torch_file(LocalFolder(path.parent), path.name)
 
 
 def test_float4_must_be_packed(path: Path) -> None:
@@ -471,7 +472,7 @@ def test_big_endian_files_are_told_apart(path: Path, dtype: str, protocol: int) 
     itemsize = 4 if dtype == "C64" else tensor.element_size()
     values = {"w": tensor, "t": tensor.t()}
     torch.save(values, path, pickle_protocol=protocol)
-    little = read_torch_file(path, root=path.parent)
+    little = read_torch_file(LocalFolder(path.parent), path.name)
     start = little.tensors["w"].extents[0].offset
     raw = path.read_bytes()
     swapped = np.frombuffer(raw[start : start + 96], np.uint8).reshape(-1, itemsize)[:, ::-1].tobytes()
@@ -479,7 +480,7 @@ def test_big_endian_files_are_told_apart(path: Path, dtype: str, protocol: int) 
     entries = corpus.members(data, {"0": swapped})
     entries[1].data = b"big"
     path.write_bytes(corpus.zipped(entries))
-    found = read_torch_file(path, root=path.parent)
+    found = read_torch_file(LocalFolder(path.parent), path.name)
     for name, value in values.items():
         assert found.tensors[name].extents[0].big_endian == (tensor.element_size() > 1)
         assert corpus.tensor_bytes(found.tensors[name], path.parent) == raw_bytes(value)
@@ -499,7 +500,7 @@ def test_a_legacy_file_of_a_big_endian_machine_holds_little_endian_data(path: Pa
     count = raw.rindex((5).to_bytes(8, "little"))
     changed = raw[:at] + b"\x89" + raw[at + 1 : count] + (5).to_bytes(8, count_order) + raw[count + 8 :]
     path.write_bytes(changed)
-    found = read_torch_file(path, root=path.parent)
+    found = read_torch_file(LocalFolder(path.parent), path.name)
     assert not found.tensors["w"].extents[0].big_endian
     assert corpus.tensor_bytes(found.tensors["w"], path.parent) == raw_bytes(torch.arange(5.0))
 
@@ -522,14 +523,14 @@ def test_a_legacy_view_of_a_storage_is_found_in_it(path: Path) -> None:
         return _legacy_bytes(body, {"k": (6, bytes(range(24)))})
 
     path.write_bytes(legacy((3, 2)))
-    found = read_torch_file(path, root=path.parent)
+    found = read_torch_file(LocalFolder(path.parent), path.name)
     assert corpus.tensor_bytes(found.tensors["part"], path.parent) == bytes(range(12, 20))
     path.write_bytes(legacy((5, 2)))
     with pytest.raises(FormatError, match="a part of storage k that does not lie in it"):
-        read_torch_file(path, root=path.parent)
+        read_torch_file(LocalFolder(path.parent), path.name)
     path.write_bytes(legacy((3, 1)))
     with pytest.raises(FormatError, match="part: reaches element 1 of a storage of 1"):
-        read_torch_file(path, root=path.parent)
+        read_torch_file(LocalFolder(path.parent), path.name)
 
 
 def _legacy_bytes(body: bytes, storages: dict[str, tuple[int, bytes]]) -> bytes:
@@ -554,10 +555,13 @@ def test_a_legacy_file_of_python_2_is_read(path: Path) -> None:
     pairs = b"]](" + py2("w") + tensor + b"ea"
     body = corpus.reduce("collections", "OrderedDict", pairs)
     path.write_bytes(_legacy_bytes(body, {"42": (2, bytes(16))}))
-    assert read_torch_file(path, root=path.parent).tensors["w"].shape == (2,)
+    assert read_torch_file(LocalFolder(path.parent), path.name).tensors["w"].shape == (2,)
     beside = b"}(" + py2("model") + body + py2("big") + b"I4294967296\n" + py2("flag") + b"I01\nu"
     path.write_bytes(_legacy_bytes(beside, {"42": (2, bytes(16))}))
-    assert [out.name for out in read_torch_file(path, root=path.parent).left_out] == ["big", "flag"]
+    assert [out.name for out in read_torch_file(LocalFolder(path.parent), path.name).left_out] == [
+        "big",
+        "flag",
+    ]
 
 
 def test_a_legacy_file_whose_pickle_is_longer_than_the_first_window_is_read(path: Path) -> None:
@@ -622,7 +626,7 @@ def test_a_member_beyond_4_gib_is_read_by_its_zip64_fields(path: Path) -> None:
         file.write(
             directory + corpus.end64(4, len(directory), end) + corpus.end_record(4, len(directory), 2**32 - 1)
         )
-    found = read_torch_file(path, root=path.parent)
+    found = read_torch_file(LocalFolder(path.parent), path.name)
     assert found.tensors["big"].shape == (huge,)
     extent = found.tensors["w"].extents[0]
     assert extent.offset > 2**32
@@ -633,7 +637,7 @@ def test_a_member_beyond_4_gib_is_read_by_its_zip64_fields(path: Path) -> None:
 def test_members_that_no_tensor_refers_to_are_reported(path: Path) -> None:
     data = corpus.pickled(corpus.mapping(w=corpus.view()))
     path.write_bytes(corpus.zipped([*corpus.members(data), corpus.Entry("archive/data/9", b"x" * 8)]))
-    found = read_torch_file(path, root=path.parent)
+    found = read_torch_file(LocalFolder(path.parent), path.name)
     assert [(out.name, out.reason) for out in found.left_out] == [
         ("data/9", "a member of the zip that no tensor refers to")
     ]
@@ -656,7 +660,7 @@ def test_paths_are_relative_to_the_checkpoint_and_links_are_followed(tmp_path: P
     (tmp_path / "snapshot" / "sub").mkdir(parents=True)
     link = tmp_path / "snapshot" / "sub" / "model.bin"
     link.symlink_to(tmp_path / "blob")
-    found = read_torch_file(link, root=tmp_path / "snapshot")
+    found = read_torch_file(LocalFolder(tmp_path / "snapshot"), "sub/model.bin")
     assert found.source.path == found.tensors["w"].extents[0].file == "sub/model.bin"
 
 
@@ -669,19 +673,19 @@ def test_torch_files_are_known_by_their_first_bytes(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("{}")
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "fifo")
-    known = {path.name for path in tmp_path.iterdir() if is_torch_file(path)}
+    known = {path.name for path in tmp_path.iterdir() if is_torch_file(LocalFolder(tmp_path), path.name)}
     assert known == {"zip", "legacy"}
-    assert not is_torch_file(tmp_path / "missing")
-    assert not is_torch_file(tmp_path)
+    assert not is_torch_file(LocalFolder(tmp_path), "missing")
+    assert not is_torch_file(LocalFolder(tmp_path), ".")
 
 
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in ("fifo", "."):
         with pytest.raises(FormatError, match="not a regular file"):
-            read_torch_file(tmp_path / name, root=tmp_path)
+            read_torch_file(LocalFolder(tmp_path), name)
     with pytest.raises(FormatError, match="cannot be opened: No such file"):
-        read_torch_file(tmp_path / "missing", root=tmp_path)
+        read_torch_file(LocalFolder(tmp_path), "missing")
 
 
 @pytest.mark.parametrize(
@@ -697,21 +701,22 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path)
 def test_other_files_are_refused_with_advice(path: Path, raw: bytes, words: str) -> None:
     path.write_bytes(raw)
     with pytest.raises((FormatError, UnsupportedError), match=words):
-        read_torch_file(path, root=path.parent)
+        read_torch_file(LocalFolder(path.parent), path.name)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_torchscript_program_is_refused_by_name(path: Path) -> None:
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
     with pytest.raises(UnsupportedError, match="TorchScript program"):
-        read_torch_file(path, root=path.parent)
+        read_torch_file(LocalFolder(path.parent), path.name)
 
 
 def test_reading_imports_neither_torch_nor_numpy_nor_pickle(path: Path) -> None:
     torch.save({"w": torch.ones(2)}, path)
     program = (
-        "import sys; from pathlib import Path; from shardprep.source.torch_files import read_torch_file as read\n"
-        f"read(Path({str(path)!r}), root=Path({str(path.parent)!r}))\n"
+        "import sys; from pathlib import Path; from shardprep.files import LocalFolder\n"
+        "from shardprep.source.torch_files import read_torch_file as read\n"
+        f"read(LocalFolder(Path({str(path.parent)!r})), {path.name!r})\n"
         "print([name for name in ('torch', 'numpy', 'pickle', 'zipfile', 'tarfile') if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

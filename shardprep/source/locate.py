@@ -1,0 +1,119 @@
+"""Open the place that a user names as a source: a path, a URI of a store, or a model of the Hugging Face hub."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from shardprep_runtime.errors import DeniedError, FormatError, UnsupportedError, quote
+from shardprep_runtime.remote import MANIFESTS
+from shardprep_runtime.store import Access, is_uri, open_store
+
+from ..files import Folder, LocalFolder
+from .names import is_weights
+from .store_files import StoreFolder, is_plain
+
+HUB: Final = "hf://"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint that is open to be read. Use as a context manager."""
+
+    folder: Folder
+    file: str | None
+    """The one weight file that was named; None: the folder."""
+    uri: str
+    """Where it came from, as a manifest tells it: no path of this machine, no credentials."""
+    revision: str | None = None
+    """The commit, where it lies under version control."""
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.folder.close()
+
+
+def open_source(place: Path | str, access: Access | None = None, *, data: bool = True) -> Source:
+    """Open the checkpoint at a path or URI.
+
+    data           whether tensors will be read, and not only what describes them
+    Raises FormatError where there is nothing; StoreError where a store does not let us know.
+    """
+    if isinstance(place, str) and place.startswith(HUB):
+        from .hub import open_hub
+
+        return open_hub(place, data=data)
+    if isinstance(place, str) and is_uri(place):
+        return _in_store(place, access)
+    return _on_disk(Path(place))
+
+
+def _on_disk(path: Path) -> Source:
+    one = path.is_file()
+    if not one and not path.is_dir():
+        raise FormatError(f"{quote(path)}: no such file or folder")
+    uri = path.resolve().name  # its last word: where it lay is nobody else's business
+    return Source(LocalFolder(path.parent), path.name, uri) if one else Source(LocalFolder(path), None, uri)
+
+
+def _in_store(uri: str, access: Access | None) -> Source:
+    scheme, _, rest = uri.partition("://")
+    uri = f"{scheme}://{rest.rstrip('/')}"
+    parent, _, name = uri.rpartition("/")
+    # a weight file is asked for by name first: its neighbours may be many
+    if is_weights(name) and (found := _object(parent, name, uri, access)):
+        return found
+    store = open_store(uri, access)
+    try:
+        objects, deeper, shard_sets = {}, "", False
+        for stat in store.list(""):
+            if is_plain(stat.key):
+                objects[stat.key] = stat
+            elif "/" in stat.key:
+                deeper, shard_sets = stat.key, shard_sets or stat.key.startswith(MANIFESTS)
+        if shard_sets and not any(map(is_weights, objects)):
+            raise UnsupportedError(
+                f"{quote(uri)}: a store of shard sets; `shardprep revisions` lists them, `shardprep pull` fetches one"
+            )
+        if objects:
+            return Source(StoreFolder(store, objects), None, _told(uri))
+    except BaseException:
+        store.close()
+        raise
+    store.close()
+    if not is_weights(name) and (found := _object(parent, name, uri, access)):
+        return found
+    hint = f", only further below, such as {quote(deeper)}" if deeper else ""
+    raise FormatError(f"{quote(uri)}: no objects under this prefix{hint}")
+
+
+def _object(parent: str, name: str, uri: str, access: Access | None) -> Source | None:
+    """The one object `name`, with the config.json beside it; None where there is none."""
+    if not parent.partition("://")[2]:
+        return None  # a bucket alone
+    store = open_store(parent, access)
+    try:
+        found = store.head(name)
+        if found is not None:
+            objects = {name: found}
+            with suppress(DeniedError):  # who may read the one file alone gets 403 for what is not there
+                config = store.head("config.json")
+                objects |= {config.key: config} if config else {}
+            return Source(StoreFolder(store, objects), name, _told(uri))
+    except BaseException:
+        store.close()
+        raise
+    store.close()
+    return None
+
+
+def _told(uri: str) -> str:
+    """The URI as a manifest tells it: of a folder on this machine its last word."""
+    return uri.rpartition("/")[2] if uri.startswith("file://") else uri
