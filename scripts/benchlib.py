@@ -1,6 +1,6 @@
 """Time whole commands beside each other, fairly on a virtual machine: primed memory, known page cache, interleaved.
 
-What the three benchmark scripts share. The method and its reasons are in docs/benchmarks.md.
+What the benchmark scripts share. The method and its reasons are in docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARDPREP = Path(sys.executable).parent / "shardprep"
 MIB = 2**20
 SAMPLE_EVERY_MS = 5
+FAMILY_EVERY = 0.05  # seconds
 CACHESTAT = 451  # its number on every architecture; Linux 6.5
 READY, GO = b"ready\n", b"go\n"
 
@@ -47,6 +48,8 @@ class Variant:
     """A folder that is removed before and after each run; its parent exists."""
     primes: int = 0
     """Bytes of memory that are touched and freed just before the timed part: about what it will use."""
+    shared: bool = True
+    """Whether shared memory counts as anonymous: not where the destination is a mapped file in /dev/shm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +146,27 @@ def _run(variant: Variant, cold: bool, errors: Any) -> Run:
     poll.register(pid_fd, select.POLLIN)
     poll.register(process.stdout, select.POLLIN)
     said, paused, unbacked = b"", 0.0, 0
-    while True:
-        events = dict(poll.poll(SAMPLE_EVERY_MS))
-        now = time.monotonic()
-        if events.get(process.stdout.fileno(), 0) & select.POLLIN:
-            said += os.read(process.stdout.fileno(), 2**16)
-            if said.endswith(READY):
-                _settle(variant, cold)
-                paused += time.monotonic() - now
-                process.stdin.write(GO)
-        elif process.stdout.fileno() in events:
-            poll.unregister(process.stdout)
-        if pid_fd in events:
-            break
-        unbacked = max(unbacked, anonymous(process.pid))
+    family, looked = [process.pid], began
+    try:
+        while True:
+            events = dict(poll.poll(SAMPLE_EVERY_MS))
+            now = time.monotonic()
+            if events.get(process.stdout.fileno(), 0) & select.POLLIN:
+                said += os.read(process.stdout.fileno(), 2**16)
+                if said.endswith(READY):
+                    _settle(variant, cold)
+                    paused += time.monotonic() - now
+                    process.stdin.write(GO)
+            elif process.stdout.fileno() in events:
+                poll.unregister(process.stdout)
+            if pid_fd in events:
+                break
+            if now - looked > FAMILY_EVERY:
+                family, looked = descendants(process.pid), now
+            unbacked = max(unbacked, anonymous(*family, shared=variant.shared))
+    except BaseException:  # stopped by hand: it must not go on without us
+        process.kill()
+        raise
     os.close(pid_fd)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its /proc entry stays until it is reaped
     disk_read = counters(process.pid)["read_bytes"]
@@ -199,14 +209,29 @@ def counters(pid: int | str = "self") -> dict[str, int]:
     return {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
 
 
-def anonymous(pid: int | str = "self") -> int:
-    """Bytes of a process's memory that no file backs; a shared anonymous mapping counts as shmem."""
-    with contextlib.suppress(OSError):
-        found = re.findall(
-            r"^Rss(?:Anon|Shmem):\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE
-        )
-        return sum(map(int, found)) * 1024
-    return 0
+def anonymous(*pids: int | str, shared: bool = True) -> int:
+    """Bytes of processes' memory that no file backs; a shared anonymous mapping counts as shmem, and once."""
+    own, common = 0, 0
+    for pid in pids or ("self",):
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            found = {
+                kind: int(size) * 1024
+                for kind, size in re.findall(r"^Rss(Anon|Shmem):\s+(\d+) kB$", status, re.MULTILINE)
+            }
+            own += found.get("Anon", 0)
+            common = max(common, found.get("Shmem", 0))
+    return own + (common if shared else 0)
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and everything that it has started and that is still there."""
+    found = [pid]
+    for each in found:
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{each}/task").iterdir():
+                found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 # -------------------------------------------------------------------------------------------- memory and page cache
@@ -431,7 +456,11 @@ def publish(
     results: Mapping[str, Mapping[str, Sequence[Run]]],
 ) -> None:
     """Print tables and goals for people, and with --json every run for programs."""
-    hidden = {"--checkpoint", "--work"}  # where things lie on this machine is nobody else's business
+    hidden = {
+        "--checkpoint",
+        "--work",
+        "--cache",
+    }  # where things lie on this machine is nobody else's business
     arguments = [
         word
         for before, word in zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from .connection import Broken, Reply
-from .errors import ShardprepError
-from .retry import Transient
+from .connection import LEAST_RATE, Broken, Reply
+from .errors import SourceError
 from .store import SCRATCH, Body, FileRange, Sink
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class BotoMover:
         from .s3 import check_range
 
         stop = start + sink.left
-        condition = {} if version is None else {"IfMatch": version}
+        condition = {"IfMatch": version} if version else {}
         answer = self._store.call_once(
             key,
             "get_object",
@@ -37,23 +37,35 @@ class BotoMover:
         body = answer["Body"]
         try:
             found = check_range(self._store, key, _reply(answer), start, stop, version)
+            idle = self._store.access.idle_timeout
+            began, came = time.monotonic(), 0
             while sink.left:
                 room = sink.room()[:SCRATCH]
-                got = body.readinto(room)
+                try:
+                    got = _receive(body, room)
+                except _failures() as error:
+                    raise Broken(type(error).__name__, version=found) from None
                 if not got:
                     raise Broken("the connection ended before all bytes had come", version=found)
                 sink.landed(got)
-        except (ShardprepError, Broken, Transient):
-            raise
-        except _failures() as error:
-            raise Broken(type(error).__name__, version=found) from None
+                came += got
+                seconds = time.monotonic() - began
+                if seconds >= idle:
+                    if came < LEAST_RATE * seconds and sink.left:
+                        raise Broken(f"only {came} bytes came in {seconds:.1f} s", version=found)
+                    began, came = time.monotonic(), 0
         finally:
             body.close()
         return found
 
     def put(self, key: str, query: Mapping[str, str], body: Body, headers: Mapping[str, str]) -> Reply:
         params: dict[str, Any] = {"Key": self._store.prefix + key}
-        params["Body"] = b"".join(map(bytes, body.chunks())) if isinstance(body, FileRange) else bytes(body)
+        try:
+            params["Body"] = (
+                b"".join(map(bytes, body.chunks())) if isinstance(body, FileRange) else bytes(body)
+            )
+        except OSError as error:
+            raise SourceError(f"the file that is sent cannot be read: {error.strerror or error}") from None
         if CHECKSUM in headers:
             params["ChecksumCRC32"] = headers[CHECKSUM]
         if query:
@@ -67,6 +79,16 @@ class BotoMover:
 def _reply(answer: Mapping[str, Any]) -> Reply:
     meta = answer["ResponseMetadata"]
     return Reply(meta["HTTPStatusCode"], meta["HTTPHeaders"], None)
+
+
+def _receive(body: Any, room: memoryview) -> int:
+    """Put what has come into `room`, at least a byte unless the body is at its end.
+
+    botocore's own `readinto` waits until the room is full, however slowly that goes.
+    """
+    data = body._raw_stream.read1(len(room))
+    room[: len(data)] = data
+    return len(data)
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -14,6 +14,7 @@ import fcntl
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ SHARE: Final = 0.5
 """Of the file system that a cache may fill unless it is told otherwise."""
 
 Range = tuple[int, int]
+File = tuple[Path, os.stat_result]
 
 
 class Cache:
@@ -65,53 +67,75 @@ class Cache:
         """Keep a manifest for a later start without the store."""
         path = self.folder / "manifests" / f"{digest.partition(':')[2]}.json"
         if not path.exists():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            with suppress(OSError):  # a full disk is no reason not to start
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+            try:
                 temporary.write_bytes(raw)
                 temporary.rename(path)
+            except OSError:  # a full disk is no reason not to start
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------------------------------------------- blobs
     def open(self, part: Part) -> Landing:
         """The part's file, made if it is new, locked against eviction. Raises WriteError."""
         path = self._path(part.digest)
         try:
-            while True:
+            with self._locked():  # nobody evicts it between opening and locking
                 landing = land_in_file(part, path, trust=False)
-                fcntl.flock(landing.data, fcntl.LOCK_SH)
-                # between opening and locking it may have been evicted
-                with suppress(FileNotFoundError):
-                    if path.stat().st_ino == os.fstat(landing.data).st_ino:
-                        os.utime(path)
-                        return landing
-                landing.close()
-                os.close(landing.data)
+                try:
+                    fcntl.flock(landing.data, fcntl.LOCK_SH)
+                    os.utime(landing.data)
+                except BaseException:
+                    landing.close()
+                    os.close(landing.data)
+                    raise
+                return landing
         except OSError as error:
             raise WriteError(f"{quote(path)}: cannot be written: {error.strerror}") from None
 
-    def make_room(self, wanted: Sequence[tuple[Landing, Sequence[Range]]]) -> None:
+    def make_room(self, wanted: Sequence[tuple[Landing, Sequence[Range], int]]) -> None:
         """Set the ranges [start, stop) of each part aside, evicting what is not in use for them.
 
-        Raises WriteError where they do not fit into the cache.
+        `wanted` is (part, ranges, bytes of it that are there). Raises WriteError where they do not fit into the cache.
         """
-        needed = sum(stop - start for _, ranges in wanted for start, stop in ranges)
         with self._locked():
-            used = {path: found.st_blocks * 512 for path, found in self._files()}
-            excess = sum(used.values()) + needed - self.max_bytes
-            for path, _ in sorted(self._files(), key=lambda item: item[1].st_mtime):
-                if excess <= 0:
-                    break
-                if self._evict(path):
-                    excess -= used[path]
+            # what a worker beside us has set aside of the same part is not asked for twice
+            needed = sum(
+                max(0, sum(stop - start for start, stop in ranges) - landing.set_aside(there))
+                for landing, ranges, there in wanted
+            )
+            files = sorted(self._files(), key=lambda item: item[1].st_mtime)
+            excess = sum(found.st_blocks * 512 for _, found in files) + needed - self.max_bytes
+            oldest = iter(files)
+            while excess > 0 and (freed := self._evict_next(oldest)):
+                excess -= freed
             if excess > 0:
                 raise WriteError(
                     f"{quote(self.folder)}: {needed:,} bytes do not fit into the cache of {self.max_bytes:,} beside "
                     "what is in use; give it more room (SHARDPREP_CACHE_SIZE), or use cache=None"
                 )
-            for landing, ranges in wanted:
+            for landing, ranges, _ in wanted:
                 for start, stop in ranges:
-                    landing.reserve(start, stop)
+                    self._reserve(landing, start, stop, oldest)
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+    def _reserve(self, landing: Landing, start: int, stop: int, oldest: Iterator[File]) -> None:
+        """Set a range aside; where others have filled the file system, what is oldest goes for it."""
+        while True:
+            try:
+                landing.reserve(start, stop)
+                return
+            except WriteError:
+                if not self._evict_next(oldest):
+                    raise
+
+    def _evict_next(self, oldest: Iterator[File]) -> int:
+        """Evict the next blob that can be; the bytes that it had, 0 where there was none."""
+        for path, found in oldest:
+            if found.st_blocks and self._evict(path):
+                return found.st_blocks * 512
+        return 0
+
+    def _files(self) -> Iterator[File]:
         for path in self._blobs.iterdir():
             if not path.name.endswith(".landed"):
                 with suppress(FileNotFoundError):

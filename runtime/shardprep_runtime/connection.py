@@ -14,10 +14,10 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from .errors import StoreError, quote
+from .errors import SourceError, StoreError, quote
 from .store import SCRATCH, Body, FileRange, Sink
 
 LEAST_RATE: Final = 8 * 2**10
@@ -130,7 +130,7 @@ class Connection:
 
     def _send_file(self, body: FileRange) -> None:
         if self._tls is not None:
-            for data in body.chunks():
+            for data in _read(body):
                 self._send_all(data)
             return
         at = body.start
@@ -139,7 +139,7 @@ class Connection:
             while at < body.stop:
                 sent = os.sendfile(self._socket.fileno(), body.fd, at, body.stop - at)
                 if not sent:
-                    raise OSError("the file became shorter while it was sent")
+                    raise SourceError("the file became shorter while it was sent")
                 at += sent
         finally:
             self._socket.settimeout(self._idle_timeout)
@@ -154,22 +154,23 @@ class Connection:
         try:
             early = response.fp.peek()[: sink.left]  # what came along with the head
             response.fp.read(len(early))
-            while early:
-                room = sink.room()[: len(early)]
-                room[:] = early[: len(room)]
-                early = early[len(room) :]
-                sink.landed(len(room))
-            if self._tls is None:
-                self._socket.settimeout(None)
-            while sink.left:
-                room = sink.room()[:SCRATCH]
-                done, complaint = self._fill(room)
-                if done:
-                    sink.landed(done)
-                if complaint:
-                    raise Broken(complaint, version=version)
         except (OSError, http.client.HTTPException) as error:
             raise Broken(_said(error), version=version) from None
+        # from here on an OSError is the sink's: a full disk is no failure of the connection
+        while early:
+            room = sink.room()[: len(early)]
+            room[:] = early[: len(room)]
+            early = early[len(room) :]
+            sink.landed(len(room))
+        if self._tls is None:
+            self._socket.settimeout(None)
+        while sink.left:
+            room = sink.room()[:SCRATCH]
+            done, complaint = self._fill(room)
+            if done:
+                sink.landed(done)
+            if complaint:
+                raise Broken(complaint, version=version)
         self._socket.settimeout(self._idle_timeout)
         self._received = True
 
@@ -246,6 +247,14 @@ def _open(address: tuple[str, int], timeout: float) -> socket.socket:
         else:
             return sock
     raise failure
+
+
+def _read(body: FileRange) -> Iterator[memoryview]:
+    """The bytes of a file. An OSError of the file is none of the connection's, which would be tried again."""
+    try:
+        yield from body.chunks()
+    except OSError as error:
+        raise SourceError(f"the file that is sent cannot be read: {_said(error)}") from None
 
 
 def _timeval(seconds: float) -> bytes:

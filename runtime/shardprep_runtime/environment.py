@@ -19,7 +19,10 @@ def cache_folder() -> Path:
     if own:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "shardprep"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "shardprep"
+    except RuntimeError:  # a container's user that is in no list
+        raise InputError("this user has no home; set SHARDPREP_CACHE_DIR, or use cache=None") from None
 
 
 def cache_bytes() -> int | None:

@@ -15,10 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from .errors import IntegrityError, ShardprepError, SourceError, quote
-from .landing import ABSENT, HEADER, LANDED, VERIFIED, Landing, LandingSink, new_scratch
+from .errors import IntegrityError, ShardprepError, SourceError, WriteError, quote
+from .landing import ABSENT, GIVEN, HEADER, LANDED, VERIFIED, Landing, LandingSink, new_scratch
 from .manifest import Manifest, Part
-from .parts import Numbered, OpenPart, check_header
+from .parts import Numbered, OpenPart, PieceSpan, check_header
 from .store import BufferSink, Store, where
 
 RUN_BYTES: Final = 16 * 2**20
@@ -64,6 +64,22 @@ class Arrival(Numbered):
         """The bytes [start, stop) of each block of a run that was not there when this began."""
         blocks = (self.block(n) for n in range(run.first, run.last) if not self.old[n])
         return [(block.start, block.stop) for block in blocks]
+
+    def bytes_there(self) -> int:
+        """Bytes of the header and the blocks that were there when this began."""
+        there = (block for block, value in zip(self.blocks, self.old[1:], strict=True) if value)
+        return self.part.part.header_size + sum(block.stop - block.start for block in there)
+
+    def give_back(self, piece: PieceSpan) -> None:
+        """Free the memory of a piece of which there is a copy now. The map says so first, to forked processes."""
+        for number in self.numbers(piece.span.start, piece.span.stop):
+            self.landing.mark(number, GIVEN)
+        self.landing.forget(piece.span.start, piece.span.stop)
+
+    def is_given(self, piece: PieceSpan) -> bool:
+        """Whether `give_back` has begun, in this process or the one that it was forked from."""
+        state = self.landing.state(len(self.blocks))
+        return any(state[n] == GIVEN for n in self.numbers(piece.span.start, piece.span.stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +197,7 @@ class Fetch:
 
         `progress` is told of bytes that are there, from several threads.
         """
-        self._crew = crew
+        self._crew, self._process = crew, os.getpid()
         self.store, self.arrivals, self.runs = store, tuple(arrivals), tuple(runs)
         self.verify, self.workers, self._progress = verify, workers, progress
         self._queue = deque(runs)
@@ -209,19 +225,37 @@ class Fetch:
     # ----------------------------------------------------------------------------------------------------- waiting
     def wait(self, arrival: Arrival, start: int, stop: int) -> None:
         """Return once bytes [start, stop) of the part are there. Raises what ended the fetch, if it ended before."""
-        numbers = arrival.numbers(start, stop)
+        self._wait(arrival, arrival.numbers(start, stop))
+
+    def wait_all(self) -> None:
+        """Return once everything is there. Raises what ended the fetch before."""
+        for run in self.runs:
+            self._wait(run.arrival, range(run.first, run.last))
+
+    def _wait(self, arrival: Arrival, numbers: range) -> None:
+        if self.elsewhere:
+            self._look(arrival, numbers)
+            return
         with self._changed:
             while not all(arrival.done[number] for number in numbers):
                 self._raise()
                 self._changed.wait()
 
-    def wait_all(self) -> None:
-        """Return once everything is there. Raises what ended the fetch before."""
-        for run in self.runs:
-            with self._changed:
-                while not all(run.arrival.done[run.first : run.last]):
-                    self._raise()
-                    self._changed.wait()
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is a process that was forked from the one that fetches: no thread of the fetch runs here."""
+        return os.getpid() != self._process
+
+    def _look(self, arrival: Arrival, numbers: range) -> None:
+        """What a forked process does instead of waiting: the locks of `_changed` may be held for ever here."""
+        state = arrival.landing.state(len(arrival.blocks))
+        for number in numbers:
+            if not arrival.done[number] and not self._is_there(arrival, number, state[number]):
+                raise SourceError(
+                    f"{arrival.part.where}: this process was forked before all of it had arrived; call wait() of the "
+                    "shard first, or load in the new process"
+                )
+            arrival.done[number] = 1
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -231,6 +265,8 @@ class Fetch:
 
     def join(self) -> None:
         """Stop, and return once no thread writes any more."""
+        if self.elsewhere:
+            return
         self._stop.set()
         if self._crew is not None:
             self._crew.stop()
@@ -241,6 +277,9 @@ class Fetch:
 
     def close(self, then: Callable[[], None]) -> None:
         """Stop. `then` is called once no thread writes any more: now, or by the last of them."""
+        if self.elsewhere:
+            then()
+            return
         self._stop.set()
         if self._crew is not None:
             self._crew.stop()
@@ -262,7 +301,7 @@ class Fetch:
         except ShardprepError as error:
             self._fail(error)
         except OSError as error:  # the disk: a store's errors are its own
-            self._fail(SourceError(f"what was fetched cannot be written: {error.strerror}"))
+            self._fail(WriteError(f"what was fetched cannot be written: {error.strerror}"))
         except BaseException as error:  # must reach those who wait
             self._fail(error)
             raise
@@ -334,6 +373,8 @@ class Fetch:
     def _is_there(self, arrival: Arrival, number: int, value: int) -> bool:
         if value == ABSENT:
             return False
+        if value == GIVEN:
+            return True
         # what another process has verified while we are at it is taken; what lay there before is looked at again
         if self.verify and (value != VERIFIED or arrival.old[number]):
             try:

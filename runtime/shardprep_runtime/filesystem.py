@@ -24,10 +24,15 @@ LOCAL_FUSE = re.compile(r"fuse\.(fuse-overlayfs|lxcfs|bindfs|mergerfs|unionfs)|f
 log = logging.getLogger("shardprep_runtime")
 
 
-def choose_io(folder: Path, io: Io) -> Literal["mmap", "read"]:
-    """How the parts in `folder` are to be read; says in the log which and why. Raises InputError for no such way."""
+def check_io(io: str) -> None:
+    """Raises InputError for what is no way to read."""
     if io not in ("auto", "mmap", "read"):
         raise InputError(f"io must be auto, mmap or read, not {io!r}")
+
+
+def choose_io(folder: Path, io: Io) -> Literal["mmap", "read"]:
+    """How the parts in `folder` are to be read; says in the log which and why. Raises InputError for no such way."""
+    check_io(io)
     kind = file_system(folder)
     chosen: Literal["mmap", "read"] = "read" if is_network(kind) else "mmap"
     if io != "auto":

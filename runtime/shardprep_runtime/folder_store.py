@@ -24,6 +24,9 @@ UPLOADS: Final = ".uploads"
 READ: Final = 4 * 2**20
 """Bytes of one read: what a network file system is asked for at a time."""
 
+NO_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
+"""Where the kernel copies nothing between two files itself: they are of different kinds of file systems, mostly."""
+
 
 class FolderStore:
     """Objects are files under a folder, replaced only by renaming."""
@@ -86,7 +89,7 @@ class FolderStore:
 
     def put(self, key: str, data: bytes) -> Stat:
         with self._written(key, data) as path:
-            path.rename(self._made(key))
+            self._place(path, key)
         return self._known(key)
 
     def put_if(self, key: str, data: bytes, *, version: str | None) -> Stat:
@@ -94,8 +97,8 @@ class FolderStore:
             found = self.head(key)
             if (found.version if found else None) != version:
                 raise ConflictError(f"{where(self, key)}: was written by somebody else meanwhile")
-            path.rename(self._made(key))
-        return self._known(key)
+            self._place(path, key)
+            return self._known(key)
 
     def _known(self, key: str) -> Stat:
         found = self.head(key)
@@ -103,10 +106,14 @@ class FolderStore:
             raise missing(self, key)
         return found
 
-    def _made(self, key: str) -> Path:
+    def _place(self, finished: Path, key: str) -> None:
+        """Give a finished file its name."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            finished.rename(path)
+        except OSError as error:
+            raise StoreError(f"{where(self, key)}: cannot be written: {error.strerror}") from None
 
     @contextlib.contextmanager
     def _written(self, key: str, data: bytes) -> Iterator[Path]:
@@ -133,7 +140,8 @@ class FolderStore:
         return FolderUpload(self, key, parts)
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        folder = self.folder / prefix.rpartition("/")[0]
+        within = prefix.rpartition("/")[0]
+        folder = self._path(within) if within else self.folder
         if not self.folder.is_dir():
             raise StoreError(f"{quote(self.folder)}: no such folder")
 
@@ -141,12 +149,11 @@ class FolderStore:
             if error.errno != errno.ENOENT:
                 raise StoreError(f"{quote(self.folder)}: cannot be listed: {error.strerror}") from None
 
-        for path, folders, names in os.walk(folder, onerror=fail):
-            if UPLOADS in folders:
-                folders.remove(UPLOADS)
+        for path, _, names in os.walk(folder, onerror=fail):
             for name in names:
                 key = (Path(path) / name).relative_to(self.folder).as_posix()
-                found = self.head(key) if key.startswith(prefix) else None
+                ours = key.startswith(prefix) and not key.startswith(f"{UPLOADS}/")
+                found = self.head(key) if ours else None
                 if found is not None:
                     yield found
 
@@ -154,6 +161,8 @@ class FolderStore:
         for key in keys:
             try:
                 self._path(key).unlink(missing_ok=True)
+            except NotADirectoryError:
+                continue
             except OSError as error:
                 raise StoreError(f"{where(self, key)}: cannot be removed: {error.strerror}") from None
 
@@ -173,6 +182,7 @@ class FolderUpload:
 
     def __init__(self, store: FolderStore, key: str, parts: Sequence[tuple[int, int]]) -> None:
         self.store, self.key, self.parts = store, key, tuple(parts)
+        store._path(key)  # what is no key is refused before anything is written
         folder = store.folder / UPLOADS
         self.path = folder / f"{time.time_ns():x}-{secrets.token_hex(8)}"
         try:
@@ -195,13 +205,16 @@ class FolderUpload:
     def sync(self) -> None:
         """Bring the file to disk."""
         try:
+            # the kernel's own clock ticks a few milliseconds: too coarse to tell two versions of a size by their time
+            now = time.time_ns()
+            os.utime(self._fd, ns=(now, now))
             os.fsync(self._fd)
         except OSError as error:
             raise StoreError(f"{where(self.store, self.key)}: cannot be written: {error.strerror}") from None
 
     def finish(self) -> Stat:
         self.sync()
-        self.path.rename(self.store._made(self.key))
+        self.store._place(self.path, self.key)
         self.leave()
         return self.store._known(self.key)
 
@@ -216,7 +229,15 @@ def _write(fd: int, body: Body, offset: int) -> None:
     if isinstance(body, FileRange):
         at = body.start
         while at < body.stop:
-            done = os.copy_file_range(body.fd, fd, body.stop - at, at, offset)
+            try:
+                done = os.copy_file_range(body.fd, fd, body.stop - at, at, offset)
+            except OSError as error:
+                if error.errno not in NO_COPY:
+                    raise
+                for chunk in FileRange(body.fd, at, body.stop).chunks():
+                    _write(fd, chunk, offset)
+                    offset += len(chunk)
+                return
             if not done:
                 raise OSError(errno.EIO, "the file became shorter")
             at, offset = at + done, offset + done

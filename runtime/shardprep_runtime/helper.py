@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -74,7 +75,8 @@ class HelperProcesses:
             process.kill()
             process.wait()
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(OSError):  # what it had not read yet
+                    process.stdin.close()
         self._running = []
 
 
@@ -113,6 +115,8 @@ def _fetch(job: dict[str, Any]) -> None:
         part = parts[path]
         raw = os.pread(data, part.header_size, 0)
         opened = OpenPart(data, raw, part, manifest, where=path, check_digest=False)
+        # the inherited descriptor shares its locks with the parent's: one of our own excludes the others
+        chart = os.open(f"/proc/self/fd/{chart}", os.O_RDWR | os.O_CLOEXEC)
         arrivals.append(Arrival(opened, Landing(part, data, chart, in_memory=in_memory), key, version))
         arrivals[-1].old = bytearray(
             len(arrivals[-1].old)

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from . import environment
 from . import manifest as manifests
 from .cache import Cache
-from .errors import FormatError, LayoutError, ManifestError, quote
+from .errors import FormatError, LayoutError, ManifestError, SourceError, WriteError, quote
 from .fetch import WORKERS, Arrival, Crew, Fetch, open_arrivals, plan_runs
-from .filesystem import Io, choose_io
+from .filesystem import Io, check_io, choose_io
 from .folder_store import FolderStore
-from .helper import HelperProcesses
 from .landing import Landing, land_in_memory, read_map
 from .manifest import Manifest, Part
 from .parts import (
@@ -57,6 +56,7 @@ class Shard(Mapping[str, "torch.Tensor"]):
     def __init__(self, view: View, parts: Sequence[OpenPart]) -> None:
         self.view = view
         self._parts = tuple(parts)
+        self._closed = False
         self._fetch: Fetch | None = None
         self._arrivals: dict[OpenPart, Arrival] = {}
         self._store: Store | None = None
@@ -102,10 +102,12 @@ class Shard(Mapping[str, "torch.Tensor"]):
             for part, piece, start, stop in self.ranges()
         )
         if cache is not None:
-            missing: dict[Landing, list[tuple[int, int]]] = {}
+            missing: dict[Arrival, list[tuple[int, int]]] = {}
             for run in runs:
-                missing.setdefault(run.arrival.landing, []).extend(run.arrival.missing(run))
-            cache.make_room(list(missing.items()))
+                missing.setdefault(run.arrival, []).extend(run.arrival.missing(run))
+            cache.make_room(
+                [(arrival.landing, ranges, arrival.bytes_there()) for arrival, ranges in missing.items()]
+            )
         self._fetch = Fetch(store, arrivals, runs, verify=verify, workers=workers, crew=crew)
         self._fetch.start()
 
@@ -147,15 +149,26 @@ class Shard(Mapping[str, "torch.Tensor"]):
             for (part, piece), take in zip(located, view.takes, strict=True):
                 start, stop = byte_range(view.form, piece, take)
                 self._fetch.wait(self._arrivals[part], piece.span.start + start, piece.span.start + stop)
+        if self._closed and not is_mapped(view, located):
+            raise SourceError(f"{quote(stored)}: the shard was closed before it was asked for")
         if is_mapped(view, located) or not any(
             part in self._arrivals and self._arrivals[part].landing.in_memory for part, _ in located
         ):
             return memory_of(view, located)
         with self._joining:  # joined from memory: from now on this is the only copy, whoever else asks
             if stored not in self._memory:
-                self._memory[stored] = memory_of(view, located)
+                joined = memory_of(view, located)
+                assert self._fetch is not None
                 for part, piece in located:
-                    self._arrivals[part].landing.forget(piece.span.start, piece.span.stop)
+                    arrival = self._arrivals[part]
+                    if not self._fetch.elsewhere:
+                        arrival.give_back(piece)
+                    elif arrival.is_given(piece):
+                        raise SourceError(
+                            f"{quote(stored)}: the process that this one was forked from has joined it and given its "
+                            "pieces back; ask for it before forking, or load in the new process"
+                        )
+                self._memory[stored] = joined
         return self._memory[stored]
 
     def wait(self) -> None:
@@ -247,6 +260,9 @@ class Shard(Mapping[str, "torch.Tensor"]):
 
     def close(self) -> None:
         """Close the parts, and stop fetching. What was not asked for yet can no longer be had."""
+        if self._closed:
+            return
+        self._closed = True
         parts, self._parts = self._parts, ()
         arrivals, store, self._store = tuple(self._arrivals.values()), self._store, None
 
@@ -312,6 +328,7 @@ def load(
     """
     if verify not in ("blocks", "headers", "off"):
         raise LayoutError(f"verify must be blocks, headers or off, not {verify!r}")
+    check_io(io)
     if is_uri(source):
         store = open_store(str(source), access)
         try:
@@ -386,16 +403,24 @@ def _fetched(
     try:
         for part, key in zip(view.parts, keys, strict=True):
             landings.append((part, key, cache.open(part) if cache is not None else land_in_memory(part)))
-    except BaseException:
+    except BaseException as error:
         for _, _, landing in landings:
             landing.close()
             os.close(landing.data)
+        if isinstance(error, OSError):
+            raise WriteError(
+                f"{quote(part.path)}: {part.size:,} bytes: no memory: {error.strerror}"
+            ) from None
         raise
     arrivals = open_arrivals(store, landings, manifest, check_digest=verify != "off", workers=workers)
     shard = None
     try:
         shard = Shard(view, [arrival.part for arrival in arrivals])
-        crew = HelperProcesses(processes - 1, manifest) if processes > 1 else None
+        crew: Crew | None = None
+        if processes > 1:
+            from .helper import HelperProcesses  # imports what speaks S3, which most loads do not need
+
+            crew = HelperProcesses(processes - 1, manifest)
         shard._arrive(store, arrivals, cache, verify=verify == "blocks", workers=workers, crew=crew)
     except BaseException:
         for arrival in arrivals:
@@ -411,15 +436,10 @@ def _mapped(folder: Path, view: View, manifest: Manifest, *, verify: Verify, wor
     maps: dict[OpenPart, bytearray] = {}
     try:
         for part in view.parts:
-            sparse = folder / (part.path + SPARSE)
-            if not (folder / part.path).exists() and sparse.exists():
-                found = open_part(
-                    folder, part, manifest, check_digest=verify != "off", name=part.path + SPARSE
-                )
-                parts.append(found)
-                maps[found] = _landed(sparse, found)
-            else:
-                parts.append(open_part(folder, part, manifest, check_digest=verify != "off"))
+            found, landed = _open(folder, part, manifest, check_digest=verify != "off")
+            parts.append(found)
+            if landed is not None:
+                maps[found] = landed
         shard = Shard(view, parts)
         for part_, numbered in [(part, Numbered(part)) for part in maps]:
             _check_there(shard, part_, numbered, maps[part_])
@@ -433,11 +453,26 @@ def _mapped(folder: Path, view: View, manifest: Manifest, *, verify: Verify, wor
     return shard
 
 
-def _landed(path: Path, part: OpenPart) -> bytearray:
-    found = read_map(path, part.part, len(Numbered(part).blocks))
-    if found is None:
-        raise FormatError(f"{part.where}: nothing says which of its bytes are there; pull it again")
-    return found
+def _open(
+    folder: Path, part: Part, manifest: Manifest, *, check_digest: bool
+) -> tuple[OpenPart, bytearray | None]:
+    """A part, and the map of what is there where only some of its ranges were pulled."""
+    whole, sparse = folder / part.path, folder / (part.path + SPARSE)
+    if not whole.exists() and sparse.exists():
+        try:
+            found = open_part(folder, part, manifest, check_digest=check_digest, name=part.path + SPARSE)
+        except FormatError:
+            if not whole.exists():
+                raise
+        else:
+            landed = read_map(sparse, part, len(Numbered(found).blocks))
+            if landed is not None:
+                return found, landed
+            found.close()
+            if not whole.exists():
+                raise FormatError(f"{found.where}: nothing says which of its bytes are there; pull it again")
+        # a pull for another rank has just made it whole
+    return open_part(folder, part, manifest, check_digest=check_digest), None
 
 
 def _check_there(shard: Shard, part: OpenPart, numbered: Numbered, landed: bytearray) -> None:

@@ -174,7 +174,9 @@ class OpenPart:
 
     def close(self) -> None:
         """Close the descriptor. The mapping lives as long as a tensor uses it."""
-        os.close(self.fd)
+        fd, self.fd = self.fd, -1  # its number will soon be another file's
+        if fd >= 0:
+            os.close(fd)
 
 
 def open_part(

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -166,6 +167,10 @@ def _become(command: Sequence[str], source: str, arguments: dict[str, Any]) -> i
             status = 1
             try:
                 os.setsid()
+                # who reads what the command prints is to see it end with the command
+                nothing = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nothing, 0)
+                os.dup2(nothing, 1)
                 status = _fetch(source, arguments, as_json=False, quiet=True)
             except ShardprepError as error:
                 print(f"shardprep-prefetch: {error}", file=sys.stderr, flush=True)
@@ -173,6 +178,10 @@ def _become(command: Sequence[str], source: str, arguments: dict[str, Any]) -> i
                 os._exit(status)
         os._exit(0)
     os.waitpid(fetcher, 0)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(
+            number, signal.SIG_DFL
+        )  # Python ignores them, and what is ignored stays so for the command
     try:
         os.execvp(command[0], list(command))  # noqa: S606 - what the user asked to run
     except OSError as error:

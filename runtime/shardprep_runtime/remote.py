@@ -1,8 +1,11 @@
 """Name what lies where in a store of shard sets, and read its manifests.
 
-blobs/<64 hex>               a part, named by the sha256 of its header (which holds a digest of every block), or a
-                             side file, named by its sha256; never replaced
-manifests/<revision>.json    the exact bytes of a manifest: the only names that change, written last
+    blobs/<64 hex>               a part, named by the sha256 of its header (which holds a digest of every block), or a
+                                 side file, named by its sha256; never replaced
+    manifests/<revision>.json    the exact bytes of a manifest: the only names that change, written last
+    prunes/<id>                  there while a prune is at work
+
+The last is for pushes to wait for; readers look at the first two alone.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from .store import Stat, Store, read_small, where
 
 BLOBS: Final = "blobs/"
 MANIFESTS: Final = "manifests/"
+MARKS: Final = "prunes/"
 DEFAULT_REVISION: Final = "main"
 
 SHOWN: Final = 10

@@ -29,7 +29,8 @@ class Patience:
     """
 
     def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+        self.deadline = deadline
+        """Seconds without progress after which it ends."""
         self._tries = 0
         self._last = time.monotonic()
 
@@ -48,7 +49,7 @@ class Patience:
         bound = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._tries)
         self._tries += 1
         pause = random.uniform(0, bound)  # noqa: S311 - spreads retries, keeps no secret
-        late = time.monotonic() + pause - self._last > self._deadline
+        late = time.monotonic() + pause - self._last > self.deadline
         if late or self._tries == error.most:
             seconds = time.monotonic() - self._last
             raise StoreError(

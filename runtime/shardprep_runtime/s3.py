@@ -54,6 +54,17 @@ UNREACHED: Final = 20.0
 NO_CHECKSUMS: Final = r"answered (400(?! (BadDigest|InvalidDigest|XAmzContent))|501)"
 """In the words of a StoreError: a store that may only not know checksums; never one that found another."""
 
+ANSWERED: Final = {
+    "head_object": {"ETag"},
+    "put_object": {"ETag"},
+    "upload_part": {"ETag"},
+    "create_multipart_upload": {"UploadId"},
+    "list_objects_v2": {"Name", "IsTruncated"},
+    "list_multipart_uploads": {"Bucket", "IsTruncated"},
+    "list_parts": {"UploadId", "IsTruncated"},
+}
+"""What S3 answers to each operation, one of it at least; a page with status 200 has none of it."""
+
 MOST_ERROR_BYTES: Final = 64 * 2**10
 """Of an error's body that are read."""
 
@@ -83,6 +94,7 @@ class S3Store:
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._lock = threading.Lock()
+        self._renewal = threading.Lock()
         self._session, self.client = _connect(access)
         self._credentials: Any = None
         self._reached = False
@@ -125,44 +137,60 @@ class S3Store:
             return None
         with self._lock:
             if self._credentials is None:
-                self._credentials = _guard(self._session.get_credentials)
+                self._credentials = _resolve(self._session.get_credentials)
                 if self._credentials is None:
                     raise DeniedError(
                         f"{quote(self.uri)}: no credentials were found; set AWS_ACCESS_KEY_ID and "
                         "AWS_SECRET_ACCESS_KEY, choose a profile, or ask without any (--no-sign-request)"
                     )
-        return _guard(self._credentials.get_frozen_credentials)
+        return _resolve(self._credentials.get_frozen_credentials)
 
-    def renew(self) -> bool:
-        """Resolve the credentials anew; whether they are others than before."""
-        before = self.credentials()
-        if before is None:
+    def renew(self, used: Any) -> bool:
+        """Have other credentials than those `used`, which have expired; whether there are any.
+
+        They are resolved anew unless another thread, to which the same has happened, has done so.
+        """
+        if used is None:
             return False
-        with self._lock:
-            self._session, client = _connect(self.access)
-            self.client, self._credentials = client, None
-        after = self.credentials()
-        return (before.access_key, before.token) != (after.access_key, after.token)
+        with self._renewal:
+            found = self.credentials()
+            if (found.access_key, found.token) == (used.access_key, used.token):
+                session, client = _connect(self.access)
+                with self._lock:
+                    self._session, self.client, self._credentials = session, client, None
+                found = self.credentials()
+        return (found.access_key, found.token) != (used.access_key, used.token)
 
     def path_of(self, key: str) -> str:
         """The key as it stands in a URL."""
         return percent(self.prefix + key, safe="/-_.~")
 
+    @property
+    def _deadline(self) -> float:
+        """A store that never answered is more likely misspelt than overloaded."""
+        return self.access.deadline if self._reached else min(self.access.deadline, UNREACHED)
+
     def persist(self, key: str, work: Callable[[Patience], T]) -> T:
         """Do `work` until it succeeds, fails for good, or the deadline passes without progress."""
-        # a store that never answered is more likely misspelt than overloaded
-        patience = Patience(self.access.deadline if self._reached else min(self.access.deadline, UNREACHED))
-        renewed = False
+        patience = Patience(self._deadline)
+        used, renewed = None, False
         while True:
             try:
+                used = self.credentials()
                 found = work(patience)
                 self._reached = True
                 return found
             except Transient as error:
+                patience.deadline = self._deadline
                 patience.pause(error, where=where(self, key))
             except _Expired as error:
                 # another process may have renewed what we read at the start: look once
-                if renewed or not self.renew():
+                try:
+                    found_others = not renewed and self.renew(used)
+                except Transient as failed:
+                    patience.pause(failed, where=where(self, key))
+                    continue
+                if not found_others:
                     raise DeniedError(
                         f"{where(self, key)}: the credentials have expired; renew them and run again"
                     ) from error
@@ -179,7 +207,7 @@ class S3Store:
 
         self.credentials()  # says in our words where there are none
         try:
-            return _guard(lambda: getattr(self.client, name)(Bucket=self.bucket, **params))
+            found = _guard(lambda: getattr(self.client, name)(Bucket=self.bucket, **params))
         except exceptions.ClientError as error:
             meta = error.response.get("ResponseMetadata", {})
             about = error.response.get("Error", {})
@@ -191,13 +219,24 @@ class S3Store:
                 meta.get("HTTPHeaders", {}),
             ) from None
         except exceptions.SSLError as error:
-            raise StoreError(f"{quote(self.host)}: no secure connection: {quote(error)}") from None
+            if "CERTIFICATE_VERIFY_FAILED" not in str(error):  # it may have broken off
+                raise Transient(f"{quote(self.host)}: no secure connection") from None
+            raise StoreError(
+                f"{quote(self.host)}: its certificate is not trusted; AWS_CA_BUNDLE names the file of those that are"
+            ) from None
         except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
             raise Transient(f"{quote(self.host)}: {type(error).__name__}") from None
         except ResponseParserError:
-            raise StoreError(
-                f"{where(self, key)}: the answer is not S3's; is {quote(self.host)} an endpoint of S3, or a page?"
-            ) from None
+            raise self._page() from None
+        if not ANSWERED.get(name, {"ResponseMetadata"}) & found.keys():
+            raise self._page()
+        return found
+
+    def _page(self) -> Transient:
+        """What an answer is that a store of S3 does not give: a proxy's page, most often."""
+        return Transient(
+            f"the answer is not S3's; is {quote(self.host)} an endpoint of S3, or a page?", most=3
+        )
 
     @property
     def host(self) -> str:
@@ -209,7 +248,11 @@ class S3Store:
     ) -> Exception:
         """What an answer that is no success means. A Transient, an _Expired or a StoreError; never a secret in it."""
         at = where(self, key)
+        if "x-amz-request-id" in headers:
+            self._reached = True
         said = f"{status} {quote(code)}" + (f": {quote(message)}" if message else "")
+        if "html" in headers.get("content-type", ""):
+            said += f", with a page; is {quote(self.host)} an endpoint of S3?"
         if status == 416:
             return SourceError(f"{at}: ends before the bytes that were asked for")
         if status == 412:
@@ -245,14 +288,20 @@ class S3Store:
 
     # -------------------------------------------------------------------------------------------------------- verbs
     def head(self, key: str) -> Stat | None:
+        def once(_: Patience) -> Any:
+            try:
+                return self.call_once(key, "head_object", Key=self.prefix + key)
+            except MissingError:
+                raise
+            except StoreError:
+                # the answer to a HEAD has no body that says why: have it said
+                self.call_once(key, "get_object", Key=self.prefix + key, Range="bytes=0-0")["Body"].close()
+                raise
+
         try:
-            found = self.call(key, "head_object", Key=self.prefix + key)
+            found = self.persist(key, once)
         except MissingError:
             return None
-        except StoreError:
-            # the answer to a HEAD has no body that says why: have it said
-            self.call(key, "get_object", Key=self.prefix + key, Range="bytes=0-0")["Body"].close()
-            raise
         return Stat(key, found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
@@ -405,7 +454,7 @@ def _guard(call: Callable[[], Any]) -> Any:
 
     try:
         return call()
-    except (exceptions.ClientError, exceptions.HTTPClientError):
+    except (exceptions.ClientError, exceptions.HTTPClientError, exceptions.ConnectionError):
         raise
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
         raise DeniedError(f"credentials: {quote(error)}") from None
@@ -416,9 +465,26 @@ def _guard(call: Callable[[], Any]) -> Any:
     ) as error:
         raise DeniedError(f"credentials could not be had: {quote(error)}; log in again?") from None
     except exceptions.BotoCoreError as error:
-        raise InputError(f"S3 settings: {quote(error)}") from None
+        raise InputError(f"S3 settings: {_bare(error)}") from None
     except ValueError as error:  # an endpoint that is no URL
-        raise InputError(f"S3 settings: {quote(error)}") from None
+        raise InputError(f"S3 settings: {_bare(error)}") from None
+
+
+def _resolve(call: Callable[[], Any]) -> Any:
+    """Have botocore find credentials, for which it may ask others. Raises DeniedError, or Transient for what may pass."""
+    from botocore import exceptions
+
+    try:
+        return _guard(call)
+    except exceptions.ClientError as error:
+        raise DeniedError(f"credentials could not be had: {quote(error)}") from None
+    except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
+        raise Transient(f"credentials could not be had: {type(error).__name__}") from None
+
+
+def _bare(error: BaseException) -> str:
+    """What an error says, without the user and password that an endpoint may have."""
+    return quote(re.sub(r"\S*@", "", str(error)))
 
 
 def _skew(headers: Mapping[str, str]) -> str:
@@ -441,10 +507,7 @@ class NativeMover:
         self._lock = threading.Lock()
         self._closed = False
         # a URL that botocore made tells how this endpoint and bucket are addressed, whatever their rules
-        probe = store.client.generate_presigned_url(
-            "get_object", Params={"Bucket": store.bucket, "Key": "k"}, HttpMethod="GET"
-        )
-        url = urlsplit(probe)
+        url = urlsplit(_example(store))
         usual = {"http": ":80", "https": ":443"}[url.scheme]
         self._host = url.netloc.rpartition("@")[2].removesuffix(usual)  # as botocore signs it
         self._origin = f"{url.scheme}://{self._host}"
@@ -491,7 +554,7 @@ class NativeMover:
         stop = start + sink.left
         path = self._base + self._store.path_of(key)
         headers = {"Range": f"bytes={start}-{stop - 1}"}
-        if version is not None:
+        if version:
             headers["If-Match"] = version
         with self._exchange("GET", path, headers, None) as (connection, reply):
             if reply.status not in (200, 206):
@@ -511,6 +574,8 @@ class NativeMover:
                 if reply.status != 200:
                     raise self._refused(key, reply)
                 reply.read(MOST_ERROR_BYTES)
+                if "etag" not in reply.headers:
+                    raise self._store._page()
                 return reply
         except Broken as broken:
             raise Transient(str(broken)) from None
@@ -521,6 +586,18 @@ class NativeMover:
 
     def _exchange(self, method: str, path: str, headers: Mapping[str, str], body: Body | None) -> _Exchange:
         return _Exchange(self, method, path, headers, body)
+
+
+def _example(store: S3Store) -> str:
+    """The URL of the object `k`, made without asking for credentials."""
+    from botocore.handlers import disable_signing
+
+    chosen = "choose-signer.s3.GetObject"
+    store.client.meta.events.register(chosen, disable_signing)
+    try:
+        return str(store.client.generate_presigned_url("get_object", {"Bucket": store.bucket, "Key": "k"}))
+    finally:
+        store.client.meta.events.unregister(chosen, disable_signing)
 
 
 @cache
@@ -604,7 +681,7 @@ def check_range(store: S3Store, key: str, reply: Reply, start: int, stop: int, v
     if length != str(stop - start):
         raise Transient(f"{stop - start} bytes were asked for, the store announces {quote(length)}", most=4)
     etag = reply.headers.get("etag")
-    if version is not None and etag is not None and etag != version:
+    if version and etag and etag != version:
         raise changed(store, key)
     return etag or version or ""
 
