@@ -7,11 +7,12 @@ that are whole get their names, the side files come, and the manifest last.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,13 +20,13 @@ from typing import Final
 from shardprep_runtime import environment
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import InputError, IntegrityError, ManifestError, WriteError, quote
-from shardprep_runtime.fetch import WORKERS, Arrival, Fetch, open_arrivals, plan_runs
-from shardprep_runtime.landing import Landing, land_in_file
+from shardprep_runtime.fetch import TRIES, WORKERS, Arrival, Fetch, open_arrivals, plan_runs
+from shardprep_runtime.landing import ABSENT, HEADER, LANDED, VERIFIED, Landing, land_in_file
 from shardprep_runtime.load import SPARSE, Shard
 from shardprep_runtime.manifest import Manifest, Part, SideFile
-from shardprep_runtime.parts import open_part
+from shardprep_runtime.parts import OpenPart, open_part
 from shardprep_runtime.remote import DEFAULT_REVISION, blob_key, read_manifest
-from shardprep_runtime.store import Access, Store, open_store, read
+from shardprep_runtime.store import Access, Store, open_store, read, where
 from shardprep_runtime.view import View, plan_view
 
 from .conduct import Conduct
@@ -34,7 +35,11 @@ from .staging import sync_folder
 MARKER: Final = ".shardprep-pull"
 """Holds the digest of the manifest that is being pulled, until the manifest itself is there."""
 
-LANDED: Final = ".landed"
+NEW: Final = f"{MARKER}-new"
+"""A small file that is being written; one at a time."""
+
+MAP: Final = f"{SPARSE}.landed"
+"""What the name of a part's map ends in."""
 
 MAX_SIDE_FILE: Final = 2**30
 """A larger side file is refused before it is fetched: they are read whole."""
@@ -96,16 +101,19 @@ def pull(
                 stages=stages,
                 vocab_multiple=vocab_multiple,
             )
-        _prepare(destination, digest, manifest)
+        _make(destination)
+        with _alone(destination):
+            _prepare(destination, digest, manifest)
         parts = manifest.parts if view is None else view.parts
         wanted, fetched, whole = _bring(store, destination, manifest, parts, view, conduct)
         for side in manifest.side_files:
             _bring_side_file(store, destination, side)
         sync_folder(destination)
-        # last: a folder that has a manifest is complete
-        _write(destination / manifests.FILE_NAME, raw)
-        sync_folder(destination)
-        (destination / MARKER).unlink(missing_ok=True)
+        with _alone(destination):
+            # last: a folder that has a manifest is complete
+            _write(destination / manifests.FILE_NAME, raw)
+            sync_folder(destination)
+            (destination / MARKER).unlink(missing_ok=True)
     return PullReport(
         source=store.uri,
         revision=revision,
@@ -119,17 +127,32 @@ def pull(
     )
 
 
-def _prepare(destination: Path, digest: str, manifest: Manifest) -> None:
-    """Make the folder, or prove that it is one that a pull of this very manifest has begun or finished."""
+def _make(destination: Path) -> None:
     try:
         destination.mkdir(parents=True, exist_ok=True)
-        there = {entry.name for entry in destination.iterdir()}
     except (FileExistsError, NotADirectoryError):
         raise InputError(
             f"{quote(destination)}: exists and is no folder; choose another destination"
         ) from None
     except OSError as error:
         raise WriteError(f"{quote(destination)}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Others who pull into the folder wait until this is done: it looks at names, and makes or changes them."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a file system without such locks: two pulls at once may fetch a block twice
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _prepare(destination: Path, digest: str, manifest: Manifest) -> None:
+    """Prove that the folder is empty, or one that a pull of this very manifest has begun or finished."""
+    there = {entry.name for entry in destination.iterdir()} - {NEW}
     found = None
     if manifests.FILE_NAME in there:
         found = manifests.digest_of((destination / manifests.FILE_NAME).read_bytes())
@@ -143,9 +166,9 @@ def _prepare(destination: Path, digest: str, manifest: Manifest) -> None:
     own = {MARKER, manifests.FILE_NAME} | {
         name
         for each in (*(part.path for part in manifest.parts), *(side.path for side in manifest.side_files))
-        for name in (each.partition("/")[0], each + SPARSE, each + SPARSE + LANDED)
+        for name in (each.partition("/")[0], each + SPARSE, each + MAP)
     }
-    foreign = {name for name in there - own if not name.startswith(MARKER)}
+    foreign = there - own
     if foreign or (there and found is None):
         what = quote(min(foreign or there))
         raise InputError(
@@ -164,13 +187,19 @@ def _bring(
     conduct: Conduct,
 ) -> tuple[int, int, set[str]]:
     """Fetch what is wanted of `parts`; bytes of tensors wanted, bytes fetched, and which parts are whole now."""
-    left = [part for part in parts if not (folder / part.path).exists()]
     landings: list[tuple[Part, str, Landing]] = []
+    there: list[Part] = []
     try:
-        for part in left:
-            path = folder / (part.path + SPARSE)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            landings.append((part, blob_key(part.digest), land_in_file(part, path, trust=False)))
+        with _alone(folder):
+            for part in parts:
+                path = folder / (part.path + SPARSE)
+                if (folder / part.path).exists():
+                    there.append(part)
+                    for name in (SPARSE, MAP):  # of a run that was killed as it gave the part its name
+                        (folder / (part.path + name)).unlink(missing_ok=True)
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                landings.append((part, blob_key(part.digest), land_in_file(part, path, trust=False)))
     except OSError as error:
         for _, _, landing in landings:
             landing.close()
@@ -180,24 +209,31 @@ def _bring(
     arrivals = open_arrivals(store, landings, manifest, check_digest=True, workers=workers)
     fetch = None
     try:
-        runs = plan_runs(_ranges(folder, manifest, arrivals, view))
-        missing = [(run, start, stop) for run in runs for start, stop in run.arrival.missing(run)]
-        needed = sum(stop - start for _, start, stop in missing)
+        ranges = list(_ranges(folder, manifest, arrivals, there, view))
+        runs = plan_runs(
+            (arrival, start, stop) for arrival, start, stop in ranges if isinstance(arrival, Arrival)
+        )
+        missing = [(run.arrival, *span) for run in runs for span in run.arrival.missing(run)]
+        needed = dict.fromkeys(arrivals, 0)
+        for arrival, start, stop in missing:
+            needed[arrival] += stop - start
+        # an earlier run, or one beside us, may have set the same bytes aside
+        more = sum(max(0, size - each.landing.set_aside(each.bytes_there())) for each, size in needed.items())
         free = shutil.disk_usage(folder).free
-        if needed > free:
+        if more > free:
             raise WriteError(
-                f"{quote(folder)}: {needed:,} bytes are needed, {free:,} are free; make room or pull elsewhere"
+                f"{quote(folder)}: {more:,} bytes are needed, {free:,} are free; make room or pull elsewhere"
             )
-        for run, start, stop in missing:
-            run.arrival.landing.reserve(start, stop)
-        wanted = sum(run.nbytes for run in runs)
-        conduct.begin(wanted)
+        for arrival, start, stop in missing:
+            arrival.landing.reserve(start, stop)
+        conduct.begin(sum(run.nbytes for run in runs))
         fetch = Fetch(store, arrivals, runs, verify=True, workers=workers, progress=conduct.progress)
         fetch.start()
         fetch.wait_all()
-        whole = {part.path for part in parts} - {part.path for part in left}
-        whole |= {arrival.part.part.path for arrival in arrivals if _publish(folder, arrival)}
-        return wanted, fetch.bytes_fetched, whole
+        whole = {part.path for part in there} | {
+            arrival.part.part.path for arrival in arrivals if _publish(folder, arrival)
+        }
+        return sum(stop - start for _, start, stop in ranges), fetch.bytes_fetched, whole
     finally:
         if fetch is not None:
             fetch.join()
@@ -207,21 +243,26 @@ def _bring(
 
 
 def _ranges(
-    folder: Path, manifest: Manifest, arrivals: Sequence[Arrival], view: View | None
-) -> Iterable[tuple[Arrival, int, int]]:
-    """The bytes [start, stop) of each part that are wanted, in the order in which they should come."""
-    if view is None:
-        for arrival in arrivals:
-            yield arrival, arrival.part.part.header_size, arrival.part.part.size
-        return
+    folder: Path, manifest: Manifest, arrivals: Sequence[Arrival], there: Sequence[Part], view: View | None
+) -> Iterator[tuple[Arrival | Part, int, int]]:
+    """The bytes [start, stop) of each part that are wanted, in the order in which they should come.
+
+    Of a part that is `there` the header is checked. Raises FormatError, IntegrityError or ManifestError.
+    """
     of_part = {arrival.part.part.path: arrival for arrival in arrivals}
-    there = [part for part in view.parts if part.path not in of_part]
-    opened = [open_part(folder, part, manifest) for part in there]
+    opened: list[OpenPart] = []
     try:
+        opened.extend(open_part(folder, part, manifest) for part in there)
+        if view is None:
+            for arrival in arrivals:
+                yield arrival, arrival.part.part.header_size, arrival.part.part.size
+            for part in there:
+                yield part, part.header_size, part.size
+            return
         shard = Shard(view, [*(arrival.part for arrival in arrivals), *opened])
-        for part, piece, start, stop in shard.ranges():
-            if part.part.path in of_part:
-                yield of_part[part.part.path], piece.span.start + start, piece.span.start + stop
+        for each, piece, start, stop in shard.ranges():
+            whose = of_part.get(each.part.path, each.part)
+            yield whose, piece.span.start + start, piece.span.start + stop
     finally:
         for each in opened:
             each.close()
@@ -229,15 +270,24 @@ def _ranges(
 
 def _publish(folder: Path, arrival: Arrival) -> bool:
     """Bring a part to disk, and give it its name if all of it is there; whether it is."""
+    for number, value in enumerate(arrival.landing.state(len(arrival.blocks))):
+        # another rank's, from before the machine went down: it may not have come to disk
+        if value == LANDED and number != HEADER:
+            try:
+                arrival.block(number).check()
+            except IntegrityError:
+                arrival.landing.mark(number, ABSENT)
+            else:
+                arrival.landing.mark(number, VERIFIED)
     arrival.landing.sync()
     path = folder / arrival.part.part.path
     if not all(arrival.landing.state(len(arrival.blocks))):
         return False
-    sparse = path.with_name(path.name + SPARSE)
-    # somebody who pulls another rank into this folder may have been first
-    with suppress(FileNotFoundError):
-        sparse.rename(path)
-    sparse.with_name(sparse.name + LANDED).unlink(missing_ok=True)
+    with _alone(folder):
+        # somebody who pulls another rank into this folder may have been first
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + SPARSE).rename(path)
+        path.with_name(path.name + MAP).unlink(missing_ok=True)
     return True
 
 
@@ -254,20 +304,25 @@ def _bring_side_file(store: Store, folder: Path, side: SideFile) -> None:
         raise ManifestError(
             f"{quote(side.path)}: a side file of {side.size} bytes; expected at most {MAX_SIDE_FILE}"
         )
-    raw = read(store, blob_key(side.digest), 0, side.size)
-    if manifests.digest_of(raw) != side.digest:
+    key = blob_key(side.digest)
+    for _ in range(TRIES):
+        raw = read(store, key, 0, side.size)
+        if manifests.digest_of(raw) == side.digest:
+            break
+    else:
         raise IntegrityError(
-            f"{quote(f'{store.uri}/{blob_key(side.digest)}')}: does not match its digest in the manifest "
-            f"({quote(side.path)}): the store's copy is damaged; push it again"
+            f"{where(store, key)}: does not match its digest in the manifest ({quote(side.path)}), {TRIES} times: "
+            "the store's copy is damaged; push it again"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, raw)
+    with _alone(folder):
+        _write(path, raw)
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a small file whole: a temporary name, fsync, rename."""
-    temporary = path.with_name(f"{MARKER}-{os.getpid()}-{path.name}")
+    """Write a small file whole: a temporary name, fsync, rename. The caller is alone in the folder."""
+    temporary = path.with_name(NEW)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -191,6 +192,10 @@ def open_part(
     try:
         # O_NONBLOCK: a FIFO under this name must not hang us
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise FormatError(
+            f"{where}: the part is not here; was the folder pulled for other ranks alone?"
+        ) from None
     except OSError as error:
         raise FormatError(f"{where}: cannot open the part: {error.strerror}") from None
     try:

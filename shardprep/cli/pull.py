@@ -14,7 +14,7 @@ from . import parse, render
 
 @click.command("pull")
 @click.argument("source", type=parse.STORE)
-@click.argument("destination", type=parse.PATH)
+@click.argument("destination", type=parse.PATH, required=False)
 @parse.revision_option
 @click.option("-tp", "--tensor-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
 @click.option("-pp", "--pipeline-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
@@ -33,7 +33,7 @@ from . import parse, render
 @parse.json_option
 def command(
     source: Path | str,
-    destination: Path,
+    destination: Path | None,
     revision: str,
     tensor_parallel_size: int | None,
     pipeline_parallel_size: int | None,
@@ -47,6 +47,7 @@ def command(
 ) -> None:
     """Bring the shard set at SOURCE (s3://bucket/prefix), or one rank's share of it, into the folder DESTINATION.
 
+    Without DESTINATION the folder is named by the last word of SOURCE, here.
     Only the ranges that the rank needs are fetched, every block is checked as it lands, and the same command goes on
     after a kill. Several ranks may be pulled into one folder, also at once.
     """
@@ -58,6 +59,7 @@ def command(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=len(stages) if stages else pipeline_parallel_size,
     )
+    destination = destination or Path(Path(str(source).rstrip("/")).name)
     with render.conduct("pull", max_workers) as conduct:
         report = pull(
             source,
@@ -80,4 +82,4 @@ def command(
         f"{what}: {render.size(report.nbytes)} in {len(report.parts)} parts ({whole} of them whole), "
         f"{render.size(report.bytes_fetched)} fetched in {report.seconds:.1f} s"
     )
-    click.echo(f"manifest {report.manifest_digest} in {quote(destination)}")
+    click.echo(f"manifest {report.manifest_digest} in {quote(report.destination)}")
