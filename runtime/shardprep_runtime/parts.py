@@ -192,12 +192,9 @@ def open_part(
     try:
         # O_NONBLOCK: a FIFO under this name must not hang us
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise FormatError(
-            f"{where}: the part is not here; was the folder pulled for other ranks alone?"
-        ) from None
     except OSError as error:
-        raise FormatError(f"{where}: cannot open the part: {error.strerror}") from None
+        hint = "; was the folder pulled for other ranks alone?" if error.errno == errno.ENOENT else ""
+        raise FormatError(f"{where}: cannot open the part: {error.strerror}{hint}") from None
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
