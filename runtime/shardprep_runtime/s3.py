@@ -95,10 +95,36 @@ class S3Store:
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._lock = threading.Lock()
         self._renewal = threading.Lock()
-        self._session, self.client = _connect(access)
+        self._connecting = threading.RLock()
+        self._connected: tuple[Any, Any] | None = None
+        self._mover: Mover | None = None
         self._credentials: Any = None
         self._reached = False
-        self.mover: Mover = self._choose_mover()
+
+    def _connect(self) -> tuple[Any, Any]:
+        """botocore's session and client, made when first needed: a worker whose cache has everything needs neither."""
+        with self._connecting:
+            if self._connected is None:
+                self._connected = _connect(self.access)
+            return self._connected
+
+    @property
+    def session(self) -> Any:
+        """botocore's session of the user."""
+        return self._connect()[0]
+
+    @property
+    def client(self) -> Any:
+        """botocore's client of S3."""
+        return self._connect()[1]
+
+    @property
+    def mover(self) -> Mover:
+        """What moves the data."""
+        with self._connecting:
+            if self._mover is None:
+                self._mover = self._choose_mover()
+            return self._mover
 
     def _choose_mover(self) -> Mover:
         chosen = self.access.transfer
@@ -127,8 +153,11 @@ class S3Store:
         self.close()
 
     def close(self) -> None:
-        self.mover.close()
-        self.client.close()
+        with self._connecting:
+            if self._mover is not None:
+                self._mover.close()
+            if self._connected is not None:
+                self._connected[1].close()
 
     # ----------------------------------------------------------------------------------------------------- requests
     def credentials(self) -> Any:
@@ -137,7 +166,7 @@ class S3Store:
             return None
         with self._lock:
             if self._credentials is None:
-                self._credentials = _resolve(self._session.get_credentials)
+                self._credentials = _resolve(self.session.get_credentials)
                 if self._credentials is None:
                     raise DeniedError(
                         f"{quote(self.uri)}: no credentials were found; set AWS_ACCESS_KEY_ID and "
@@ -155,9 +184,9 @@ class S3Store:
         with self._renewal:
             found = self.credentials()
             if (found.access_key, found.token) == (used.access_key, used.token):
-                session, client = _connect(self.access)
+                connected = _connect(self.access)
                 with self._lock:
-                    self._session, self.client, self._credentials = session, client, None
+                    self._connected, self._credentials = connected, None
                 found = self.credentials()
         return (found.access_key, found.token) != (used.access_key, used.token)
 
@@ -266,7 +295,8 @@ class S3Store:
                 f"{at}: the clock of this machine is {_skew(headers)} the store's, which refuses that; set it"
             )
         if code in WRONG_REGION or status in (301, 302, 307, 308):
-            region = headers.get("x-amz-bucket-region")
+            expected = re.search(r"expecting '([a-z0-9-]{1,40})'", message)
+            region = headers.get("x-amz-bucket-region") or (expected and expected[1])
             hint = (
                 f"the bucket is in {quote(region)}" if region else "another region or endpoint is asked for"
             )
@@ -312,6 +342,7 @@ class S3Store:
 
         def once(patience: Patience) -> str:
             nonlocal known
+            patience.look = lambda: sink.landed(0)  # a fetch that was ended does not wait for our patience
             before = sink.left
             try:
                 known = self.mover.get(key, start + wanted - before, sink, version=known)
@@ -445,7 +476,16 @@ def _connect(access: Access) -> tuple[Any, Any]:
                 "s3", region_name="us-east-1", endpoint_url=access.endpoint_url, config=config
             )
         )
+    client.meta.events.register("before-call.s3", _stay)
     return session, client
+
+
+def _stay(params: dict[str, Any], **_: Any) -> None:
+    """Have botocore report a wrong region instead of asking around for the right one, which our data would not follow.
+
+    (Where everything is answered by 307, it asks until Python's stack is full.)
+    """
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _guard(call: Callable[[], Any]) -> Any:
@@ -694,7 +734,7 @@ def error_of(body: bytes) -> tuple[str, str]:
 
 
 def _tls(store: S3Store) -> ssl.SSLContext:
-    bundle = store._session.get_config_variable("ca_bundle")
+    bundle = store.session.get_config_variable("ca_bundle")
     try:
         return ssl.create_default_context(cafile=bundle or None)
     except OSError as error:

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,40 @@ def test_a_worker_that_reads_bytes_imports_at_most_blake3(verify: str, expected:
     assert not found & (HEAVY | COMMAND_LINE)
 
 
+def test_a_worker_that_loads_from_a_folder_knows_no_network() -> None:
+    """Neither a client nor the standard library's TLS and HTTP: they cost a worker's start what they are never used for."""
+    code = LOAD.format(path=str(SHARDS), verify="blocks")
+    loaded = set(json.loads(run(code + report("sorted(_sys.modules)")).splitlines()[-1]))
+    assert not loaded & {"ssl", "socket", "http.client", "email", "asyncio", "subprocess", "argparse"}
+    assert not loaded & {
+        f"shardprep_runtime.{name}" for name in ("s3", "connection", "boto", "crt", "helper")
+    }
+
+
+LOAD_FROM_STORE = """
+import sys
+from pathlib import Path
+sys.path.append({tests!r})
+from stores import make_store
+import shardprep_runtime
+store = make_store(Path({path!r}), Path({folder!r}) / "store")
+cache = Path({folder!r}) / "cache"
+shardprep_runtime.prefetch(f"file://{{store}}", cache=cache, tensor_parallel_size=2, rank=1).wait()
+with shardprep_runtime.load(f"file://{{store}}", cache=cache, tensor_parallel_size=2, rank=1) as shard:
+    assert sum(len(shard.memory(name)) for name in shard.view.tensors) == shard.nbytes
+"""
+
+
+def test_a_store_in_a_folder_needs_no_client(tmp_path: Path) -> None:
+    code = LOAD_FROM_STORE.format(tests=str(SHARDS.parents[2]), path=str(SHARDS), folder=str(tmp_path))
+    assert imported_by(code) == {"shardprep_runtime", "blake3", "stores"}
+
+
+def test_the_command_that_fetches_before_a_worker_is_the_runtime_alone() -> None:
+    code = "from shardprep_runtime.prefetch import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    assert imported_by(code) == {"shardprep_runtime"}
+
+
 def test_a_tensor_imports_torch_and_nothing_of_the_preparing_side() -> None:
     code = LOAD.format(path=str(SHARDS), verify="blocks") + "    shard['model.norm.weight']\n"
     found = imported_by(code)
@@ -128,6 +163,8 @@ def test_commands_on_a_plain_pickle_import_neither_torch_nor_numpy(pickled: Path
         ["verify", shards],
         ["export", shards, back],
         ["inspect", str(pickled), "--json"],
+        ["push", shards, f"file://{tmp_path}/store"],
+        ["pull", f"file://{tmp_path}/store", str(tmp_path / "pulled"), "--all"],
     ):
         found = imported_by(command(*args))
         assert not found & HEAVY, args
@@ -222,6 +259,10 @@ def test_importing_the_runtime_does_nothing_at_all() -> None:
     assert deeds("import shardprep_runtime") == []
 
 
+def test_importing_what_a_worker_calls_first_does_nothing_at_all() -> None:
+    assert deeds("import shardprep_runtime.prefetch, shardprep_runtime.cache, shardprep_runtime.store") == []
+
+
 def test_importing_any_module_of_ours_does_nothing() -> None:
     """What others do when they are imported is theirs: they are imported first."""
     theirs = "import blake3, click, isal.isal_zlib, importlib.resources\n"
@@ -264,13 +305,14 @@ def test_no_environment_variable_of_the_command_line() -> None:
 ACCESS = ["--endpoint-url", "--profile", "--region", "--no-sign-request"]
 
 SURFACE: dict[str, list[str]] = {
-    "inspect": ["PATH", "--json"],
+    "inspect": ["PATH", *ACCESS, "--json"],
     "convert": [
         "SOURCE",
         "DESTINATION",
         "--max-part-size",
         "--dtype",
         "--include-code",
+        *ACCESS,
         "--max-workers",
         "--json",
     ],
@@ -295,6 +337,20 @@ SURFACE: dict[str, list[str]] = {
         "--revision",
         "--manifest-digest",
         "--dry-run",
+        *ACCESS,
+        "--max-workers",
+        "--json",
+    ],
+    "pull": [
+        "SOURCE",
+        "DESTINATION",
+        "--revision",
+        "-tp/--tensor-parallel-size",
+        "-pp/--pipeline-parallel-size",
+        "--stages",
+        "--rank",
+        "--all",
+        "--manifest-digest",
         *ACCESS,
         "--max-workers",
         "--json",
@@ -347,14 +403,35 @@ def test_help_lists_every_command_and_a_misspelt_one_is_guessed() -> None:
 
 def test_the_names_that_the_runtime_exports() -> None:
     assert set(shardprep_runtime.__all__) >= {
+        "Access",
+        "Cache",
         "Grid",
         "Manifest",
+        "Prefetch",
         "Shard",
         "ShardprepError",
         "View",
         "__version__",
         "load",
         "plan_view",
+        "prefetch",
         "read_manifest",
     }
+    assert callable(shardprep_runtime.load)
+    assert callable(shardprep_runtime.prefetch)
     assert all(hasattr(shardprep_runtime, name) for name in shardprep_runtime.__all__)
+
+
+@pytest.mark.parametrize("name", ["shardprep", "shardprep-prefetch"])
+def test_a_console_script_is_a_function_that_ends_with_its_status(name: str) -> None:
+    """What an installer makes of the entry is sys.exit(function())."""
+    scripts = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts[name].partition(":")
+    code = f"import sys; sys.argv[0] = {name!r}; from {module} import {function}; sys.exit({function}())"
+    problem = ["revisions", "/no-such-place"] if name == "shardprep" else ["file:///no-such-place"]
+    for args, status in ((["--help"], 0), (problem, 1), (["--no-such-option"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, *args], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == status, (args, done.stderr)
+        assert "Traceback" not in done.stderr
