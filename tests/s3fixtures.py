@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,19 @@ def isolate(monkeypatch: pytest.MonkeyPatch, folder: Path, server: S3Server | No
         if name.startswith(("AWS_", "SHARDPREP_")) or name.upper() in PROXIES:
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr("botocore.session.create_loader", _loader)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(folder / "no-credentials"))
     for name, value in server.environment().items() if server is not None else ():
         monkeypatch.setenv(name, value)
+
+
+@cache
+def _loader(path: str | None) -> Any:
+    """botocore's descriptions of services, read once for all stores of a run rather than once for each."""
+    from botocore.loaders import create_loader
+
+    return create_loader(path)
 
 
 def opened(prefix: str = "", *, bucket: str = BUCKET, **access: Any) -> S3Store:
@@ -50,6 +60,7 @@ def opened(prefix: str = "", *, bucket: str = BUCKET, **access: Any) -> S3Store:
     return found
 
 
+@cache
 def content(size: int, *, seed: int = 1) -> bytes:
     """Bytes that are nowhere the same for long."""
     whole = b"".join(zlib.crc32(b"%d %d" % (seed, at)).to_bytes(4, "big") for at in range(size // 4 + 1))

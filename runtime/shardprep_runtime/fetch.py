@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,7 +202,8 @@ class Fetch:
         self.store, self.arrivals, self.runs = store, tuple(arrivals), tuple(runs)
         self.verify, self.workers, self._progress = verify, workers, progress
         self._queue = deque(runs)
-        self._held: deque[Run] = deque()
+        self._held: deque[tuple[float, Run]] = deque()
+        """Runs that others are at, and when to look at them again."""
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -321,17 +323,18 @@ class Fetch:
             self._changed.notify_all()
 
     def _next(self) -> Run | None:
-        """The most urgent run that is left; of those that others hold only when there is no other."""
-        while not self._stop.is_set():
-            with self._changed:
-                if self._queue:
-                    return self._queue.popleft()
-                held = self._held.popleft() if self._held else None
-            if held is None:
+        """The most urgent run that is left; one that others hold is looked at again from time to time."""
+        if self._stop.is_set():
+            return None
+        with self._changed:
+            early = self._held[0][0] - time.monotonic() if self._held else LOOK_AGAIN
+            if self._queue and early > 0:
+                return self._queue.popleft()
+            if not self._held:
                 return None
-            self._stop.wait(LOOK_AGAIN)
-            return held
-        return None
+            _, held = self._held.popleft()
+        self._stop.wait(max(0.0, early))
+        return None if self._stop.is_set() else held
 
     def _bring(self, run: Run, scratch: memoryview) -> None:
         arrival = run.arrival
@@ -341,7 +344,7 @@ class Fetch:
         first, last = missing[0], missing[-1] + 1
         if not arrival.landing.claim(first, last):
             with self._changed:
-                self._held.append(run)
+                self._held.append((time.monotonic() + LOOK_AGAIN, run))
             return
         try:
             missing = self._missing(run)  # who held them may just have ended

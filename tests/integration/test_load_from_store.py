@@ -29,6 +29,7 @@ from shardprep.split import split
 from shardprep_runtime import Shard, load, read_manifest
 from shardprep_runtime import fetch as fetching
 from shardprep_runtime import manifest as manifests
+from shardprep_runtime.cache import Cache
 from shardprep_runtime.errors import (
     InputError,
     IntegrityError,
@@ -39,6 +40,7 @@ from shardprep_runtime.errors import (
     StoreError,
 )
 from shardprep_runtime.folder_store import FolderStore
+from shardprep_runtime.landing import VERIFIED
 from shardprep_runtime.parts import Numbered, open_part
 from shardprep_runtime.store import open_store
 from stores import CountingStore, make_store, part_keys
@@ -455,7 +457,7 @@ def test_tensors_are_handed_out_before_the_rest_has_come(
     sets: dict[str, Path], counted: CountingStore
 ) -> None:
     grid: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 1, "rank": 1}
-    gate = Gate(counted, 5)
+    gate = Gate(counted, 3)
     with load("file:///x", cache=None, workers=2, **grid) as shard, load(sets["small"], **grid) as expected:
         tensors = shard.iter_tensors()
         name, first = next(tensors)
@@ -487,6 +489,34 @@ def test_what_is_wanted_first_is_asked_for_first(sets: dict[str, Path], counted:
     assert layers[0] < layers[1] < layers[3]
     assert order["model.embed_tokens.weight"] <= layers[0]
     assert order["lm_head.weight"] > layers[3]
+
+
+def test_what_another_process_brings_is_handed_out_as_soon_as_it_is_there(
+    sets: dict[str, Path], counted: CountingStore, tmp_path: Path
+) -> None:
+    grid: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 1, "rank": 1}
+    with load(sets["small"], **grid) as expected:
+        part, piece, _, _ = next(expected.ranges())
+        first = next(iter(expected.view.tensors))
+        other = Cache(tmp_path / "cache").open(part.part)
+        numbers = Numbered(part).numbers(piece.span.start, piece.span.stop)
+        assert other.claim(numbers.start, numbers.stop)
+        counted.delay(0.1)
+        with load("file:///x", cache=tmp_path / "cache", workers=1, **grid) as shard:
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(lambda: bytes(shard.memory(first)))
+                until(lambda: shard.bytes_fetched > 0)
+                assert not waiting.done()
+                raw = (sets["small"] / part.part.path).read_bytes()
+                other.write(raw[piece.span.start : piece.span.stop], piece.span.start)
+                for number in numbers:
+                    other.mark(number, VERIFIED)
+                other.release(numbers.start, numbers.stop)
+                assert waiting.result(20) == bytes(expected.memory(first))
+                assert shard.bytes_fetched < 0.8 * shard.nbytes
+            assert contents(shard) == contents(expected)
+        other.close()
+        os.close(other.data)
 
 
 def test_joined_tensors_are_right_whoever_asks_at_once(sets: dict[str, Path], counted: CountingStore) -> None:

@@ -305,7 +305,7 @@ LASTING: list[tuple[str, dict[str, Any], type[ShardprepError], str, int]] = [
     ("truncate", {"after": 0}, StoreError, r"ended before all bytes had come; given up", 0),
     ("stall", {"after": 0}, StoreError, r"(timed out|nothing came).*given up", 0),
     ("hang", {}, StoreError, r"no answer: timed out; given up", 0),
-    ("flip", {}, IntegrityError, r"block 0 .*does not match its digest, 3 times", 3),
+    ("flip", {}, IntegrityError, r"block \d+ .*does not match its digest, 3 times", 3),
     ("shift", {}, IntegrityError, r"does not match its digest, 3 times", 0),
     ("wrong_range", {}, StoreError, r"were asked for, the store answered bytes .*given up after 4 tries", 4),
     ("html", {}, StoreError, r"is 200 without a range \(text/html\).*or is no store; given up after 3", 3),
@@ -362,7 +362,6 @@ def test_what_lasts_ends_clearly_and_what_has_come_is_kept(
     # a second run asks for the manifest again, and for nothing that had come (a run that was cut off midway: its blocks)
     manifest = (shards / "shardprep.json").stat().st_size
     assert server.stats()["sent"] <= clean[way][0] - before + manifest + 16 * RUN
-    assert server.stats()["sent"] >= clean[way][0] - before
 
 
 @pytest.mark.parametrize("verify", ["blocks", "off"])

@@ -301,7 +301,7 @@ def test_an_upload_that_nobody_takes_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as deaf, (tmp_path / "file").open("rb") as file:
         endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         body = FileRange(file.fileno(), 0, len(large)) if source == "file" else memoryview(large)
-        little = {"idle_timeout": 0.5, "connect_timeout": 0.5, "deadline": 1.0}
+        little = {"idle_timeout": 0.3, "connect_timeout": 0.3, "deadline": 0.5}
         began = time.monotonic()
         with (
             opened(transfer=transfer, endpoint_url=endpoint, **little) as store,
@@ -819,7 +819,7 @@ def test_an_endpoint_whose_name_is_unknown_is_said_to_be(server: S3Server, trans
 def test_an_endpoint_that_gives_pages_is_no_store(
     server: S3Server, transfer: Transfer, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "UNREACHED", 0.3)
+    monkeypatch.setattr(s3_module, "UNREACHED", 0.1)
     handler = type("Here", (s3fixtures.Page,), {"body": page.encode()})
     with (
         s3fixtures.http_server(handler) as endpoint,
