@@ -733,7 +733,7 @@ class Bench:
         add(PREFETCHED, "ours", "prefetch")
         shard = ("-tp", str(share.size), "--rank", str(share.rank), "--cache", str(folder))
         uri = f"s3://{BUCKET}/{payload.prefix}"
-        become = (sys.executable, "-m", "shardprep_runtime.prefetch", uri, *shard, "--")
+        become = (sys.executable, "-m", "shardprep_runtime.prefetch_command", uri, *shard, "--")
         add(BECOME, "ours", "load", before=become)
         every = f"start-{payload.prefix}"
         name = "s5cmd cp of the set; load_file"

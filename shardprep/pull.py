@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from shardprep_runtime import environment
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import InputError, IntegrityError, ManifestError, WriteError, quote
 from shardprep_runtime.fetch import TRIES, WORKERS, Arrival, Fetch, open_arrivals, plan_runs
-from shardprep_runtime.landing import ABSENT, HEADER, LANDED, VERIFIED, Landing, land_in_file
+from shardprep_runtime.filesystem import file_system
+from shardprep_runtime.landing import ABSENT, DOUBTED, HEADER, LANDED, VERIFIED, Landing, land_in_file
 from shardprep_runtime.load import SPARSE, Shard
 from shardprep_runtime.manifest import Manifest, Part, SideFile
 from shardprep_runtime.parts import OpenPart, open_part
@@ -40,6 +42,9 @@ NEW: Final = f"{MARKER}-new"
 
 MAP: Final = f"{SPARSE}.landed"
 """What the name of a part's map ends in."""
+
+SIDE_BY_SIDE: Final = 4
+"""Side files that are fetched at a time, beside the parts."""
 
 MAX_SIDE_FILE: Final = 2**30
 """A larger side file is refused before it is fetched: they are read whole."""
@@ -105,9 +110,15 @@ def pull(
         with _alone(destination):
             _prepare(destination, digest, manifest)
         parts = manifest.parts if view is None else view.parts
-        wanted, fetched, whole = _bring(store, destination, manifest, parts, view, conduct)
-        for side in manifest.side_files:
-            _bring_side_file(store, destination, side)
+        with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="shardprep-side") as pool:
+            sides = [pool.submit(_bring_side_file, store, destination, side) for side in manifest.side_files]
+            try:
+                wanted, fetched, whole = _bring(store, destination, manifest, parts, view, conduct)
+                for side in sides:
+                    side.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         sync_folder(destination)
         with _alone(destination):
             # last: a folder that has a manifest is complete
@@ -224,8 +235,9 @@ def _bring(
             raise WriteError(
                 f"{quote(folder)}: {more:,} bytes are needed, {free:,} are free; make room or pull elsewhere"
             )
-        for arrival, start, stop in missing:
-            arrival.landing.reserve(start, stop)
+        if file_system(folder) != "tmpfs":  # which would clear pages that are about to be written
+            for arrival, start, stop in missing:
+                arrival.landing.reserve(start, stop)
         conduct.begin(sum(run.nbytes for run in runs))
         fetch = Fetch(store, arrivals, runs, verify=True, workers=workers, progress=conduct.progress)
         fetch.start()
@@ -272,7 +284,7 @@ def _publish(folder: Path, arrival: Arrival) -> bool:
     """Bring a part to disk, and give it its name if all of it is there; whether it is."""
     for number, value in enumerate(arrival.landing.state(len(arrival.blocks))):
         # another rank's, from before the machine went down: it may not have come to disk
-        if value == LANDED and number != HEADER:
+        if value in (LANDED, DOUBTED) and number != HEADER:
             try:
                 arrival.block(number).check()
             except IntegrityError:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from .errors import IntegrityError, ShardprepError, SourceError, WriteError, quote
-from .landing import ABSENT, GIVEN, HEADER, LANDED, VERIFIED, Landing, LandingSink, new_scratch
+from .landing import ABSENT, DOUBTED, GIVEN, HEADER, LANDED, VERIFIED, Landing, LandingSink, new_scratch
 from .manifest import Manifest, Part
 from .parts import Numbered, OpenPart, PieceSpan, check_header
-from .store import BufferSink, Store, where
+from .store import BufferSink, Store, changed, where
 
 RUN_BYTES: Final = 16 * 2**20
 """Bytes that are asked for at once, as S3's performance guidelines advise (8 to 16 MB); a longer block goes by itself."""
@@ -378,15 +378,22 @@ class Fetch:
             return False
         if value == GIVEN:
             return True
+        if value == DOUBTED:
+            return self._is_sound(arrival, number)
         # what another process has verified while we are at it is taken; what lay there before is looked at again
         if self.verify and (value != VERIFIED or arrival.old[number]):
-            try:
-                arrival.block(number).check()
-            except IntegrityError:
-                arrival.landing.mark(number, ABSENT)
-                arrival.old[number] = ABSENT
-                return False
-            arrival.landing.mark(number, VERIFIED)
+            return self._is_sound(arrival, number)
+        return True
+
+    def _is_sound(self, arrival: Arrival, number: int) -> bool:
+        """Compare a block that is there with its digest, and say in the map what came of it."""
+        try:
+            arrival.block(number).check()
+        except IntegrityError:
+            arrival.landing.mark(number, ABSENT)
+            arrival.old[number] = ABSENT
+            return False
+        arrival.landing.mark(number, VERIFIED)
         return True
 
     def _get(self, arrival: Arrival, first: int, last: int, scratch: memoryview, *, tries: int) -> None:
@@ -406,16 +413,18 @@ class Fetch:
             landed=landed,
             stopped=self._check_stop,
         )
-        arrival.version = self.store.get(
-            arrival.key, arrival.block(first).start, sink, version=arrival.version
-        )
+        found = self.store.get(arrival.key, arrival.block(first).start, sink, version=arrival.version)
+        with self._changed:  # threads that began without one may each have met another
+            if arrival.version not in (None, found):
+                raise changed(self.store, arrival.key)
+            arrival.version = found
         for number in sink.bad:
             if tries == 1:
                 block = arrival.block(number)
                 raise IntegrityError(
                     f"{where(self.store, arrival.key)}: tensor {quote(block.piece.name)}: block {block.index} (bytes "
-                    f"{block.start} to {block.stop}) does not match its digest, {TRIES} times: the store's copy is "
-                    "damaged; push it again"
+                    f"{block.start} to {block.stop}) does not match its digest, {TRIES} times: the copy that lies "
+                    "there is damaged; put it there again"
                 )
             self._get(arrival, number, number + 1, scratch, tries=tries - 1)
 

@@ -7,6 +7,7 @@ holds a lock on their bytes of the map (an open file description lock), which en
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -25,6 +26,8 @@ ABSENT: Final = 0
 LANDED: Final = 1
 """There, and nobody has compared it with its digest."""
 VERIFIED: Final = 2
+DOUBTED: Final = 4
+"""There when the machine went down: whether it came to disk, its digest must say."""
 GIVEN: Final = 3
 """Was there, in memory that was given back once a joined copy had taken its place."""
 
@@ -34,6 +37,9 @@ HEAD: Final = len(MAGIC) + 32 + 64
 
 HEADER: Final = 0
 """The number of the part's header in its map; its blocks follow, in the order of their bytes."""
+
+
+_DOUBT: Final = bytes.maketrans(bytes([LANDED, VERIFIED]), bytes([DOUBTED, DOUBTED]))
 
 
 class Landing:
@@ -78,12 +84,11 @@ class Landing:
     # ----------------------------------------------------------------------------------------------------- the data
     def reserve(self, start: int, stop: int) -> None:
         """Have the file system set bytes [start, stop) aside. Raises WriteError where it has no room."""
-        try:
-            os.posix_fallocate(self.data, start, stop - start)
-        except OSError as error:
+        number = _fallocate(self.data, start, stop - start)
+        if number not in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
             raise WriteError(
-                f"{quote(self.part.path)}: {stop - start:,} bytes cannot be set aside: {error.strerror}"
-            ) from None
+                f"{quote(self.part.path)}: {stop - start:,} bytes cannot be set aside: {os.strerror(number)}"
+            )
 
     def set_aside(self, landed: int) -> int:
         """Bytes that the file system keeps ready for what is still to come, `landed` being there."""
@@ -114,6 +119,22 @@ class Landing:
     def close(self) -> None:
         """Close the map. The data's descriptor goes on to whoever reads the part."""
         os.close(self.chart)
+
+
+def _fallocate(fd: int, start: int, count: int) -> int:
+    """fallocate(2); its errno, 0 where it succeeded.
+
+    Not posix_fallocate, which writes zeros where the file system cannot allocate, and so may overwrite what another
+    process has just written.
+    """
+    import ctypes
+
+    try:
+        call = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):
+        return errno.ENOSYS
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return 0 if call(fd, 0, start, count) == 0 else ctypes.get_errno()
 
 
 def land_in_memory(part: Part) -> Landing:
@@ -174,7 +195,7 @@ def _begin(part: Part, data: int, chart: int, *, trust: bool) -> None:
         os.pwrite(chart, wanted, 0)
     elif found != wanted and not trust:
         known = os.pread(chart, os.fstat(chart).st_size, HEAD)
-        os.pwrite(chart, known.replace(bytes([VERIFIED]), bytes([LANDED])), HEAD)
+        os.pwrite(chart, known.translate(_DOUBT), HEAD)
         os.pwrite(chart, wanted, 0)
 
 

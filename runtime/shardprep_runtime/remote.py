@@ -10,6 +10,7 @@ The last is for pushes to wait for; readers look at the first two alone.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from itertools import islice
 from typing import Final
@@ -74,11 +75,28 @@ def fetch_manifest(store: Store, revision: str) -> tuple[bytes, Stat] | None:
     Raises ManifestError for one that is larger than a manifest may be, before it is fetched.
     """
     try:
-        return read_small(store, manifest_key(revision), most=manifests.MAX_BYTES)
+        found = read_small(store, manifest_key(revision), most=manifests.MAX_BYTES)
+        # nothing above a manifest proves it unless the user pins it; the ETag mostly is its md5
+        if found is not None and not _may_be_of(found[1].version, found[0]):
+            again = read_small(store, manifest_key(revision), most=manifests.MAX_BYTES)
+            if again is not None and again != found:
+                raise StoreError(
+                    f"{where(store, manifest_key(revision))}: came with other bytes when it was read again; something "
+                    "in between damages it, or it was just replaced: run again"
+                )
+        return found
     except FormatError as error:
         raise ManifestError(str(error)) from None
     except MissingError:  # removed between looking and reading
         return None
+
+
+def _may_be_of(version: str, raw: bytes) -> bool:
+    """False where the version is an md5 of other bytes (those that were stored encrypted, or those before a fault)."""
+    etag = version.strip('"')
+    if not re.fullmatch(r"[0-9a-f]{32}", etag):
+        return True
+    return hashlib.md5(raw, usedforsecurity=False).hexdigest() == etag
 
 
 def read_manifest(store: Store, revision: str, digest: str | None = None) -> tuple[bytes, Manifest]:

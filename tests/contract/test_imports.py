@@ -112,7 +112,9 @@ def test_a_store_in_a_folder_needs_no_client(tmp_path: Path) -> None:
 
 
 def test_the_command_that_fetches_before_a_worker_is_the_runtime_alone() -> None:
-    code = "from shardprep_runtime.prefetch import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    code = (
+        "from shardprep_runtime.prefetch_command import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    )
     assert imported_by(code) == {"shardprep_runtime"}
 
 

@@ -26,7 +26,11 @@ from stores import CountingStore, make_store
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"
 GRID: dict[str, Any] = {"tensor_parallel_size": 2, "rank": 1}
-COMMAND = [sys.executable, "-c", "import sys; from shardprep_runtime.prefetch import main; sys.exit(main())"]
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import sys; from shardprep_runtime.prefetch_command import main; sys.exit(main())",
+]
 """As the console script does."""
 
 
@@ -281,7 +285,7 @@ import importlib, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.prefetch import main
+from shardprep_runtime.prefetch_command import main
 from stores import CountingStore
 store = CountingStore(FolderStore(Path({store!r})))
 store.delay(0.5)

@@ -18,6 +18,7 @@ from shardprep_runtime import read_manifest
 from shardprep_runtime.errors import WriteError
 from shardprep_runtime.landing import (
     ABSENT,
+    DOUBTED,
     GIVEN,
     HEAD,
     LANDED,
@@ -146,10 +147,10 @@ def test_a_map_of_an_earlier_boot_is_not_proof(path: Path, landed: Callable[...,
         landing.mark(number, value)
     reboot(path)
     assert landed(trust=True).state(3) == bytes([VERIFIED, LANDED, ABSENT, VERIFIED])
-    assert landed().state(3) == bytes([LANDED, LANDED, ABSENT, LANDED])
+    assert landed().state(3) == bytes([DOUBTED, DOUBTED, ABSENT, DOUBTED])
     reread = landed()
     reread.mark(0, VERIFIED)
-    assert landed().state(3) == bytes([VERIFIED, LANDED, ABSENT, LANDED])
+    assert landed().state(3) == bytes([VERIFIED, DOUBTED, ABSENT, DOUBTED])
 
 
 def test_a_map_that_is_cut_off_says_that_the_rest_is_absent(
