@@ -46,6 +46,9 @@ MAP: Final = f"{SPARSE}.landed"
 SIDE_BY_SIDE: Final = 4
 """Side files that are fetched at a time, beside the parts."""
 
+SMALL: Final = 32 * 2**20
+"""Side files up to this size are held in memory until the parts are there; nothing gets its name before."""
+
 MAX_SIDE_FILE: Final = 2**30
 """A larger side file is refused before it is fetched: they are read whole."""
 
@@ -110,12 +113,16 @@ def pull(
         with _alone(destination):
             _prepare(destination, digest, manifest)
         parts = manifest.parts if view is None else view.parts
+        sides = [side for side in manifest.side_files if not _is_here(destination, side)]
+        small = [side for side in sides if side.size <= SMALL]
         with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="shardprep-side") as pool:
-            sides = [pool.submit(_bring_side_file, store, destination, side) for side in manifest.side_files]
+            early = {side: pool.submit(_fetch_side_file, store, side) for side in small}
             try:
                 wanted, fetched, whole = _bring(store, destination, manifest, parts, view, conduct)
                 for side in sides:
-                    side.result()
+                    data = early[side].result() if side in early else _fetch_side_file(store, side)
+                    with _alone(destination):
+                        _write(destination / side.path, data)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
@@ -303,15 +310,18 @@ def _publish(folder: Path, arrival: Arrival) -> bool:
     return True
 
 
-def _bring_side_file(store: Store, folder: Path, side: SideFile) -> None:
-    """Fetch a side file, unless the very one is here. Raises IntegrityError where the store's is not what it should be."""
+def _is_here(folder: Path, side: SideFile) -> bool:
+    """Whether the very side file lies in the folder."""
     path = folder / side.path
-    if (
+    return (
         path.is_file()
         and path.stat().st_size == side.size
         and manifests.digest_of(path.read_bytes()) == side.digest
-    ):
-        return
+    )
+
+
+def _fetch_side_file(store: Store, side: SideFile) -> bytes:
+    """A side file's bytes. Raises IntegrityError where the store's is not what it should be."""
     if side.size > MAX_SIDE_FILE:
         raise ManifestError(
             f"{quote(side.path)}: a side file of {side.size} bytes; expected at most {MAX_SIDE_FILE}"
@@ -320,14 +330,11 @@ def _bring_side_file(store: Store, folder: Path, side: SideFile) -> None:
     for _ in range(TRIES):
         raw = read(store, key, 0, side.size)
         if manifests.digest_of(raw) == side.digest:
-            break
-    else:
-        raise IntegrityError(
-            f"{where(store, key)}: does not match its digest in the manifest ({quote(side.path)}), {TRIES} times: "
-            "the store's copy is damaged; push it again"
-        )
-    with _alone(folder):
-        _write(path, raw)
+            return raw
+    raise IntegrityError(
+        f"{where(store, key)}: does not match its digest in the manifest ({quote(side.path)}), {TRIES} times: "
+        "the copy that lies there is damaged; put it there again"
+    )
 
 
 def _write(path: Path, data: bytes) -> None:

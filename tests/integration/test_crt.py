@@ -22,6 +22,8 @@ pytest.importorskip("awscrt", reason="needs awscrt: pip install 'shardprep[crt]'
 
 from shardprep_runtime.crt import WINDOW, CrtMover
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 
 

@@ -41,6 +41,8 @@ obstore = pytest.importorskip("obstore", reason="needs obstore: pip install 'sha
 from obstore.store import LocalStore, MemoryStore  # noqa: E402
 from obstore.store import S3Store as ObstoreS3  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 MIB = 2**20
 NOBODY = "127.0.0.1:1"

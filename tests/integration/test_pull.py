@@ -502,7 +502,7 @@ def test_a_side_file_that_is_damaged_in_the_store_stops_before_the_manifest(
     good = (store / key).read_bytes()
     (store / key).write_bytes(b"x" + good[1:])
     said = pull(store, tmp_path / "there", "--all", code=1)
-    assert "(config.json), 3 times: the store's copy is damaged; push it again" in said
+    assert "(config.json), 3 times: the copy that lies there is damaged; put it there again" in said
     assert not (tmp_path / "there/shardprep.json").exists()
     assert not (tmp_path / "there/config.json").exists()
     (store / key).write_bytes(good[:-1])

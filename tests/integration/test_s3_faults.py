@@ -406,7 +406,7 @@ def test_a_store_whose_copy_is_damaged_never_gives_a_tensor_of_it(
         finally:
             store.put(blob_key(part.digest), (shards / part.path).read_bytes())
     assert bad
-    assert all("push it again" in each for each in bad)
+    assert all("put it there again" in each for each in bad)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in good.items())
 
 
