@@ -386,6 +386,7 @@ def test_real_tensor_parallel_workers_compute_what_one_process_computes(
         assert found["tokens"] == tokens[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.slow
 def test_perplexity_of_the_loaded_shards_is_that_of_the_training(shards: Path) -> None:
     """A wrong weight anywhere would show: an untrained model has 2048, unigrams have 627."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

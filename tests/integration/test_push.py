@@ -783,6 +783,7 @@ def test_a_manifest_whose_answer_was_lost_is_no_conflict_with_oneself(sets: Path
     assert server.stats()["modes"]["lost_response"] == 2
 
 
+@pytest.mark.slow
 def test_of_two_pushers_to_s3_one_wins_and_the_other_is_told(sets: Path, server: S3Server) -> None:
     server.fault("delay", method="PUT", match="m/blobs/", times=1, delay=6.0)
     slow = subprocess.Popen(

@@ -58,6 +58,7 @@ FAULTS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(ranges(), FAULTS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_range_comes_as_it_is_through_any_two_faults(

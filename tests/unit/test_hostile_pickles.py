@@ -579,7 +579,12 @@ def test_opcodes_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "opener", [b"]", b"}" + text("w"), b"}" + text("model")], ids=["lists", "dicts", "wrappers"]
+    "opener",
+    [
+        pytest.param(b"]", id="lists"),
+        pytest.param(b"}" + text("w"), id="dicts", marks=pytest.mark.slow),
+        pytest.param(b"}" + text("model"), id="wrappers", marks=pytest.mark.slow),
+    ],
 )
 def test_a_million_levels_are_no_deeper_than_one(path: Path, opener: bytes) -> None:
     closer = b"a" if opener == b"]" else b"s"
