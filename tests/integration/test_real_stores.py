@@ -46,7 +46,7 @@ from shardprep_runtime.store import (
     read_small,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real stores")]  # one of each at a time
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 MIB = 2**20
