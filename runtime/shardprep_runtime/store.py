@@ -20,7 +20,7 @@ from .errors import FormatError, InputError, SourceError, StoreError, quote
 SCHEMES: Final = ("file", "s3", "gs", "az")
 """Of URIs that name a store. `hf://` is a source only, and is read through huggingface_hub."""
 
-SCRATCH: Final = 2**20
+SCRATCH: Final = 256 * 2**10
 """Bytes that are received at a time where they do not land in memory of their own."""
 
 Transfer = Literal["auto", "native", "crt", "boto3"]
