@@ -119,6 +119,8 @@ def read_manifest(store: Store, revision: str, digest: str | None = None) -> tup
 def _those_there(store: Store) -> str:
     try:
         there = list_revisions(store)
+    except MissingError as error:
+        return f"{error}"
     except StoreError:  # who may read may still not be allowed to list
         return "its revisions cannot be listed"
     if not there:
