@@ -220,8 +220,7 @@ def _bring(
                 landings.append((part, blob_key(part.digest), land_in_file(part, path, trust=False)))
     except OSError as error:
         for _, _, landing in landings:
-            landing.close()
-            os.close(landing.data)
+            landing.abandon()
         raise WriteError(f"{quote(folder)}: cannot be written: {error.strerror}") from None
     workers = conduct.workers or WORKERS
     arrivals = open_arrivals(store, landings, manifest, check_digest=True, workers=workers)

@@ -86,8 +86,7 @@ class Cache:
                     fcntl.flock(landing.data, fcntl.LOCK_SH)
                     os.utime(landing.data)
                 except BaseException:
-                    landing.close()
-                    os.close(landing.data)
+                    landing.abandon()
                     raise
                 return landing
         except OSError as error:

@@ -11,6 +11,7 @@ from .errors import InputError, quote
 SUFFIXES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+"""Of sizes, as Hugging Face reads them: GB is a power of ten, GiB of two."""
 
 
 def cache_folder() -> Path:

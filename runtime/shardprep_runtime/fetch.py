@@ -146,8 +146,7 @@ def open_arrivals(
             return list(pool.map(opened, parts))
     except BaseException:
         for _, _, landing in parts:
-            landing.close()
-            os.close(landing.data)
+            landing.abandon()
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,6 +38,14 @@ class Grid:
                 f" (pipeline x tensor parallel) workers; ranks go from 0 to {self.world_size - 1}"
             )
         return divmod(rank, self.tensor_parallel_size)
+
+
+def parse_stages(text: str) -> list[tuple[int, int]] | None:
+    """Stages as people write them, by first and last layer (0-15,16-31), as layers [start, stop); None for other text."""
+    found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word.strip()) for word in text.split(",")]
+    if not all(found):
+        return None
+    return [(int(each[1]), int(each[2] or each[1]) + 1) for each in found if each]
 
 
 Stages = tuple[tuple[int, int], ...]

@@ -120,6 +120,11 @@ class Landing:
         """Close the map. The data's descriptor goes on to whoever reads the part."""
         os.close(self.chart)
 
+    def abandon(self) -> None:
+        """Close both: nobody will read the part."""
+        self.close()
+        os.close(self.data)
+
 
 def _fallocate(fd: int, start: int, count: int) -> int:
     """fallocate(2); its errno, 0 where it succeeded.

@@ -397,7 +397,7 @@ def _fetched(
     workers: int | None,
     processes: int,
 ) -> Shard:
-    """A shard whose parts arrive from a store. Closes the store if it fails."""
+    """A shard whose parts arrive from a store, which the caller closes if this fails."""
     workers = workers or WORKERS
     landings: list[tuple[Part, str, Landing]] = []
     try:
@@ -405,8 +405,7 @@ def _fetched(
             landings.append((part, key, cache.open(part) if cache is not None else land_in_memory(part)))
     except BaseException as error:
         for _, _, landing in landings:
-            landing.close()
-            os.close(landing.data)
+            landing.abandon()
         if isinstance(error, OSError):
             raise WriteError(
                 f"{quote(part.path)}: {part.size:,} bytes: no memory: {error.strerror}"

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from . import environment
 from .errors import InputError, ProblemError, ShardprepError, quote
+from .grid import parse_stages
 from .load import load
 from .remote import DEFAULT_REVISION
 from .store import Access
@@ -93,10 +93,10 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
 def _stages(given: str | None) -> list[tuple[int, int]] | None:
     if given is None:
         return None
-    found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word.strip()) for word in given.split(",")]
-    if not all(found):
+    found = parse_stages(given)
+    if found is None:
         raise InputError(f"{quote(given)} is no list of stages; write the layers of each: 0-15,16-31")
-    return [(int(each[1]), int(each[2] or each[1]) + 1) for each in found if each]
+    return found
 
 
 def _become(command: Sequence[str], source: str, arguments: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Protocol
 
-from .errors import FormatError, InputError, SourceError, StoreError, quote
+from .errors import FormatError, InputError, MissingError, SourceError, StoreError, quote
 
 SCHEMES: Final = ("file", "s3", "gs", "az")
 """Of URIs that name a store. `hf://` is a source only, and is read through huggingface_hub."""
@@ -285,6 +285,4 @@ def open_store(uri: str | Path, access: Access | None = None) -> Store:
 
 def missing(store: Store, key: str) -> StoreError:
     """The error of an object that is not there."""
-    from .errors import MissingError
-
     return MissingError(f"{where(store, key)}: no such object")

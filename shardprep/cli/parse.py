@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from shardprep_runtime import environment
 from shardprep_runtime.errors import quote
+from shardprep_runtime.grid import parse_stages
 from shardprep_runtime.remote import DEFAULT_REVISION
 from shardprep_runtime.store import SCHEMES, Access, is_uri
 
@@ -22,11 +24,7 @@ if TYPE_CHECKING:
 else:  # only the newest clicks let the class be subscripted when it runs
     _SizeType = _StagesType = _PlaceType = _DurationType = click.ParamType
 
-SUFFIXES: Final = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
-"""As Hugging Face reads them: GB is a power of ten, GiB of two."""
+SUFFIXES: Final = {"B": 1, **environment.SUFFIXES}
 
 
 class Size(_SizeType):
@@ -70,10 +68,10 @@ class StageList(_StagesType):
     ) -> list[tuple[int, int]]:
         if isinstance(value, list):
             return value
-        found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word.strip()) for word in value.split(",")]
-        if not all(found):
+        found = parse_stages(value)
+        if found is None:
             self.fail(f"{value!r} is no list of stages; write the layers of each: 0-15,16-31", param, ctx)
-        return [(int(each[1]), int(each[2] or each[1]) + 1) for each in found if each]
+        return found
 
 
 DTYPES: Final = {

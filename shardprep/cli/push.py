@@ -15,11 +15,11 @@ from . import parse, render
 @click.command("push")
 @click.argument("shard_set", type=parse.PATH)
 @click.argument("store", type=parse.STORE)
-@click.option("--revision", default="main", show_default=True, help="The name under which it is published.")
+@parse.revision_option
 @click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent; send nothing.")
 @parse.access_options
-@click.option("--max-workers", type=click.IntRange(1, 256), help="Connections that send.  [default: 16]")
+@parse.connections_option
 @parse.json_option
 def command(
     shard_set: Path,
