@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Final
 
 from shardprep_runtime.cut import WHOLE, Layout, Segment, allows, sizes_that_work
 from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
 from shardprep_runtime.manifest import PLACEMENTS, Layer
+
+VOCABULARY_MULTIPLE: Final = 64
+"""To which vLLM and SGLang pad the rows of a vocabulary before they share them (vllm DEFAULT_VOCAB_PADDING_SIZE)."""
+
+ENGINES: Final = ("transformers", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +27,10 @@ class Placed:
 
     layer: Layer
     layout: Layout
+    engines: tuple[tuple[str, Layout], ...] = ()
+    """Engines that ask for it otherwise than it is stored -> the layout that they ask for."""
+    expert: int | None = None
+    """Which expert's tensor it is, where each expert has its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,12 @@ class ModelLayout:
     tensors: Mapping[str, Placed]
     tied: Mapping[str, str]
     """Names that the checkpoint lacks because its config ties them -> the tensor they are tied to."""
+    experts: int = 0
+    """Routed experts of a layer; 0: none."""
+    engines: tuple[str, ...] = ENGINES
+    """Engines whose way of asking is known."""
+    stage_needs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Engine -> layers of which each of its pipeline stages must hold at least one."""
 
     def check_grain(self, grain: int) -> None:
         """Raises LayoutError, with the sizes that would work, where `grain` tensor ranks cannot share a tensor."""
@@ -47,64 +63,207 @@ class ModelLayout:
 
 def known_types() -> list[str]:
     """The model types that have rules."""
-    return sorted(_data()["types"])
+    return sorted(_data())
 
 
 def ties_head(config: Mapping[str, Any]) -> tuple[str, str] | None:
     """(head, embedding) where this config makes one tensor serve as both, else None. Unknown types: as it says itself."""
-    rules = _data()["types"].get(config.get("model_type"), {})
+    rules = _data().get(config.get("model_type"), {})
     if not config.get("tie_word_embeddings", rules.get("tied", False)):
         return None
-    return rules.get("head", "lm_head.weight"), rules.get("embedding", "model.embed_tokens.weight")
+    head, embedding = rules.get("tied_pair") or ("lm_head.weight", "model.embed_tokens.weight")
+    return head, embedding
 
 
-def derive_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelLayout:
+def derive_layout(
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, allow_generic: bool = False
+) -> ModelLayout:
     """The layout of each of the tensors in `shapes` (name -> full shape) of a model with this config.json.
 
-    Raises UnsupportedError for a model type or a tensor without rules, LayoutError where the config and the shapes
-    contradict each other.
+    With `allow_generic` a model type without rules gets `generic_layout`. Raises UnsupportedError for a model type or
+    a tensor without rules, LayoutError where the config and the shapes contradict each other.
     """
     model_type = config.get("model_type")
-    rules = _data()["types"].get(model_type) if isinstance(model_type, str) else None
-    if rules is None:
-        raise UnsupportedError(
-            f"config.json: no layout rules for model_type {quote(model_type)}; known are {', '.join(known_types())}"
-        )
+    rules = _data().get(model_type) if isinstance(model_type, str) else None
     if config.get("quantization_config"):
         raise UnsupportedError(
             "config.json: a quantized checkpoint; the layout of packed tensors is not known yet"
+        )
+    text = config.get("text_config")
+    if rules is None and isinstance(text, Mapping) and text.get("model_type") in _data():
+        return _derive_wrapped(config, text, shapes)
+    if rules is None:
+        if allow_generic:
+            return generic_layout(config, shapes)
+        raise UnsupportedError(
+            f"config.json: no layout rules for model_type {quote(model_type)}{_meant(model_type)}; "
+            f"{len(known_types())} types have rules (docs/architectures.md); --allow-generic cuts any other by its rows"
         )
     values = {
         **rules.get("defaults", {}),
         **{key: value for key, value in config.items() if value is not None},
     }
-    sizes, patterns = _collect(rules)
-    segments = _Segments(sizes, values)
-    layers = _evaluate(rules["layers"], values)
-    prefixes = rules.get("prefixes", [""])
+    segments = _Segments(rules["sizes"], values)
+    of_layer: dict[int, _Segments] = {}
+    layers = evaluate(rules["layers"], values)
+    beyond = values.get("num_nextn_predict_layers", 0)
     tensors = {}
     for name, shape in shapes.items():
-        pattern, layer = _normalize(name)
-        rule = next((patterns[p + pattern] for p in prefixes if p + pattern in patterns), None)
-        if rule is None:
+        pattern, layer, expert = normalize(name)
+        found = _find(rules, pattern)
+        if found is None:
             raise UnsupportedError(
                 f"{quote(name)}: no layout rule for this tensor in a {model_type} model; "
                 "the checkpoint may hold something beside the model, or the rules lack it"
             )
+        pattern, rule = found
         placement, _, cut = rule.partition(" ") if rule.split()[0] in PLACEMENTS else (None, "", rule)
-        if layer is not None and layer >= layers:
-            raise LayoutError(f"{quote(name)}: layer {layer}, but config.json says {layers} layers")
+        if layer is not None and placement is None and layer >= layers:
+            if type(beyond) is not int or layer >= layers + beyond:
+                raise LayoutError(f"{quote(name)}: layer {layer}, but config.json says {layers} layers")
+            placement = "last"  # a head that predicts further tokens
+        own = segments
+        if layer is not None and layer < layers:
+            if layer not in of_layer:
+                differing = _values_of(layer, rules, values)
+                of_layer[layer] = (
+                    _Segments(rules["sizes"], {**values, **differing}) if differing else segments
+                )
+            own = of_layer[layer]
+        layout = own.layout(cut, shape, name)
+        asked = []
+        for engine in ENGINES:
+            text = rules.get("engines", {}).get(engine, {}).get(pattern)
+            if text is not None:
+                other = own.layout(text, shape, name)
+                asked.append((engine, replace(other, experts=layout.experts)))
+            elif engine == "vllm" and cut == "vocabulary":
+                padded = replace(layout.segments[0], multiple=VOCABULARY_MULTIPLE)
+                asked.append((engine, replace(layout, segments=(padded,))))
         tensors[name] = Placed(
             layer if placement is None and layer is not None else placement or "every",
-            segments.layout(cut, shape, name),
+            layout,
+            tuple((engine, other) for engine, other in asked if other != layout),
+            expert,
         )
-    present = {placed.layer for placed in tensors.values() if isinstance(placed.layer, int)}
-    if len(present) < layers:
-        missing = next(layer for layer in range(layers) if layer not in present)
+    _check_layers({placed.layer for placed in tensors.values()}, layers)
+    experts = rules.get("experts")
+    placed, tied = _tie(config, tensors)
+    return ModelLayout(
+        model_type or "",
+        layers,
+        placed,
+        tied,
+        experts=evaluate(experts, values) if experts else 0,
+        engines=tuple(rules.get("known_by", ENGINES)),
+        stage_needs=_stage_needs(rules, values, layers),
+    )
+
+
+def _values_of(layer: int, rules: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config values that one layer has otherwise than the rest: by a list, by its kind, or by per_layer_config."""
+    found = {}
+    for key, of_all in rules.get("by_layer", {}).items():
+        each = values.get(of_all)
+        if isinstance(each, list) and layer < len(each):
+            found[key] = each[layer]
+    kinds = values.get("layer_types")
+    if isinstance(kinds, list) and layer < len(kinds) and isinstance(kinds[layer], str):
+        for key, other in rules.get("by_kind", {}).get(kinds[layer], {}).items():
+            if values.get(other) is not None:
+                found[key] = values[other]
+    own = values.get("per_layer_config")
+    if isinstance(own, Mapping) and isinstance(own.get(f"{layer:02}"), Mapping):
+        found |= own[f"{layer:02}"]
+    return found
+
+
+def _meant(model_type: object) -> str:
+    close = difflib.get_close_matches(str(model_type), known_types(), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
+
+def _derive_wrapped(
+    config: Mapping[str, Any], text: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> ModelLayout:
+    """The layout of a model that sees or hears: its language model by that one's rules, its towers whole at the front."""
+    rules = _data()[text["model_type"]]
+    inner: dict[str, str] = {}
+    for name in shapes:
+        words = name.split(".")
+        kept = [word for word in words if word != "language_model"]
+        own = ".".join(kept if kept[0] in ("model", "lm_head") else ["model", *kept])
+        if "language_model" in words[:2] or _find(rules, normalize(own)[0]) is not None:
+            inner[name] = own
+    tie = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    found = derive_layout(
+        {**text, **({} if tie is None else {"tie_word_embeddings": tie})},
+        {own: shapes[name] for name, own in inner.items()},
+    )
+    outer = {own: name for name, own in inner.items()}
+    tied = {}
+    for head, embedding in found.tied.items():
+        before = "language_model." if outer[embedding].startswith("language_model.") else ""
+        tied[before + head] = outer[embedding]
+    return replace(
+        found,
+        model_type=str(config.get("model_type") or ""),
+        tensors={
+            name: found.tensors[inner[name]] if name in inner else Placed("first", WHOLE) for name in shapes
+        },
+        tied=tied,
+    )
+
+
+def generic_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelLayout:
+    """The rows of every two-dimensional weight (and its bias) in chunks, all else whole.
+
+    That is right for a linear layer whose outputs are gathered, whatever it computes (transformers'
+    `colwise_gather_output`); no engine asks for more than that without rules of its own. Raises UnsupportedError
+    where the config does not say how many layers there are.
+    """
+    layers = next((config[key] for key in LAYER_COUNTS if type(config.get(key)) is int), None)
+    if layers is None:
+        raise UnsupportedError(
+            f"config.json: none of {', '.join(LAYER_COUNTS)}: it does not say how many layers there are"
+        )
+    tensors = {}
+    for name, shape in shapes.items():
+        _, layer, expert = normalize(name)
+        if layer is not None and layer >= layers:
+            layer = None
+        weight = shapes.get(name.removesuffix(".bias") + ".weight", ())
+        rows = len(shape) == 2 and name.endswith(".weight")
+        bias = len(shape) == 1 and name.endswith(".bias") and len(weight) == 2 and weight[0] == shape[0]
+        layout = Layout(0, (Segment(shape[0], shape[0], uneven=True),)) if rows or bias else WHOLE
+        tensors[name] = Placed(layer if layer is not None else "every", layout, (), expert)
+    _check_layers({placed.layer for placed in tensors.values()}, layers)
+    placed, tied = _tie(config, tensors)
+    return ModelLayout(str(config.get("model_type") or ""), layers, placed, tied, engines=())
+
+
+LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Where configs of unknown types may say how many layers there are."""
+
+
+def _check_layers(present: set[Layer], layers: int) -> None:
+    missing = next((layer for layer in range(layers) if layer not in present), None)
+    if missing is not None:
         raise LayoutError(
             f"config.json says {layers} layers, but layer {missing} has no tensors in the checkpoint"
         )
-    return ModelLayout(model_type or "", layers, *_tie(config, tensors))
+
+
+def _find(rules: Mapping[str, Any], pattern: str) -> tuple[str, str] | None:
+    """The pattern and the rule of a tensor; names may lack the base model's prefix, or have it once too often."""
+    tensors = rules["tensors"]
+    base = rules.get("base", "")
+    for each in (pattern, base + pattern, pattern.removeprefix(base)):
+        if each in tensors:
+            return each, tensors[each]
+    if pattern.endswith(tuple(_overrides()["leftovers"])):
+        return pattern, "whole" if "{layer}" in pattern else "every whole"
+    return None
 
 
 def _tie(config: Mapping[str, Any], tensors: dict[str, Placed]) -> tuple[dict[str, Placed], dict[str, str]]:
@@ -116,41 +275,85 @@ def _tie(config: Mapping[str, Any], tensors: dict[str, Placed]) -> tuple[dict[st
     embedding = next((name for name in tensors if name == pair[1] or pair[1].endswith(f".{name}")), None)
     if embedding is None or head in tensors:
         return tensors, {}
-    tensors[embedding] = Placed("ends", tensors[embedding].layout)
+    tensors[embedding] = replace(tensors[embedding], layer="ends")
     return tensors, {head: embedding}
+
+
+def _stage_needs(
+    rules: Mapping[str, Any], values: Mapping[str, Any], layers: int
+) -> dict[str, tuple[int, ...]]:
+    """Engine -> the layers of which a stage needs one, where some layers of this config are of another kind."""
+    needs = {}
+    for engine, need in rules.get("stage_needs", {}).items():
+        kinds = values.get(need["kinds"])
+        if isinstance(kinds, list) and len(kinds) == layers:
+            found = tuple(i for i, kind in enumerate(kinds) if kind in need["any_of"])
+        else:
+            period = values.get(need.get("every", ""))
+            found = tuple(range(period - 1, layers, period)) if type(period) is int and period > 0 else ()
+        if found and len(found) < layers:
+            needs[engine] = found
+    return needs
 
 
 class _Segments:
     """The segments that the size names of a model type stand for, with the numbers of one config."""
 
-    def __init__(self, sizes: Mapping[str, list[str]], values: Mapping[str, Any]) -> None:
+    def __init__(self, sizes: Mapping[str, Sequence[str]], values: Mapping[str, Any]) -> None:
         self.sizes = sizes
         self.values = values
-        self.known: dict[str, tuple[str, tuple[Segment, ...]]] = {}
+        self.known: dict[tuple[str, int], tuple[Segment, ...]] = {}
 
     def layout(self, cut: str, shape: tuple[int, ...], name: str) -> Layout:
+        experts = cut.startswith("experts ")
+        cut = cut.removeprefix("experts ")
         if cut == "whole":
-            return WHOLE
+            return Layout(experts=experts)
         if not shape:
             raise LayoutError(f"{quote(name)}: a scalar, but the rules cut it ({cut})")
         if cut == "vocabulary":
-            return Layout(0, uneven=True)
-        if cut not in self.known:
-            along, _, names = cut.partition(" ")
-            self.known[cut] = along, tuple(self._segment(each.strip()) for each in names.split("+"))
-        along, segments = self.known[cut]
-        dim = 0 if along == "rows" else len(shape) - 1
-        total = sum(segment.size for segment in segments)
-        if total != shape[dim]:
-            raise LayoutError(
-                f"{quote(name)}: dim {dim} of {list(shape)} should be {total} by config.json ({cut}); "
-                "config and checkpoint do not belong together"
-            )
-        return Layout(dim, segments)
+            return Layout(0, (Segment(shape[0], shape[0], uneven=True),))
+        along, _, names = cut.partition(" ")
+        dim = (
+            0 if along == "rows" else len(shape) - 1 if along == "columns" else int(along.removeprefix("dim"))
+        )
+        if dim >= len(shape) or (experts and dim == 0):
+            raise LayoutError(f"{quote(name)}: the rules cut dim {dim} ({cut}), its shape is {list(shape)}")
+        total = shape[dim]
+        if (names, total) not in self.known:
+            self.known[names, total] = self._segments(names, total, name, dim, shape)
+        return Layout(dim, self.known[names, total], experts=experts)
+
+    def _segments(
+        self, names: str, total: int, tensor: str, dim: int, shape: tuple[int, ...]
+    ) -> tuple[Segment, ...]:
+        words = [each.strip() for each in names.split(" + ")]
+        if all(word == "any" for word in words):
+            if total % len(words):
+                raise LayoutError(
+                    f"{quote(tensor)}: dim {dim} of {list(shape)} holds {len(words)} equal blocks, but {total} is no "
+                    f"multiple of {len(words)}"
+                )
+            size = total // len(words)
+            return (Segment(size, size, uneven=True),) * len(words)
+        for choice in self._choices(words):
+            if sum(segment.size for segment in choice) == total:
+                return choice
+        raise LayoutError(
+            f"{quote(tensor)}: dim {dim} of {list(shape)} should be "
+            f"{' or '.join(str(sum(s.size for s in choice)) for choice in self._choices(words))} by config.json "
+            f"({names}); config and checkpoint do not belong together"
+        )
+
+    def _choices(self, words: Sequence[str]) -> Iterator[tuple[Segment, ...]]:
+        """The segments; where layers differ, a word names what each kind of layer has (heads|global_heads)."""
+        for i in range(max(word.count("|") + 1 for word in words)):
+            chosen = [word.split("|")[min(i, word.count("|"))] for word in words]
+            yield tuple(self._segment(each) for each in chosen)
 
     def _segment(self, name: str) -> Segment:
         size, units, *shared = self.sizes[name]
-        found = Segment(_evaluate(size, self.values), _evaluate(units, self.values), bool(shared))
+        found = Segment(evaluate(size, self.values), evaluate(units, self.values), bool(shared))
         if found.units < 1 or found.size % found.units:
             raise LayoutError(
                 f"config.json: {found.size} ({quote(size)}) is no multiple of {found.units} ({quote(units)})"
@@ -158,29 +361,23 @@ class _Segments:
         return found
 
 
-def _normalize(name: str) -> tuple[str, int | None]:
-    """The pattern of a tensor's name, and the number of its layer: the first number in it."""
-    layer = None
+def normalize(name: str) -> tuple[str, int | None, int | None]:
+    """The pattern of a tensor's name, the number of its layer (the first in it), and of its expert (behind experts)."""
+    layer = expert = None
     words = name.split(".")
     for i, word in enumerate(words):
         if word.isascii() and word.isdigit() and len(word) < 10:
-            words[i] = "*" if layer is not None else "{layer}"
-            layer = int(word) if layer is None else layer
-    return ".".join(words), layer
+            if layer is None:
+                layer, words[i] = int(word), "{layer}"
+            elif expert is None and words[i - 1].endswith("experts"):
+                expert, words[i] = int(word), "{expert}"
+            else:
+                words[i] = "*"
+    return ".".join(words), layer, expert
 
 
-def _collect(rules: Mapping[str, Any]) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """The sizes and tensor patterns of a model type, those of the blocks it uses included."""
-    sizes: dict[str, list[str]] = {}
-    tensors: dict[str, str] = {}
-    for block in (*(_data()["blocks"][name] for name in rules["use"]), rules):
-        sizes.update(block.get("sizes", {}))
-        tensors.update(block.get("tensors", {}))
-    return sizes, tensors
-
-
-def _evaluate(expression: str, values: Mapping[str, Any]) -> int:
-    """An integer expression over config values; `a | b` is a where the config has it, else b."""
+def evaluate(expression: str, values: Mapping[str, Any]) -> int:
+    """An integer expression over config values; `a | b` is a where the config has it, else b; a list is its length."""
 
     def walk(node: ast.expr) -> int | None:
         match node:
@@ -188,25 +385,67 @@ def _evaluate(expression: str, values: Mapping[str, Any]) -> int:
                 return number
             case ast.Name(id=key):
                 found = values.get(key)
+                if isinstance(found, list):
+                    found = len(found)
                 if found is not None and (type(found) is not int or found < 1):
                     raise LayoutError(f"config.json: {key} is {quote(found)}, expected a positive integer")
                 return found
+            case ast.Attribute(value=ast.Name(id=outer), attr=key):
+                inner = values.get(outer)
+                return walk_in(inner, ast.Name(id=key)) if isinstance(inner, Mapping) else None
             case ast.BinOp(left=left, op=ast.BitOr(), right=right):
                 first = walk(left)
                 return first if first is not None else walk(right)
-            case ast.BinOp(left=left, op=ast.Mult() | ast.Div() as operator, right=right):
+            case ast.BinOp(left=left, op=ast.Mult() | ast.Div() | ast.Add() as operator, right=right):
                 a, b = walk(left), walk(right)
                 if a is None or b is None:
                     return None
-                return a * b if isinstance(operator, ast.Mult) else a // b
+                return (
+                    a + b
+                    if isinstance(operator, ast.Add)
+                    else a * b
+                    if isinstance(operator, ast.Mult)
+                    else a // b
+                )
         raise AssertionError(f"architectures.json: {expression!r}")
 
-    found = walk(ast.parse(expression, mode="eval").body)
+    def walk_in(inner: Mapping[str, Any], node: ast.Name) -> int | None:
+        return evaluate(node.id, inner) if inner.get(node.id) is not None else None
+
+    found = walk(_parse(expression))
     if found is None:
         raise LayoutError(f"config.json lacks what the layout needs: {expression}")
     return found
 
 
 @cache
-def _data() -> Any:
-    return json.loads(resources.files(__package__).joinpath("architectures.json").read_text("utf-8"))
+def _parse(expression: str) -> ast.expr:
+    return ast.parse(expression, mode="eval").body
+
+
+@cache
+def _data() -> dict[Any, dict[str, Any]]:
+    """model_type -> its rules: those that were derived, with the overrides on top."""
+    derived = _read("architectures.json")
+    found = {}
+    for name in (*derived, *(name for name in _overrides()["types"] if name not in derived)):
+        rules = {**derived.get(name, {})}
+        for key, value in _overrides()["types"].get(name, {}).items():
+            rules[key] = _merged(rules.get(key), value)
+        found[name] = rules
+    return found
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    return above
+
+
+@cache
+def _overrides() -> Any:
+    return _read("overrides.json")
+
+
+def _read(name: str) -> Any:
+    return json.loads(resources.files(__package__).joinpath(name).read_text("utf-8"))

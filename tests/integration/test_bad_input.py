@@ -530,12 +530,13 @@ def test_a_number_of_layers_beyond_all_measure_takes_no_memory(source: Path, tmp
     assert "layers" in refused_by_script(*command, preexec_fn=little_memory)
 
 
-@pytest.mark.parametrize("wrong", ["of_mine", "", UGLY, None])
-def test_an_unknown_model_type_is_refused_naming_the_known_ones(source: Path, wrong: object) -> None:
+@pytest.mark.parametrize("wrong", ["lama", "of_mine", "", UGLY, None])
+def test_an_unknown_model_type_is_refused_saying_what_to_do(source: Path, wrong: object) -> None:
     change_json(source / "config.json", lambda config: config.update(model_type=wrong))
     message = split_refuses(source)
-    assert "known are gemma" in message
-    assert "llama" in message
+    assert "no layout rules for model_type" in message
+    assert "--allow-generic" in message
+    assert ("did you mean" in message and "llama" in message) == (wrong == "lama")
 
 
 @pytest.mark.parametrize("wrong", [1, [], ["llama"], {}, True])
