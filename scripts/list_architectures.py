@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import transformers
@@ -40,11 +41,11 @@ def share(layout: ModelLayout, shapes: skeleton.Shapes, size: int) -> float | No
     """The part of the model's bytes that the largest tensor rank of `size` holds; None where it cannot be cut so."""
     if not all(allows(placed.layout, size) for placed in layout.tensors.values()):
         return None
+    alike = Counter((layout.tensors[name].layout, dtype, shape) for name, (dtype, shape) in shapes.items())
     whole = 0
     held = [0] * size
-    for name, (dtype, shape) in shapes.items():
-        nbytes = dtypes.nbytes(dtype, shape)
-        own = layout.tensors[name].layout
+    for (own, dtype, shape), count in alike.items():
+        nbytes = dtypes.nbytes(dtype, shape) * count
         whole += nbytes
         for rank in range(size):
             if own.dim is None:
