@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import re
@@ -373,6 +374,8 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
     rules["sizes"] = {
         n: [u.indices, u.units, *(["shared"] if u.shared else [])] for n, u in known.items() if n in used
     }
+    if reads_head_dim(model_type) and not any("head_dim" in size[0] for size in rules["sizes"].values()):
+        rules["sizes"] = {n: [with_head_dim(indices), *more] for n, (indices, *more) in rules["sizes"].items()}
     defaults = {}
     for text in itertools.chain.from_iterable(each[:2] for each in rules["sizes"].values()):
         for word in text.replace("(", " ").replace(")", " ").split():
@@ -387,6 +390,20 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
     rules["base"] = base_prefix(model_type)
     rules["tied_pair"] = pair
     return rules
+
+
+def reads_head_dim(model_type: str) -> bool:
+    """Whether a model looks for a head_dim in its config though its config class has none (GLM-4.5 has one)."""
+    source = inspect.getsource(sys.modules[skeleton.class_of(model_type).__module__])
+    return re.search(r"""getattr\(\s*config,\s*["']head_dim["']|config\.head_dim""", source) is not None
+
+
+def with_head_dim(indices: str) -> str:
+    """An expression of heads as wide as the model allows, for configs that may say how wide they are."""
+    width = "(head_dim | hidden_size / num_attention_heads)"
+    if indices.endswith(" * hidden_size / num_attention_heads"):
+        return indices.removesuffix("hidden_size / num_attention_heads") + width
+    return re.sub(r"^(3 \* )?hidden_size$", rf"\g<1>num_attention_heads * {width}", indices)
 
 
 def base_prefix(model_type: str) -> str:

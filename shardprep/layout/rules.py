@@ -111,6 +111,8 @@ def derive_layout(
     for name, shape in shapes.items():
         pattern, layer, expert = normalize(name)
         found = _find(rules, pattern)
+        if found is None and layer is not None and type(beyond) is int and layers <= layer < layers + beyond:
+            found = pattern, "vocabulary" if len(shape) == 2 and _is_vocabulary(name) else "whole"
         if found is None:
             raise UnsupportedError(
                 f"{quote(name)}: no layout rule for this tensor in a {model_type} model; "
@@ -158,6 +160,11 @@ def derive_layout(
         engines=tuple(rules.get("known_by", ENGINES)),
         stage_needs=_stage_needs(rules, values, layers),
     )
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Whether a tensor of a head that predicts further tokens has a row for each token (DeepSeek-V3's names)."""
+    return name.endswith(("embed_tokens.weight", "shared_head.head.weight"))
 
 
 def _values_of(layer: int, rules: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
