@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import lru_cache
+from itertools import groupby
+from typing import Final, NamedTuple
 
 from shardprep_runtime import cut, dtypes
 from shardprep_runtime.errors import UnsupportedError, quote
@@ -24,9 +28,8 @@ CASTABLE: Final = ("F64", "F32", "F16", "BF16")
 """The dtypes that `--dtype` changes into one another. Others (integers, fp8) carry meaning in their bits and are kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedPiece:
-    """One block of a tensor, and where it will lie."""
+class PlannedPiece(NamedTuple):
+    """One block of a tensor, and where it will lie. A tuple, since a large model has a million of them."""
 
     name: str
     form: Form
@@ -59,8 +62,8 @@ class PlannedPart:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
-        return sum(piece.nbytes for piece in self.pieces)
+        """Bytes of its data: its pieces lie behind each other without a hole."""
+        return self.pieces[-1].start + self.pieces[-1].nbytes if self.pieces else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +89,17 @@ class Plan:
 
     def header(self, part: PlannedPart, digests: Mapping[str, Sequence[str]] | None) -> bytes:
         """The header of a part. With `digests` None it has the right length and zeros for digests."""
-        tensors = {piece.name: (piece.form.dtype, piece.shape) for piece in part.pieces}
+        # many pieces of a part are the same block of the same form
+        known = {(id(p.form), id(p.piece)): piece_block(p.form, p.piece) for p in part.pieces}
+        places = [(p, *known[id(p.form), id(p.piece)]) for p in part.pieces]
+        tensors = {piece.name: (piece.form.dtype, shape) for piece, _, shape in places}
         if self.block_bytes is None:
             return dump_header(tensors, part.metadata or {})
         described = {}
-        for piece in part.pieces:
-            blocks = -(-piece.nbytes // self.block_bytes)
+        for piece, offset, shape in places:
+            blocks = -(-dtypes.nbytes(piece.form.dtype, shape) // self.block_bytes)
             digest = digests[piece.name] if digests is not None else ["0" * DIGEST_HEX] * blocks
-            described[piece.name] = (piece.form.shape, piece_block(piece.form, piece.piece)[0], digest)
+            described[piece.name] = (piece.form.shape, offset, digest)
         return dump_header(tensors, part_metadata(described, self.block_bytes))
 
     @property
@@ -126,10 +132,9 @@ def plan_convert(
             if len(groups) == 1
             else f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
         )
-        forms = [(t, Form(target_dtype(t, dtype), t.shape, cut.WHOLE)) for t in group]
-        pieces = _lay_out(
-            [(t.name, form, cut.pieces(form.layout, form.shape, 1)[0]) for t, form in forms], number
-        )
+        forms = [(t.name, Form(target_dtype(t, dtype), t.shape, cut.WHOLE)) for t in group]
+        items = [_Item(name, form, "every", 0, _blocks(form, 1), []) for name, form in forms]
+        pieces = _lay_out(items, (0, 1, 0), number)
         names = {tensor.name for tensor in group}
         tied = {alias: name for alias, name in sorted(aliases.items()) if name in names}
         if "format" in tied:
@@ -157,54 +162,110 @@ def plan_split(
     A tensor that gives one run of ranks several blocks (fused ones) has them in parts beside each other, since a
     name is unique within a file. Raises LayoutError where the grain is not allowed.
     """
+    with _uncollected():
+        return _plan_split(index, layout, grain, stages, max_part_bytes, block_bytes)
+
+
+def _plan_split(
+    index: Index,
+    layout: ModelLayout,
+    grain: int,
+    stages: Stages | None,
+    max_part_bytes: int,
+    block_bytes: int,
+) -> Plan:
     layout.check_grain(grain)
-    lanes: dict[tuple[int, int, int], list[tuple[str, Form, cut.Piece]]] = {}
-    names = sorted(
-        index.tensors, key=lambda name: (order(layout.tensors[name].layer, layout.layers), natural(name))
-    )
-    for name in names:
-        tensor = index.tensors[name]
-        form = Form(tensor.dtype, tensor.shape, layout.tensors[name].layout)
-        for piece in cut.pieces(form.layout, form.shape, grain):
-            key = (piece.first_rank, piece.last_rank, piece.segment)
-            lanes.setdefault(key, []).append((name, form, piece))
-    files: dict[tuple[int, int], list[list[tuple[str, Form, cut.Piece]]]] = {}
-    for (first, last, _), pieces in sorted(lanes.items(), key=lambda item: _lane_order(item[0])):
-        files.setdefault((first, last), []).extend(
-            _fill(pieces, layout, stages=stages, max_part_bytes=max_part_bytes)
-        )
+    items = _items(index, layout, grain)
+    lanes: dict[_Lane, list[_Item]] = {}
+    for item in items:
+        for lane in item.blocks:
+            lanes.setdefault(lane, []).append(item)
+    files: dict[tuple[int, int], list[tuple[_Lane, list[_Item]]]] = {}
+    for lane in sorted(lanes, key=_lane_order):
+        groups = _fill(lanes[lane], lane, layout.layers, stages=stages, max_part_bytes=max_part_bytes)
+        files.setdefault(lane[:2], []).extend((lane, group) for group in groups)
     parts: list[PlannedPart] = []
-    for shard, (ranks, groups) in enumerate(files.items()):
-        for i, group in enumerate(groups):
-            layers: list[Layer] = [layout.tensors[name].layer for name, _, _ in group]
+    for shard, (ranks, found) in enumerate(files.items()):
+        for i, (lane, group) in enumerate(found):
+            layers = {item.layer for item in group}
             numbers = [layer for layer in layers if isinstance(layer, int)]
             parts.append(
                 PlannedPart(
-                    f"shard-{shard + 1:05}-model-{i + 1:05}-of-{len(groups):05}.safetensors",
-                    _lay_out(
-                        group, len(parts), layer=lambda name: order(layout.tensors[name].layer, layout.layers)
-                    ),
+                    f"shard-{shard + 1:05}-model-{i + 1:05}-of-{len(found):05}.safetensors",
+                    _lay_out(group, lane, len(parts)),
                     ranks,
                     (min(numbers), max(numbers) + 1) if numbers else (0, 0),
                     tuple(placement for placement in PLACEMENTS if placement in layers),
                 )
             )
-    of_tensor: dict[str, list[PlannedPiece]] = {}
-    for part in parts:
-        for planned in part.pieces:
-            of_tensor.setdefault(planned.name, []).append(planned)
     moves = []
-    for name in names:
-        own = sorted(of_tensor.get(name, []), key=lambda planned: planned.piece.start)
-        moves.append(
-            Move(
-                index.tensors[name],
-                index.tensors[name].dtype,
-                layout.tensors[name].layout.dim or 0,
-                tuple(own),
-            )
-        )
+    for item in items:
+        if len(item.form.layout.segments) > 1:  # lanes are in the order of ranks
+            item.planned.sort(key=lambda planned: planned.piece.start)
+        tensor = index.tensors[item.name]
+        moves.append(Move(tensor, tensor.dtype, item.form.layout.dim or 0, tuple(item.planned)))
     return Plan(tuple(parts), tuple(moves), block_bytes)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No look for garbage meanwhile: a million objects are made and kept, and each look would go through all of them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+_Lane = tuple[int, int, int]
+"""First and last rank of a piece's owners, and its segment: what may lie in one part. A tensor has one piece in each."""
+
+
+class _Block(NamedTuple):
+    """The piece of every tensor of a form in one lane."""
+
+    piece: cut.Piece
+    nbytes: int
+    rank: tuple[bool, int]
+    """By which pieces of a layer are laid out."""
+
+
+@dataclass(slots=True)
+class _Item:
+    """A tensor whose pieces get their places. There is no object for each piece before its last: they may be a million."""
+
+    name: str
+    form: Form
+    layer: Layer
+    order: int
+    """Of its layer in a forward pass."""
+    blocks: Mapping[_Lane, _Block]
+    planned: list[PlannedPiece]
+
+
+def _items(index: Index, layout: ModelLayout, grain: int) -> list[_Item]:
+    """The tensors in layer order, those of a layer in the natural order of their names."""
+    forms: dict[Form, tuple[Form, dict[_Lane, _Block]]] = {}  # what is alike is cut once
+    found = []
+    for name, tensor in index.tensors.items():
+        placed = layout.tensors[name]
+        form = Form(tensor.dtype, tensor.shape, placed.layout, placed.engines)
+        if form not in forms:
+            forms[form] = form, _blocks(form, grain)
+        form, blocks = forms[form]
+        found.append(_Item(name, form, placed.layer, order(placed.layer, layout.layers), blocks, []))
+    return sorted(found, key=lambda item: (item.order, natural(item.name)))
+
+
+def _blocks(form: Form, grain: int) -> dict[_Lane, _Block]:
+    found = {}
+    for piece in cut.pieces(form.layout, form.shape, grain):
+        nbytes = dtypes.nbytes(form.dtype, piece_block(form, piece)[1])
+        lane = piece.first_rank, piece.last_rank, piece.segment
+        found[lane] = _Block(piece, nbytes, (nbytes % PAGE != 0, -dtypes.BITS[form.dtype]))
+    return found
 
 
 def _lane_order(key: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -214,63 +275,41 @@ def _lane_order(key: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _fill(
-    pieces: Iterable[tuple[str, Form, cut.Piece]],
-    layout: ModelLayout,
-    *,
-    stages: Stages | None,
-    max_part_bytes: int,
-) -> list[list[tuple[str, Form, cut.Piece]]]:
+    items: Sequence[_Item], lane: _Lane, layers: int, *, stages: Stages | None, max_part_bytes: int
+) -> list[list[_Item]]:
     """Distribute the pieces of one lane, in layer order, over files of at most `max_part_bytes` where they can."""
-
-    def group_of(item: tuple[str, Form, cut.Piece]) -> tuple[int, int]:
-        at = order(layout.tensors[item[0]].layer, layout.layers)
-        clamped = min(max(at, 0), max(layout.layers - 1, 0))
-        return next((i for i, (start, stop) in enumerate(stages or ()) if start <= clamped < stop), 0), at
-
-    def size_of(item: tuple[str, Form, cut.Piece]) -> int:
-        return dtypes.nbytes(item[1].dtype, piece_block(item[1], item[2])[1])
-
-    files: list[list[tuple[str, Form, cut.Piece]]] = []
+    files: list[list[_Item]] = []
     room = -1
     stage = -1
-    by_layer: dict[tuple[int, int], list[tuple[str, Form, cut.Piece]]] = {}
-    for item in pieces:
-        by_layer.setdefault(group_of(item), []).append(item)
-    for (own_stage, _), group in by_layer.items():
-        size = sum(map(size_of, group))
-        if own_stage != stage or size > room:
+    for at, found in groupby(items, key=lambda item: item.order):
+        group = list(found)
+        clamped = min(max(at, 0), max(layers - 1, 0))
+        own_stage = next((i for i, (start, stop) in enumerate(stages or ()) if start <= clamped < stop), 0)
+        sizes = [item.blocks[lane].nbytes for item in group]
+        if own_stage != stage or sum(sizes) > room:
             files.append([])
             room, stage = max_part_bytes, own_stage
-        for item in group:  # a layer that is larger than a part is spread over several
-            if files[-1] and size_of(item) > room:
+        for item, size in zip(group, sizes, strict=True):
+            if files[-1] and size > room:  # a layer that is larger than a part is spread over several
                 files.append([])
                 room = max_part_bytes
             files[-1].append(item)
-            room -= size_of(item)
+            room -= size
     return files
 
 
-def _lay_out(
-    pieces: Sequence[tuple[str, Form, cut.Piece]], part: int, *, layer: Callable[[str], int] = lambda _: 0
-) -> tuple[PlannedPiece, ...]:
+def _lay_out(items: Sequence[_Item], lane: _Lane, part: int) -> tuple[PlannedPiece, ...]:
     """Place pieces behind each other: by layer, and within it whole pages first, then the widest elements first.
 
     So large tensors lie at page boundaries, and small ones where their dtype may lie.
     """
-
-    def key(item: tuple[str, Form, cut.Piece]) -> tuple[int, bool, int]:
-        name, form, piece = item
-        return (
-            layer(name),
-            dtypes.nbytes(form.dtype, piece_block(form, piece)[1]) % PAGE != 0,
-            -dtypes.BITS[form.dtype],
-        )
-
     found = []
     start = 0
-    for name, form, piece in sorted(pieces, key=key):
-        found.append(PlannedPiece(name, form, piece, part, start))
-        start += found[-1].nbytes
+    for item in sorted(items, key=lambda item: (item.order, item.blocks[lane].rank)):
+        piece, nbytes, _ = item.blocks[lane]
+        found.append(PlannedPiece(item.name, item.form, piece, part, start))
+        item.planned.append(found[-1])
+        start += nbytes
     return tuple(found)
 
 
@@ -312,7 +351,10 @@ def check_cast(dtype: str) -> str:
 
 def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
     """A sort key that puts layer 2 before layer 10."""
-    return tuple(
-        (True, int(word), word) if word.isascii() and word.isdigit() and len(word) < 19 else (False, 0, word)
-        for word in name.split(".")
-    )
+    return tuple(map(_natural_word, name.split(".")))
+
+
+@lru_cache(maxsize=4096)
+def _natural_word(word: str) -> tuple[bool, int, str]:
+    number = word.isascii() and word.isdigit() and len(word) < 19
+    return (True, int(word), word) if number else (False, 0, word)

@@ -80,16 +80,17 @@ def pull(
     rank: int | None = None,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int | None = None,
+    expert_parallel_size: int = 1,
     stages: Sequence[Sequence[int]] | None = None,
-    vocab_multiple: int = 1,
+    engine: str = manifests.TORCH,
     manifest_digest: str | None = None,
     access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> PullReport:
     """Pull a revision of the shard set at `source` (a URI, or a store's folder) into the folder `destination`.
 
-    rank   of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone are
-           pulled; None: everything
+    rank   of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone, as
+           `engine` asks for them, are pulled; None: everything
     Every block is checked against its digest as it lands. What an earlier run, or one for another rank, has brought
     is checked and kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later,
     in which case the same call resumes.
@@ -106,8 +107,9 @@ def pull(
                 rank=rank,
                 tensor_parallel_size=tensor_parallel_size,
                 pipeline_parallel_size=pipeline_parallel_size,
+                expert_parallel_size=expert_parallel_size,
                 stages=stages,
-                vocab_multiple=vocab_multiple,
+                engine=engine,
             )
         _make(destination)
         with _alone(destination):
@@ -357,6 +359,8 @@ def choose_rank(
     everything: bool,
     tensor_parallel_size: int | None,
     pipeline_parallel_size: int | None,
+    expert_parallel_size: int | None = None,
+    engine: str | None = None,
 ) -> int | None:
     """The rank to pull for; None: everything. Without `rank` that of a worker's environment (torchrun's RANK).
 
@@ -364,8 +368,10 @@ def choose_rank(
     """
     grid = tensor_parallel_size, pipeline_parallel_size
     if everything:
-        if rank is not None or grid != (None, None):
-            raise InputError("--all pulls for every grid; leave --rank, -tp, -pp and --stages out")
+        if rank is not None or grid != (None, None) or expert_parallel_size is not None or engine is not None:
+            raise InputError(
+                "--all pulls for every grid and engine; leave --rank, -tp, -pp, -ep, --stages and --engine out"
+            )
         return None
     if rank is None:
         if grid == (None, None):

@@ -10,7 +10,7 @@ from pathlib import Path
 from shardprep_runtime import __version__
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import InputError, quote
-from shardprep_runtime.grid import Stages, check_stages, even_stages
+from shardprep_runtime.grid import Stages, check_stage_needs, check_stages, even_stages
 from shardprep_runtime.manifest import Entry, Form, Manifest, Part, SideFile
 from shardprep_runtime.remote import DEFAULT_REVISION, check_revision
 from shardprep_runtime.store import Access, is_uri
@@ -155,10 +155,14 @@ def _stages(
             raise InputError(
                 f"{len(stages)} stages were given for pipeline parallel size {pipeline_parallel_size}"
             )
-        return check_stages(stages, layout.layers)
-    if pipeline_parallel_size is not None and pipeline_parallel_size > 1:
-        return even_stages(layout.layers, pipeline_parallel_size)
-    return None
+        chosen = check_stages(stages, layout.layers)
+    elif pipeline_parallel_size is not None and pipeline_parallel_size > 1:
+        chosen = even_stages(layout.layers, pipeline_parallel_size)
+    else:
+        return None
+    for engine, needs in layout.stage_needs.items():
+        check_stage_needs(chosen, needs, engine=engine)
+    return chosen
 
 
 def _manifest(
@@ -174,10 +178,10 @@ def _manifest(
 ) -> Manifest:
     tensors = {
         move.tensor.name: Entry(
-            Form(move.dtype, move.tensor.shape, layout.tensors[move.tensor.name].layout),
-            layout.tensors[move.tensor.name].layer,
+            Form(move.dtype, move.tensor.shape, placed.layout, placed.engines), placed.layer, placed.expert
         )
         for move in plan.moves
+        for placed in [layout.tensors[move.tensor.name]]
     }
     architectures = index.config.get("architectures")
     config = [side.digest for side in side_files if side.path == "config.json"]
@@ -209,6 +213,9 @@ def _manifest(
             for part, done in zip(plan.parts, written, strict=True)
         ),
         side_files=tuple(side_files),
+        experts=layout.experts,
+        engines=layout.engines,
+        stage_needs=layout.stage_needs,
     )
 
 
@@ -221,7 +228,13 @@ def _report(
     stages: Stages | None,
     digest: str | None,
 ) -> SplitReport:
-    pieces = [piece for part in plan.parts for piece in part.pieces]
+    sizes = [planned_size(plan, part) for part in plan.parts]
+    rank_bytes, shared_bytes = [0] * grain, 0
+    for part in plan.parts:  # whose pieces all have the same owners
+        for rank in range(*part.ranks):
+            rank_bytes[rank] += part.nbytes
+        if grain > 1 and part.ranks == (0, grain):
+            shared_bytes += part.nbytes
     return SplitReport(
         destination=destination,
         model_type=layout.model_type,
@@ -230,13 +243,12 @@ def _report(
         stages=stages,
         tensors=len(plan.moves),
         source_bytes=index.nbytes,
-        stored_bytes=sum(planned_size(plan, part) for part in plan.parts),
-        parts=tuple((part.path, planned_size(plan, part), part.ranks, part.layers) for part in plan.parts),
-        rank_bytes=tuple(
-            sum(p.nbytes for p in pieces if p.piece.first_rank <= rank < p.piece.last_rank)
-            for rank in range(grain)
+        stored_bytes=sum(sizes),
+        parts=tuple(
+            (part.path, size, part.ranks, part.layers) for part, size in zip(plan.parts, sizes, strict=True)
         ),
-        shared_bytes=sum(p.nbytes for p in pieces if p.piece.last_rank - p.piece.first_rank == grain > 1),
+        rank_bytes=tuple(rank_bytes),
+        shared_bytes=shared_bytes,
         aliases=index.aliases,
         left_out=index.left_out,
         manifest_digest=digest,

@@ -24,7 +24,18 @@ Shapes = dict[str, tuple[int, ...]]
 Stages = list[tuple[int, int]]
 
 WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+
+WHOLE: dict[str, Any] = {"cut": "whole"}
+
+
+def units(dim: int, *segments: Any, experts: bool = False) -> dict[str, Any]:
+    """A layout as a manifest has it: segments are [size, units, shared] or, uneven, {size, units, multiple}."""
+    return {"cut": "units", "dim": dim, "segments": segments, **({"experts": True} if experts else {})}
+
+
+def uneven(size: int, multiple: int = 1) -> dict[str, Any]:
+    """A segment that is shared in chunks."""
+    return {"size": size, "units": size, "uneven": True, "multiple": multiple}
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Model:
     """Where they are not the command's, which has no option for them."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """JSON files beside config.json."""
+    layouts: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] | None = None
+    """Word of a name -> how it is stored, and engine -> how that asks for it; None: by the rules of its model type."""
 
 
 def llama(
@@ -154,6 +167,81 @@ def gpt2() -> tuple[dict[str, Any], Shapes]:
     return config, shapes
 
 
+HEADS = units(0, [8, 4, False])
+ROWS, PADDED_ROWS = units(0, uneven(70)), units(0, uneven(70, 64))
+
+ENGINES = ("transformers", "vllm")
+"""Those that the sets with layouts of their own know. What they ask for is made up, to show all that a set can serve."""
+
+
+def experts_each() -> tuple[dict[str, Any], Shapes, dict[str, Any]]:
+    """A dense layer and one of five experts, each with tensors of its own; ten does not divide by four."""
+    shapes: Shapes = {
+        "model.embed_tokens.weight": (70, 8),
+        "model.layers.0.self_attn.q_proj.weight": (8, 8),
+        "model.layers.0.self_attn.o_proj.weight": (8, 8),
+        "model.layers.0.mlp.up_proj.weight": (10, 8),
+        "model.layers.0.mlp.down_proj.weight": (8, 10),
+        "model.layers.1.mlp.gate.weight": (5, 8),
+    }
+    for expert in range(5):
+        shapes[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"] = (10, 8)
+        shapes[f"model.layers.1.mlp.experts.{expert}.down_proj.weight"] = (8, 10)
+    shapes |= {"model.norm.weight": (8,), "lm_head.weight": (70, 8)}
+    layouts = {
+        "embed_tokens": (ROWS, {"vllm": PADDED_ROWS}),
+        "lm_head": (ROWS, {"vllm": PADDED_ROWS, "transformers": WHOLE}),
+        "q_proj": (HEADS, {}),
+        "o_proj": (units(1, [8, 4, False]), {"transformers": WHOLE}),
+        "up_proj": (units(0, uneven(10)), {"vllm": units(0, uneven(10, 8))}),
+        "down_proj": (units(1, uneven(10)), {"vllm": units(1, uneven(10, 8))}),
+    }
+    return _moe_config(), shapes, layouts
+
+
+def experts_fused() -> tuple[dict[str, Any], Shapes, dict[str, Any]]:
+    """Two layers of five experts in one tensor each; gate and up beside each other, seven wide."""
+    shapes: Shapes = {"model.embed_tokens.weight": (70, 8)}
+    for i in range(2):
+        shapes |= {
+            f"model.layers.{i}.self_attn.q_proj.weight": (8, 8),
+            f"model.layers.{i}.mlp.gate.weight": (5, 8),
+            f"model.layers.{i}.mlp.experts.gate_up_proj": (5, 14, 8),
+            f"model.layers.{i}.mlp.experts.gate_up_proj_bias": (5, 14),
+            f"model.layers.{i}.mlp.experts.down_proj": (5, 8, 7),
+            f"model.layers.{i}.mlp.experts.down_proj_bias": (5, 8),
+        }
+    shapes |= {"model.norm.weight": (8,), "lm_head.weight": (70, 8)}
+    gate_up = units(1, uneven(7), uneven(7), experts=True)
+    layouts = {
+        "embed_tokens": (ROWS, {"vllm": PADDED_ROWS}),
+        "lm_head": (ROWS, {"vllm": PADDED_ROWS, "transformers": WHOLE}),
+        "q_proj": (HEADS, {}),
+        "gate_up_proj": (gate_up, {"vllm": units(1, uneven(14), experts=True), "transformers": WHOLE}),
+        "gate_up_proj_bias": (gate_up, {}),
+        "down_proj": (units(2, uneven(7), experts=True), {"vllm": units(2, uneven(7, 4), experts=True)}),
+        "down_proj_bias": ({"cut": "whole", "experts": True}, {}),
+    }
+    return _moe_config(), shapes, layouts
+
+
+def _moe_config() -> dict[str, Any]:
+    return {
+        "architectures": ["MixtureForCausalLM"],
+        "model_type": "mixture",
+        "dtype": "bfloat16",
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_local_experts": 5,
+        "tie_word_embeddings": False,
+    }
+
+
+def _moe(parts: tuple[dict[str, Any], Shapes, dict[str, Any]]) -> Model:
+    config, shapes, layouts = parts
+    return Model(config, shapes, "BF16", tensor_parallel_size=4, block_bytes=128, layouts=layouts)
+
+
 MODELS = {
     "smallest": Model(
         *llama(layers=1, hidden=4, heads=2, kv_heads=1, intermediate=6, vocabulary=5, tied=True),
@@ -180,10 +268,12 @@ MODELS = {
     ),
     "gpt2-tp2": Model(*gpt2(), "F32", tensor_parallel_size=2),
     "mixtral-tp2": Model(*mixtral(), "BF16", tensor_parallel_size=2),
+    "experts-each-tp4": _moe(experts_each()),
+    "experts-fused-tp4": _moe(experts_fused()),
 }
 """`smallest` is the example of docs/manifest-format.md; the others are those of manifests/v1."""
 
-FROZEN = ("llama-tied-kv2-tp4", "phi3-fused-tp2")
+FROZEN = ("llama-tied-kv2-tp4", "phi3-fused-tp2", "experts-each-tp4", "experts-fused-tp4")
 """Those whose whole shard sets are in tests/data/v1."""
 
 
@@ -231,8 +321,16 @@ def shards(name: str) -> dict[str, Any]:
     if layers == 3:
         stages += [([(0, 1), (1, 2), (2, 3)], False), ([(0, 1), (1, 3)], True)]
     sizes = [size for size in (1, 2, 4) if model.tensor_parallel_size % size == 0]
-    ranks = [(size, rank, 1) for size in sizes for rank in range(size)]
-    ranks += [(size, rank, 8) for size in sizes[-1:] for rank in range(size)]
+    groups = [(size, ep) for size in sizes for ep in (1, 2, 4) if size % ep == 0]
+    if model.layouts is None:
+        ranks = [(size, 1, rank, "torch") for size in sizes for rank in range(size)]
+    else:
+        ranks = [
+            (size, ep, rank, engine)
+            for engine in ("torch", *ENGINES)
+            for size, ep in groups
+            for rank in range(size)
+        ]
     return {
         "stages": [
             {
@@ -245,15 +343,12 @@ def shards(name: str) -> dict[str, Any]:
         "ranks": [
             {
                 "tensor_parallel_size": size,
+                "expert_parallel_size": ep,
                 "tp_rank": rank,
-                "vocab_multiple": multiple,
-                "tensors": {
-                    name: text
-                    for name, text in _tensors(model, size, rank, multiple)
-                    if multiple == 1 or name in VOCABULARY  # the others know no padding
-                },
+                "engine": engine,
+                "tensors": dict(_tensors(model, size, ep, rank, engine)),
             }
-            for size, rank, multiple in ranks
+            for size, ep, rank, engine in ranks
         ],
     }
 
@@ -275,19 +370,22 @@ def _names(model: Model, stages: Stages, pp_rank: int) -> Iterator[str]:
         yield "lm_head.weight"
 
 
-def _tensors(model: Model, size: int, rank: int, multiple: int) -> Iterator[tuple[str, str]]:
+def _tensors(model: Model, size: int, ep: int, rank: int, engine: str) -> Iterator[tuple[str, str]]:
     for name, shape in model.shapes.items():
         full = np.frombuffer(tensor_bytes(name, model.dtype, shape), f"u{WIDTH[model.dtype]}").reshape(shape)
-        own = _own(name, full, model.config, size, rank, multiple)
+        if model.layouts is None:
+            own: np.ndarray | None = _own(name, full, model.config, size, rank)
+        else:
+            own = _own_of_mixture(name, full, size, ep, rank, engine)
+        if own is None:
+            continue
         text = f"{model.dtype} {'x'.join(map(str, own.shape))} {hashlib.sha256(own.tobytes()).hexdigest()}"
         yield name, text
         if name == "model.embed_tokens.weight" and model.config["tie_word_embeddings"]:
             yield "lm_head.weight", text
 
 
-def _own(
-    name: str, full: np.ndarray, config: Mapping[str, Any], size: int, rank: int, multiple: int
-) -> np.ndarray:
+def _own(name: str, full: np.ndarray, config: Mapping[str, Any], size: int, rank: int) -> np.ndarray:
     """The block of tensor rank `rank`, as Megatron and vLLM cut Llama and Phi-3."""
     kv_heads = config["num_key_value_heads"]
     head = config["hidden_size"] // config["num_attention_heads"]
@@ -303,9 +401,7 @@ def _own(
 
     match name.split(".")[-2]:
         case "embed_tokens" | "lm_head":
-            padded = -(-len(full) // multiple) * multiple
-            width = -(-padded // size)
-            return full[rank * width : (rank + 1) * width]
+            return _chunk(full, 0, size, rank)
         case "q_proj" | "gate_proj" | "up_proj":
             return rows(full)
         case "k_proj" | "v_proj":
@@ -320,6 +416,57 @@ def _own(
             return np.concatenate([rows(gate), rows(up)])
         case _:
             return full
+
+
+def _own_of_mixture(
+    name: str, full: np.ndarray, size: int, ep: int, rank: int, engine: str
+) -> np.ndarray | None:
+    """The block of a worker of one of the mixtures; None: an expert that others have."""
+    words = name.split(".")
+    group = size // ep
+    mine = np.array_split(np.arange(5), ep)[rank // group]  # a remainder goes to the first, as in vLLM
+    vllm, transformers = engine == "vllm", engine == "transformers"
+    if "experts" in words:
+        size, rank = group, rank % group
+        if words[-1] == "weight":
+            if int(words[5]) not in mine:
+                return None
+            return _chunk(full, 0 if "up_proj" in words else 1, size, rank, 8 if vllm else 1)
+        if words[-1] == "gate_up_proj" and transformers:
+            return full
+        full = full[mine]
+        match words[-1]:
+            case "gate_up_proj" if vllm:
+                return _chunk(full, 1, size, rank)
+            case "gate_up_proj" | "gate_up_proj_bias":
+                gate, up = np.split(full, 2, axis=1)
+                return np.concatenate([_chunk(gate, 1, size, rank), _chunk(up, 1, size, rank)], axis=1)
+            case "down_proj":
+                return _chunk(full, 2, size, rank, 4 if vllm else 1)
+            case _:
+                return full
+    match words[-2]:
+        case "lm_head" if transformers:
+            return full
+        case "embed_tokens" | "lm_head":
+            return _chunk(full, 0, size, rank, 64 if vllm else 1)
+        case "q_proj":
+            return np.split(full, size)[rank]
+        case "o_proj":
+            return full if transformers else np.split(full, size, axis=1)[rank]
+        case "up_proj":
+            return _chunk(full, 0, size, rank, 8 if vllm else 1)
+        case "down_proj":
+            return _chunk(full, 1, size, rank, 8 if vllm else 1)
+        case _:
+            return full
+
+
+def _chunk(full: np.ndarray, axis: int, size: int, rank: int, multiple: int = 1) -> np.ndarray:
+    """What is left of the rank's equal share of the axis, padded to `multiple` and then to `size`."""
+    padded = -(-full.shape[axis] // multiple) * multiple
+    width = -(-padded // size)
+    return full.take(range(full.shape[axis])[rank * width : (rank + 1) * width], axis=axis)
 
 
 if __name__ == "__main__":

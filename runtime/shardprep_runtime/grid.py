@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,16 +16,26 @@ class Grid:
     """`pipeline_parallel_size` stages of `tensor_parallel_size` workers each.
 
     Ranks count through a stage first: rank = pp_rank * tensor_parallel_size + tp_rank, as in vLLM and Megatron.
+    The workers of a stage share its experts in `expert_parallel_size` groups of neighbours, each with a run of the
+    experts that it cuts among its own workers; everything else is cut by tensor rank alone.
     """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("tensor_parallel_size", "pipeline_parallel_size"):
+        for axis in ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"):
             size = getattr(self, axis)
             if type(size) is not int or size < 1:
                 raise LayoutError(f"{axis} must be an integer of at least 1, not {size!r}")
+        tp, ep = self.tensor_parallel_size, self.expert_parallel_size
+        if tp % ep:
+            fits = ", ".join(str(n) for n in range(1, min(tp, 4096) + 1) if tp % n == 0)
+            raise LayoutError(
+                f"expert_parallel_size {ep} does not divide tensor_parallel_size {tp}: an expert group is a run of "
+                f"tensor ranks; sizes that work: {fits}"
+            )
 
     @property
     def world_size(self) -> int:
@@ -38,6 +49,31 @@ class Grid:
                 f" (pipeline x tensor parallel) workers; ranks go from 0 to {self.world_size - 1}"
             )
         return divmod(rank, self.tensor_parallel_size)
+
+    @property
+    def expert_group_size(self) -> int:
+        """Workers that share the same experts, and cut each of them."""
+        return self.tensor_parallel_size // self.expert_parallel_size
+
+    def place_in_group(self, tp_rank: int) -> tuple[int, int]:
+        """(ep_rank, rank within its expert group) of a tensor rank."""
+        return divmod(tp_rank, self.expert_group_size)
+
+
+def experts_of(experts: int, expert_parallel_size: int, ep_rank: int) -> tuple[int, int]:
+    """The experts [start, stop) of `ep_rank`: runs of equal length, a remainder to the first.
+
+    (vllm/model_executor/layers/fused_moe/layer.py, `determine_expert_map`, linear placement.)
+    Raises LayoutError where a group would have none.
+    """
+    size, extra = divmod(experts, expert_parallel_size)
+    if size == 0:
+        have = f"{experts} experts" if experts else "no experts"
+        raise LayoutError(
+            f"expert_parallel_size {expert_parallel_size}: the model has {have}; use at most {max(experts, 1)}"
+        )
+    start = ep_rank * size + min(ep_rank, extra)
+    return start, start + size + (ep_rank < extra)
 
 
 def parse_stages(text: str) -> list[tuple[int, int]] | None:
@@ -82,6 +118,33 @@ def check_stages(stages: Sequence[Sequence[int]], layers: int) -> Stages:
     if end != layers:
         raise LayoutError(f"stages {_show(stages)} end at layer {end}, the model has {layers} layers")
     return tuple((start, stop) for start, stop in stages)
+
+
+def check_stage_needs(stages: Stages, needs: Sequence[int], *, engine: str) -> None:
+    """Raises LayoutError, with stages that would work, where a stage holds none of the layers in `needs`."""
+    for start, stop in stages:
+        if not any(start <= layer < stop for layer in needs):
+            size = min(len(stages), len(needs))
+            advice = stages_with(needs, stages[-1][1], size)
+            named = ", ".join(map(str, needs[:8])) + (f" and {len(needs) - 8} more" if len(needs) > 8 else "")
+            raise LayoutError(
+                f"{engine} needs one of the layers {named} in every pipeline stage, and {_show([(start, stop)])} has "
+                f"none; use at most {len(needs)} stages, for example --stages {_show(advice)}"
+            )
+
+
+def stages_with(needs: Sequence[int], layers: int, pipeline_parallel_size: int) -> Stages:
+    """Stages as even as they can be of which each holds at least one of the layers in `needs`, which ascend.
+
+    There must be as many of them as stages.
+    """
+    size = pipeline_parallel_size
+    bounds = [0]
+    for i in range(1, size):
+        low = needs[bisect_left(needs, bounds[-1])] + 1
+        high = needs[len(needs) - size + i]
+        bounds.append(min(max(round(i * layers / size), low), high))
+    return tuple(pairwise([*bounds, layers]))
 
 
 def _show(stages: Sequence[Sequence[int]]) -> str:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from json.encoder import encode_basestring
 from operator import mul
 from typing import Any, Final
 
@@ -30,6 +31,10 @@ MAX_DIMS: Final = 64
 
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape that may stand for half a character, which no UTF-8 can hold."""
+
+
+_MINUS_ZERO: Final = re.compile(r"(?:^|[\[,:\s])-0")
+"""Where a number may be -0; most texts have it only within names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def loads_strict(text: str, *, where: str) -> Any:
             raise FormatError(f"{where}: -0 is no integer")
         return int(digits)
 
-    hook = integer if "-0" in text else None  # a hook is slow
+    hook = integer if _MINUS_ZERO.search(text) else None  # a hook is slow
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=hook)
     except RecursionError:
@@ -177,17 +182,28 @@ def read_header(fd: int, *, where: str) -> tuple[bytes, Header]:
     return raw, parse_header(raw, size, where=where)
 
 
+def list_text(numbers: Sequence[int]) -> str:
+    """JSON of a list of numbers, without spaces."""
+    return f"[{','.join(map(str, numbers))}]"
+
+
 def dump_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """The header of a file whose data are `tensors` (name -> dtype, shape) in that order without holes.
 
     Padded with spaces to a multiple of PAGE. Raises FormatError where the format could not hold it.
     """
-    fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    # written out rather than by json.dumps: a large model has a million pieces, and there would be objects for each
+    fields = []
+    if metadata:
+        own = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False)
+        fields.append(f'"__metadata__":{own}')
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + dtypes.nbytes(dtype, shape)
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+        fields.append(
+            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":{list_text(shape)},"data_offsets":[{start},{end}]}}'
+        )
+    text = f"{{{','.join(fields)}}}".encode()
     padded = -(-(8 + len(text)) // PAGE) * PAGE - 8
     if padded > MAX_HEADER_BYTES:
         raise FormatError(

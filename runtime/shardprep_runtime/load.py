@@ -17,13 +17,12 @@ from .fetch import WORKERS, Arrival, Crew, Fetch, open_arrivals, plan_runs
 from .filesystem import Io, check_io, choose_io
 from .folder_store import FolderStore
 from .landing import Landing, land_in_memory, read_map
-from .manifest import Manifest, Part
+from .manifest import TORCH, Manifest, Part
 from .parts import (
     Numbered,
     OpenPart,
     PieceSpan,
     blocks_of,
-    byte_range,
     check_blocks,
     default_workers,
     open_part,
@@ -146,9 +145,9 @@ class Shard(Mapping[str, "torch.Tensor"]):
         """A tensor's bytes, once they have arrived."""
         view, located = self.view.tensors[stored], self._located[stored]
         if self._fetch is not None:
-            for (part, piece), take in zip(located, view.takes, strict=True):
-                start, stop = byte_range(view.form, piece, take)
-                self._fetch.wait(self._arrivals[part], piece.span.start + start, piece.span.start + stop)
+            for (part, piece), own in zip(located, view.stripes, strict=True):
+                start = piece.span.start
+                self._fetch.wait(self._arrivals[part], start + own.start, start + own.stop)
         if self._closed and not is_mapped(view, located):
             raise SourceError(f"{quote(stored)}: the shard was closed before it was asked for")
         if is_mapped(view, located) or not any(
@@ -239,10 +238,21 @@ class Shard(Mapping[str, "torch.Tensor"]):
         return headers + sum(stop - start for _, _, start, stop in self.ranges())
 
     def ranges(self) -> Iterator[tuple[OpenPart, PieceSpan, int, int]]:
-        """The bytes [start, stop) of each piece, counted within it, that this view needs, in its tensors' order."""
+        """The bytes [start, stop) of each piece, counted within it, that this view reads, in its tensors' order.
+
+        Of a piece of which parts of rows are wanted, what lies between them is read too.
+        """
         for name, tensor in self.view.tensors.items():
-            for (part, piece), take in zip(self._located[name], tensor.takes, strict=True):
-                yield part, piece, *byte_range(tensor.form, piece, take)
+            last: tuple[OpenPart, PieceSpan, int, int] | None = None
+            for (part, piece), own in zip(self._located[name], tensor.stripes, strict=True):
+                if last is not None and last[1] is piece and own.start < last[3]:
+                    last = part, piece, last[2], max(last[3], own.stop)  # both lie in the same rows
+                    continue
+                if last is not None:
+                    yield last
+                last = part, piece, own.start, own.stop
+            if last is not None:
+                yield last
 
     @property
     def bytes_mapped(self) -> int:
@@ -292,10 +302,11 @@ def load(
     rank: int = 0,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int | None = None,
+    expert_parallel_size: int = 1,
     stages: Sequence[Sequence[int]] | None = None,
+    engine: str = TORCH,
     verify: Verify = "blocks",
     manifest_digest: str | None = None,
-    vocab_multiple: int = 1,
     workers: int | None = None,
     processes: int = 1,
     revision: str = DEFAULT_REVISION,
@@ -306,12 +317,13 @@ def load(
     """Load the shard of `rank` from a shard set's folder or manifest, or from a store (`s3://bucket/prefix`).
 
     rank            pp_rank * tensor_parallel_size + tp_rank
+    expert_parallel_size  groups of a stage's tensor ranks that share its experts; divides tensor_parallel_size
     stages          layers [start, stop) of each pipeline stage; default: those of the split, else even ones
+    engine          whose way of cutting to follow where engines differ: torch, transformers or vllm
     verify          "blocks": every block of the view is checked before this returns (from a store: before a tensor
                     is handed out); "headers": the headers, and with them sizes, shapes and places, are; "off": sizes
                     and places only, no digest
     manifest_digest `sha256:...` that the manifest must have: the root of the chain of trust
-    vocab_multiple  pads the rows of a vocabulary before they are shared: 1 as torch does, 64 as vLLM does
     workers         threads that verify (default: the cores of this process, at most 8) or fetch (default: 16)
     processes       that fetch, with as many threads each: more than one where TLS keeps a core of this one busy
     io              of a folder: "mmap", "read" (into memory, in parallel), or "auto": read on network file systems
@@ -346,8 +358,9 @@ def load(
             rank=rank,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
+            expert_parallel_size=expert_parallel_size,
             stages=stages,
-            vocab_multiple=vocab_multiple,
+            engine=engine,
         )
         if is_uri(source):
             keys = [blob_key(part.digest) for part in view.parts]

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from . import cut, dtypes
-from .errors import ManifestError, ShardprepError, quote
+from .errors import LayoutError, ManifestError, ShardprepError, quote
 from .grid import Stages, check_stages
 from .header import MAX_DIMS, MAX_HEADER_BYTES, is_size, loads_strict
 
@@ -33,6 +34,25 @@ MAX_BLOCK_BYTES: Final = 16 * 2**20
 Layer = int | str
 """The number of a layer, or a placement."""
 
+MAX_PIECES: Final = 2**16
+"""Pieces of one tensor: its segments times the grain."""
+
+MAX_EXPERTS: Final = 2**16
+MAX_TENSORS: Final = 2**21
+
+EXPERT: Final = "{expert}"
+"""Stands for the expert's number in the name of a line that lists a run of experts."""
+
+DIGITS: Final = tuple("0123456789")
+DIGEST: Final = re.compile("sha256:[0-9a-f]{64}")
+NUMBER: Final = re.compile("[0-9]+")
+
+TORCH: Final = "torch"
+"""The engine that asks for every tensor as it is stored; every shard set serves it."""
+
+ENGINES: Final = (TORCH, "transformers", "vllm")
+"""Engines that commands offer; a shard set may know others."""
+
 PLACEMENTS: Final = ("first", "last", "ends", "every")
 """Stages that need a tensor outside the layers: the first (embedding), the last (head), both (a tied embedding), all."""
 
@@ -44,14 +64,122 @@ class Form:
     dtype: str
     shape: tuple[int, ...]
     layout: cut.Layout
+    """As it is stored."""
+    engines: tuple[tuple[str, cut.Layout], ...] = ()
+    """Engines that ask for it otherwise -> the layout by which they cut: whole, or along the same dim."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of the shard set."""
+class Entry(NamedTuple):
+    """One tensor of the shard set. A tuple, since a large model has 100,000 of them."""
 
     form: Form
     layer: Layer
+    expert: int | None = None
+    """Which expert's tensor it is, where each expert has its own."""
+
+
+class Line(NamedTuple):
+    """A tensor, or those of a run of experts that are alike but for the expert's number."""
+
+    name: str
+    """Of a run it holds EXPERT where the number stands."""
+    entry: Entry
+    """Of a run: of each of them, but for the expert."""
+    run: tuple[int, int] | None
+    """Experts [start, stop)."""
+
+
+def names_of(name: str, run: tuple[int, int]) -> list[str]:
+    """The names of the tensors of the experts [start, stop) that a line lists under `name`."""
+    before, _, behind = name.partition(EXPERT)
+    return [f"{before}{expert}{behind}" for expert in range(*run)]
+
+
+class Tensors(Mapping[str, Entry]):
+    """The tensors of a manifest as it lists them: a worker that starts makes no list of 100,000 of which it needs few."""
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        """Raises ManifestError where two lines name the same tensor."""
+        self.lines = tuple(lines)
+        self._single = {line.name: line.entry for line in self.lines if line.run is None}
+        self._runs = {line.name: line for line in self.lines if line.run is not None}
+        self._all: dict[str, Entry] | None = None
+        self._count = len(self._single) + sum(last - first for first, last in self._known_runs())
+        if self._count > MAX_TENSORS:
+            raise ManifestError(
+                f"{self._count} tensors are more than the {MAX_TENSORS} that a manifest may list"
+            )
+        if self._may_repeat() and len(self._expanded()) != self._count:
+            raise ManifestError("'tensors': two lines name the same tensor")
+
+    def _known_runs(self) -> Iterator[tuple[int, int]]:
+        return (line.run for line in self._runs.values() if line.run is not None)
+
+    def _may_repeat(self) -> bool:
+        """Whether two lines could name the same tensor; where not, that is proved without making their names."""
+        if len(self._single) + len(self._runs) != len(self.lines):
+            return True
+        if any(self._in_run(name) is not None for name in self._single):
+            return True
+        # a name of two runs has the number of each where the other has a number in its line
+        sides: dict[str, bool] = {}
+        for name in self._runs:
+            own = name.index(EXPERT)
+            for number in NUMBER.finditer(name):
+                both = f"{name[: number.start()]}{EXPERT}{name[number.end() :]}"
+                if sides.setdefault(both, own < number.start()) != (own < number.start()):
+                    return True
+        return False
+
+    def _in_run(self, name: str) -> Entry | None:
+        for number in NUMBER.finditer(name) if self._runs else ():
+            line = self._runs.get(f"{name[: number.start()]}{EXPERT}{name[number.end() :]}")
+            if line is None or line.run is None or len(number[0]) > 10:
+                continue
+            expert = int(number[0])
+            if line.run[0] <= expert < line.run[1] and str(expert) == number[0]:
+                return line.entry._replace(expert=expert)
+        return None
+
+    def _expanded(self) -> dict[str, Entry]:
+        if self._all is None:
+            found: dict[str, Entry] = {}
+            for line in self.lines:
+                if line.run is None:
+                    found[line.name] = line.entry
+                else:
+                    form, layer, _ = line.entry
+                    entries = (Entry(form, layer, expert) for expert in range(*line.run))
+                    found.update(zip(names_of(line.name, line.run), entries, strict=True))
+            self._all = found
+        return self._all
+
+    def __getitem__(self, name: str) -> Entry:
+        found = self._single.get(name)
+        if found is None:
+            found = self._in_run(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._expanded())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def items(self) -> ItemsView[str, Entry]:
+        return self._expanded().items()
+
+    def values(self) -> ValuesView[Entry]:
+        return self._expanded().values()
+
+
+def lines_of(tensors: Mapping[str, Entry]) -> Iterable[Line]:
+    """The lines by which tensors are listed; one for each where they come from elsewhere than a manifest's file."""
+    if isinstance(tensors, Tensors):
+        return tensors.lines
+    return (Line(name, entry, None) for name, entry in tensors.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +229,12 @@ class Manifest:
     parts: tuple[Part, ...]
     side_files: tuple[SideFile, ...]
     quantization: Mapping[str, Any] | None = None
+    experts: int = 0
+    """Routed experts of a layer; 0: none, or none that expert parallel ranks could share."""
+    engines: tuple[str, ...] = ()
+    """Engines whose way of asking the forms know, beside torch."""
+    stage_needs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Engine -> layers, in order, of which each of its pipeline stages must hold at least one."""
 
     @property
     def nbytes(self) -> int:
@@ -113,24 +247,30 @@ class Manifest:
 
 def dump(manifest: Manifest) -> bytes:
     """The manifest as the bytes of its file: one tensor and one part a line, so that it reads and diffs well."""
-    forms = list(dict.fromkeys(entry.form for entry in manifest.tensors.values()))
-    number = {form: i for i, form in enumerate(forms)}
+    # by identity first: to hash a form is slow
+    distinct = {id(entry.form): entry.form for entry in manifest.tensors.values()}
+    forms = list(dict.fromkeys(distinct.values()))
+    place = {form: i for i, form in enumerate(forms)}
+    number = {key: place[form] for key, form in distinct.items()}
     fields: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
         "model": dict(manifest.model),
         "quantization": manifest.quantization,
         "layers": manifest.layers,
+        "experts": manifest.experts,
         "grain": manifest.grain,
         "stages": manifest.stages,
+        "engines": manifest.engines,
+        "stage_needs": dict(manifest.stage_needs),
         "digests": {
             "headers": "sha256",
             "side_files": "sha256",
             "blocks": "blake3",
             "block_bytes": manifest.block_bytes,
         },
-        "forms": [{"dtype": f.dtype, "shape": f.shape, "layout": _dump_layout(f.layout)} for f in forms],
-        "tensors": {name: [number[e.form], e.layer] for name, e in manifest.tensors.items()},
+        "forms": [_dump_form(form) for form in forms],
+        "tensors": _dump_tensors(manifest.tensors, number),
         "aliases": dict(manifest.aliases),
         "tied": dict(manifest.tied),
         "parts": [_fields(part) for part in manifest.parts],
@@ -153,15 +293,60 @@ def _fields(value: Part | SideFile) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__slots__}
 
 
+def _dump_tensors(tensors: Mapping[str, Entry], number: Mapping[int, int]) -> dict[str, Any]:
+    """Name -> where it belongs; tensors that are alike in a run of experts on one line, in place of the first.
+
+    `number` is that of a form by its identity.
+    """
+    groups: dict[str, list[tuple[str, Entry, int]]] = {}
+    found: dict[str, Any] = {}
+    for name, entry in tensors.items():
+        line = None if entry.expert is None else _line_of(name, entry.expert)
+        if line is None or entry.expert is None:
+            groups[name] = [(name, entry, 0)]
+        else:
+            groups.setdefault(line, []).append((name, entry, entry.expert))
+    for line, group in groups.items():
+        places = [(number[id(entry.form)], entry.layer) for _, entry, _ in group]
+        experts = sorted(expert for _, _, expert in group)
+        if len(group) > 1 and len(set(places)) == 1 and experts[-1] - experts[0] == len(experts) - 1:
+            found[line] = [*places[0], [experts[0], experts[-1] + 1]]
+            continue
+        for (name, entry, _), place in zip(group, places, strict=True):
+            found[name] = [*place] if entry.expert is None else [*place, entry.expert]
+    return found
+
+
+def _line_of(name: str, expert: int) -> str | None:
+    """The name with its last word that is the expert's number replaced, where it has one."""
+    words = name.split(".")
+    if str(expert) not in words or EXPERT in name:
+        return None
+    words[len(words) - 1 - words[::-1].index(str(expert))] = EXPERT
+    return ".".join(words)
+
+
+def _dump_form(form: Form) -> dict[str, Any]:
+    fields: dict[str, Any] = {"dtype": form.dtype, "shape": form.shape, "layout": _dump_layout(form.layout)}
+    if form.engines:
+        fields["engines"] = {engine: _dump_layout(layout) for engine, layout in form.engines}
+    return fields
+
+
 def _dump_layout(layout: cut.Layout) -> dict[str, Any]:
+    experts = {"experts": True} if layout.experts else {}
     if layout.dim is None:
-        return {"cut": "whole"}
-    if layout.uneven:
-        return {"cut": "chunks", "dim": layout.dim}
+        return {"cut": "whole", **experts}
     return {
         "cut": "units",
         "dim": layout.dim,
-        "segments": [[s.size, s.units, s.shared] for s in layout.segments],
+        "segments": [
+            {"size": s.size, "units": s.units, "uneven": True, "multiple": s.multiple}
+            if s.uneven
+            else [s.size, s.units, s.shared]
+            for s in layout.segments
+        ],
+        **experts,
     }
 
 
@@ -243,7 +428,7 @@ class _Fields:
 
     def digest(self, key: str) -> str:
         found: str = self.get(key, str)
-        if not re.fullmatch(r"sha256:[0-9a-f]{64}", found):
+        if not DIGEST.fullmatch(found):
             raise ManifestError(
                 f"{self.where}: {key!r} must be sha256: and 64 hex digits, found {quote(found)}"
             )
@@ -292,9 +477,13 @@ def _parse(raw: Any) -> Manifest:
             )
     layers = top.size("layers")
     grain = top.size("grain", low=1, high=MAX_GRAIN)
-    forms = [_parse_form(_Fields(form, f"form {i}"), grain) for i, form in enumerate(top.get("forms", list))]
-    tensors = _parse_tensors(top.get("tensors", dict), forms, layers)
-    names = set(tensors)
+    experts = top.size("experts", high=MAX_EXPERTS) if "experts" in raw else 0
+    engines = _parse_engines(top)
+    forms = [
+        _parse_form(_Fields(form, f"form {i}"), grain, experts, engines)
+        for i, form in enumerate(top.get("forms", list))
+    ]
+    tensors = _parse_tensors(top.get("tensors", dict), forms, layers, experts)
     stages = None
     if top.value.get("stages") is not None:
         given = top.get("stages", list)
@@ -305,7 +494,7 @@ def _parse(raw: Any) -> Manifest:
     for key in ("aliases", "tied"):
         mapping = top.get(key, dict)
         for name, target in mapping.items():
-            if not isinstance(target, str) or target not in names or name in names:
+            if not isinstance(target, str) or target not in tensors or name in tensors:
                 raise ManifestError(f"{key!r}: {quote(name)} must name a stored tensor and not be one")
         others.append(mapping)
     both = others[0].keys() & others[1].keys()
@@ -337,10 +526,44 @@ def _parse(raw: Any) -> Manifest:
         parts=parts,
         side_files=sides,
         quantization=quantization,
+        experts=experts,
+        engines=engines,
+        stage_needs=_parse_stage_needs(top, engines, layers),
     )
 
 
-def _parse_form(fields: _Fields, grain: int) -> Form:
+def _parse_engines(top: _Fields) -> tuple[str, ...]:
+    names = top.get("engines", list) if "engines" in top.value else []
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]{1,64}", name) or name == TORCH:
+            raise ManifestError(
+                f"'engines': {quote(name)} is no engine's name: lower case, and not {TORCH}, which asks as stored"
+            )
+    if len(set(names)) != len(names):
+        raise ManifestError("'engines' names one of them twice")
+    return tuple(names)
+
+
+def _parse_stage_needs(top: _Fields, engines: tuple[str, ...], layers: int) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for engine, needs in (top.get("stage_needs", dict) if "stage_needs" in top.value else {}).items():
+        if engine not in engines and engine != TORCH:
+            raise ManifestError(f"'stage_needs': {quote(engine)} is not among the engines")
+        if (
+            not isinstance(needs, list)
+            or not needs
+            or not all(map(is_size, needs))
+            or needs[-1] >= layers
+            or any(a >= b for a, b in pairwise(needs))
+        ):
+            raise ManifestError(
+                f"'stage_needs' of {engine}: expected some of the {layers} layers, in order, found {quote(needs)}"
+            )
+        found[engine] = tuple(needs)
+    return found
+
+
+def _parse_form(fields: _Fields, grain: int, experts: int, engines: tuple[str, ...]) -> Form:
     dtype = dtypes.check_dtype(fields.get("dtype", str), where=fields.where)
     shape = fields.get("shape", list)
     if len(shape) > MAX_DIMS or not all(map(is_size, shape)):
@@ -348,58 +571,120 @@ def _parse_form(fields: _Fields, grain: int) -> Form:
     shape = tuple(shape)
     if dtypes.nbytes(dtype, shape) > dtypes.MAX_ELEMENTS:
         raise ManifestError(f"{fields.where}: {shape} is larger than any file")
-    layout = _parse_layout(_Fields(fields.get("layout", dict), f"{fields.where}: 'layout'"), shape)
+    layout = _parse_layout(_Fields(fields.get("layout", dict), f"{fields.where}: 'layout'"), shape, experts)
+    if len(layout.segments) * grain > MAX_PIECES:
+        raise ManifestError(f"{fields.where}: more than {MAX_PIECES} pieces of one tensor")
     if not cut.allows(layout, grain):
         raise ManifestError(f"{fields.where}: its layout does not allow the grain {grain}")
-    return Form(dtype, shape, layout)
+    asked = []
+    for engine, value in (fields.get("engines", dict) if "engines" in fields.value else {}).items():
+        where = f"{fields.where}: 'engines': {quote(engine)}"
+        if engine not in engines:
+            raise ManifestError(f"{where} is not among the engines of the manifest")
+        found = _parse_layout(_Fields(value, where), shape, experts)
+        if len(found.segments) * grain > MAX_PIECES:
+            raise ManifestError(f"{where}: more than {MAX_PIECES} pieces of one tensor")
+        try:
+            cut.check_asked(layout, found)
+        except LayoutError as error:
+            raise ManifestError(f"{where}: {error}") from None
+        asked.append((engine, found))
+    return Form(dtype, shape, layout, tuple(asked))
 
 
-def _parse_layout(fields: _Fields, shape: tuple[int, ...]) -> cut.Layout:
+def _parse_layout(fields: _Fields, shape: tuple[int, ...], experts: int) -> cut.Layout:
     kind = fields.get("cut", str)
+    by_expert = fields.value.get("experts", False)
+    if not isinstance(by_expert, bool):
+        raise ManifestError(f"{fields.where}: 'experts' must be true or false")
+    if by_expert and (not experts or not shape or shape[0] != experts):
+        raise ManifestError(
+            f"{fields.where}: dim 0 of {list(shape)} does not count the {experts} experts of the manifest"
+        )
     if kind == "whole":
-        return cut.WHOLE
+        return cut.Layout(experts=True) if by_expert else cut.WHOLE
     if kind not in ("chunks", "units"):
-        raise ManifestError(f"{fields.where}: 'cut' is {quote(kind)}; this reader knows whole, chunks, units")
+        raise ManifestError(f"{fields.where}: 'cut' is {quote(kind)}; this reader knows whole, units, chunks")
     dim = fields.size("dim", high=max(len(shape) - 1, 0))
     if not shape:
         raise ManifestError(f"{fields.where}: a tensor without dims cannot be cut")
-    if kind == "chunks":
+    if by_expert and dim == 0:
+        raise ManifestError(f"{fields.where}: dim 0 counts experts; it is not cut as well")
+    if kind == "chunks":  # how uneven rows were written first
         if dim:
-            raise ManifestError(
-                f"{fields.where}: chunks are rows, along dim 0, not {dim}: a view may take part of a piece"
-            )
-        return cut.Layout(dim, uneven=True)
-    segments = fields.get("segments", list)
-    for segment in segments:
-        if not isinstance(segment, list) or len(segment) != 3 or not all(map(is_size, segment[:2])):
-            raise ManifestError(f"{fields.where}: each segment must be [size, units, shared]")
-        if not isinstance(segment[2], bool):
-            raise ManifestError(f"{fields.where}: a segment's 'shared' must be true or false")
-        if segment[1] < 1 or segment[0] % segment[1]:
-            raise ManifestError(f"{fields.where}: {segment[0]} is no multiple of {segment[1]} units")
-    if not segments or sum(segment[0] for segment in segments) != shape[dim]:
+            raise ManifestError(f"{fields.where}: chunks are rows, along dim 0, not {dim}")
+        return cut.Layout(dim, (cut.Segment(shape[dim], shape[dim], uneven=True),))
+    segments = tuple(_parse_segment(each, fields.where) for each in fields.get("segments", list))
+    layout = cut.Layout(dim, segments, by_expert)
+    if not segments or cut.length(layout) != shape[dim]:
         raise ManifestError(
             f"{fields.where}: the segments must add up to {shape[dim]}, dim {dim} of the shape"
         )
-    return cut.Layout(dim, tuple(cut.Segment(*segment) for segment in segments))
+    return layout
 
 
-def _parse_tensors(raw: dict[str, Any], forms: list[Form], layers: int) -> dict[str, Entry]:
-    tensors = {}
-    shared: dict[tuple[int, Layer], Entry] = {}
+def _parse_segment(value: Any, where: str) -> cut.Segment:
+    if isinstance(value, list):
+        if len(value) != 3 or not all(map(is_size, value[:2])):
+            raise ManifestError(f"{where}: each segment must be [size, units, shared] or an object")
+        found = cut.Segment(*value)
+    else:
+        fields = _Fields(value, f"{where}: each segment that is no list")
+        found = cut.Segment(
+            fields.size("size"),
+            fields.size("units"),
+            uneven=fields.value.get("uneven"),  # type: ignore[arg-type]  # checked below
+            multiple=fields.size("multiple", low=1) if "multiple" in fields.value else 1,
+        )
+        if found.uneven is not True:
+            raise ManifestError(f"{where}: a segment that is an object must be uneven: true")
+    if not isinstance(found.shared, bool):
+        raise ManifestError(f"{where}: a segment's 'shared' must be true or false")
+    no_rows = found.uneven and found.size == found.units == 0
+    if not no_rows and (found.units < 1 or found.size % found.units):
+        raise ManifestError(f"{where}: {found.size} is no multiple of {found.units} units")
+    return found
+
+
+def _parse_tensors(raw: dict[str, Any], forms: list[Form], layers: int, experts: int) -> Tensors:
+    lines = []
     for name, value in raw.items():
-        if not isinstance(value, list) or len(value) != 2 or not is_size(value[0]) or value[0] >= len(forms):
-            raise ManifestError(f"tensor {quote(name)} must be [form, layer] with a form that exists")
+        if (
+            not isinstance(value, list)
+            or len(value) not in (2, 3)
+            or not is_size(value[0])
+            or value[0] >= len(forms)
+        ):
+            raise ManifestError(
+                f"tensor {quote(name)} must be [form, layer] or [form, layer, expert] with a form that exists"
+            )
         layer = value[1]
         if not (is_size(layer) and layer < layers) and layer not in PLACEMENTS:
             raise ManifestError(
                 f"tensor {quote(name)}: layer {quote(layer)} is none of the {layers} layers nor a placement"
             )
-        key = (value[0], layer)
-        if key not in shared:
-            shared[key] = Entry(forms[value[0]], layer)
-        tensors[name] = shared[key]
-    return tensors
+        expert, run = None, None
+        if len(value) == 3:
+            expert, run = _parse_experts(name, value[2], experts)
+        lines.append(Line(name, Entry(forms[value[0]], layer, expert), run))
+    return Tensors(lines)
+
+
+def _parse_experts(name: str, value: Any, experts: int) -> tuple[int | None, tuple[int, int] | None]:
+    """The expert whose tensor a line lists, or the run of them."""
+    if is_size(value) and value < experts:
+        return value, None
+    if isinstance(value, list) and len(value) == 2 and all(map(is_size, value)):
+        before, _, behind = name.partition(EXPERT)
+        if name.count(EXPERT) != 1 or before[-1:] in DIGITS or behind[:1] in DIGITS:
+            raise ManifestError(
+                f"tensor {quote(name)}: the name for a run of experts must hold {EXPERT} once, no digit beside it"
+            )
+        if value[0] < value[1] <= experts:
+            return None, (value[0], value[1])
+    raise ManifestError(
+        f"tensor {quote(name)}: expected one of the {experts} experts, or [start, stop] of a run, found {quote(value)}"
+    )
 
 
 def _parse_part(fields: _Fields, grain: int, layers: int) -> Part:

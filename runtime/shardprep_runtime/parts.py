@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import mmap
 import os
 import stat
@@ -12,12 +11,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, Final
 
-from . import cut, dtypes
+from . import cut
 from .errors import FormatError, IntegrityError, ManifestError, quote
-from .header import Header, Span, loads_strict, parse_header
+from .header import Header, Span, list_text, loads_strict, parse_header
 from .manifest import Form, Manifest, Part, digest_of
 
 METADATA_KEY: Final = "shardprep"
@@ -51,19 +51,17 @@ def part_metadata(
     The first three keys are torch.distributed.checkpoint's dialect of safetensors (torch 2.13,
     torch/distributed/checkpoint/_hf_utils.py), so that DCP and transformers read the folder as it is.
     """
-    sharding = {name: {"saved_offsets": offset} for name, (_, offset, _) in pieces.items()}
-    own = {
-        "block_bytes": block_bytes,
-        "pieces": {
-            name: {"shape": shape, "offset": offset, "blocks": list(digests)}
-            for name, (shape, offset, digests) in pieces.items()
-        },
-    }
+    sharding, own = [], []
+    for name, (shape, offset, digests) in pieces.items():
+        key, at = encode_basestring_ascii(name), list_text(offset)
+        blocks = ",".join(f'"{digest}"' for digest in digests)
+        sharding.append(f'{key}:{{"saved_offsets":{at}}}')
+        own.append(f'{key}:{{"shape":{list_text(shape)},"offset":{at},"blocks":[{blocks}]}}')
     return {
         "format": "pt",
         "DCP_VERSION": "1.0",
-        "DCP_SHARDING_INFO": json.dumps(sharding, separators=(",", ":")),
-        METADATA_KEY: json.dumps(own, separators=(",", ":")),
+        "DCP_SHARDING_INFO": f"{{{','.join(sharding)}}}",
+        METADATA_KEY: f'{{"block_bytes":{block_bytes},"pieces":{{{",".join(own)}}}}}',
     }
 
 
@@ -92,8 +90,9 @@ def check_pieces(
                 f"{where}: its list of pieces does not match its tensors or the manifest's block size"
             )
         found = {}
+        cuts: dict[int, tuple[cut.Piece, ...]] = {}
         for name, span in header.tensors.items():
-            piece = _match(manifest, part, name, span, pieces[name], where=f"{where}: {quote(name)}")
+            piece = _match(manifest, part, name, span, pieces[name], cuts, where=where)
             found[name, piece.piece.start] = piece
     except (KeyError, TypeError, AttributeError):
         raise ManifestError(
@@ -102,7 +101,18 @@ def check_pieces(
     return found
 
 
-def _match(manifest: Manifest, part: Part, name: str, span: Span, own: Any, *, where: str) -> PieceSpan:
+def _match(
+    manifest: Manifest,
+    part: Part,
+    name: str,
+    span: Span,
+    own: Any,
+    cuts: dict[int, tuple[cut.Piece, ...]],
+    *,
+    where: str,
+) -> PieceSpan:
+    """`cuts` keeps the pieces of the part's owners that each form makes, by the form's identity."""
+    where = f"{where}: {quote(name)}"
     entry = manifest.tensors.get(name)
     if entry is None:
         raise ManifestError(f"{where}: not a tensor of the manifest")
@@ -113,8 +123,14 @@ def _match(manifest: Manifest, part: Part, name: str, span: Span, own: Any, *, w
             f"{where}: {span.dtype} piece of {quote(own['shape'])}, expected {form.dtype} {list(form.shape)}"
         )
     start = 0 if dim is None else offset[dim]
-    for piece in cut.pieces(form.layout, form.shape, manifest.grain):
-        if piece.start == start and (piece.first_rank, piece.last_rank) == part.ranks:
+    if id(form) not in cuts:
+        cuts[id(form)] = tuple(
+            piece
+            for piece in cut.pieces(form.layout, form.shape, manifest.grain)
+            if (piece.first_rank, piece.last_rank) == part.ranks
+        )
+    for piece in cuts[id(form)]:
+        if piece.start == start:
             break
     else:
         raise ManifestError(
@@ -319,15 +335,3 @@ def check_blocks(blocks: Iterable[Block], *, workers: int) -> None:
             future.result()
     if bad:
         raise min(bad, key=lambda item: item[0])[1]
-
-
-def byte_range(form: Form, piece: PieceSpan, take: cut.Take) -> tuple[int, int]:
-    """Bytes [start, stop) of the piece, counted within it, that hold what `take` takes.
-
-    Contiguous for all of a piece, and for rows of a piece that is cut along dim 0.
-    """
-    size = piece.span.stop - piece.span.start
-    if take.all_of_it:
-        return 0, size
-    row = dtypes.nbytes(form.dtype, form.shape[1:])
-    return take.start * row, take.stop * row

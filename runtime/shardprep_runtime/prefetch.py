@@ -9,6 +9,7 @@ from typing import Any
 
 from .cache import Cache
 from .load import Shard, Verify, load
+from .manifest import TORCH
 from .remote import DEFAULT_REVISION
 from .store import Access
 
@@ -78,10 +79,11 @@ def prefetch(
     rank: int = 0,
     tensor_parallel_size: int = 1,
     pipeline_parallel_size: int | None = None,
+    expert_parallel_size: int = 1,
     stages: Sequence[Sequence[int]] | None = None,
+    engine: str = TORCH,
     verify: Verify = "blocks",
     manifest_digest: str | None = None,
-    vocab_multiple: int = 1,
     workers: int | None = None,
     processes: int = 1,
     revision: str = DEFAULT_REVISION,

@@ -21,6 +21,7 @@ from . import environment
 from .errors import InputError, ProblemError, ShardprepError, quote
 from .grid import parse_stages
 from .load import load
+from .manifest import ENGINES, TORCH
 from .remote import DEFAULT_REVISION
 from .store import Access
 
@@ -57,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="s3://bucket/prefix of a shard set")
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, metavar="N")
+    parser.add_argument("-ep", "--expert-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--stages", metavar="0-15,16-31", help="by first and last layer")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default=TORCH, help="whose way of cutting; default: torch"
+    )
     parser.add_argument("--rank", type=int, help="default: RANK, as torchrun sets it, else 0")
     parser.add_argument("--revision", default=DEFAULT_REVISION)
     parser.add_argument("--manifest-digest", metavar="sha256:...")
@@ -78,7 +83,9 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
         "rank": rank,
         "tensor_parallel_size": options.tensor_parallel_size,
         "pipeline_parallel_size": options.pipeline_parallel_size,
+        "expert_parallel_size": options.expert_parallel_size,
         "stages": _stages(options.stages),
+        "engine": options.engine,
         "revision": options.revision,
         "manifest_digest": options.manifest_digest,
         "cache": options.cache,

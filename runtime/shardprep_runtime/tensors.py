@@ -6,19 +6,21 @@ import mmap
 import os
 from collections.abc import Sequence
 from itertools import islice
-from math import prod
 from typing import TYPE_CHECKING, Final
 
 from . import dtypes
 from .errors import UnsupportedError, quote
-from .parts import OpenPart, PieceSpan, byte_range
-from .view import TensorView
+from .parts import OpenPart, PieceSpan
+from .view import Stripes, TensorView
 
 if TYPE_CHECKING:
     import torch
 
 IOV_MAX: Final = 1024
 """Buffers that one preadv takes (POSIX's and Linux's limit)."""
+
+WIDE: Final = 16 * 2**10
+"""Unwanted bytes between rows that are worth a read of its own for each row, rather than being read and dropped."""
 
 SMALL: Final = 64 * 2**10
 """Copies below this many bytes are not worth pages of their own."""
@@ -29,10 +31,10 @@ Located = Sequence[tuple[OpenPart, PieceSpan]]
 
 def is_mapped(view: TensorView, located: Located) -> bool:
     """Whether the tensor can be handed out as it lies in its part: one run of bytes, aligned for its dtype."""
-    if len(located) != 1:
+    if len(located) != 1 or view.stripes[0].count != 1:
         return False
-    start, _ = byte_range(view.form, located[0][1], view.takes[0])
-    return (located[0][1].span.start + start) % (max(dtypes.BITS[view.form.dtype], 8) // 8) == 0
+    start = located[0][1].span.start + view.stripes[0].start
+    return start % (max(dtypes.BITS[view.form.dtype], 8) // 8) == 0
 
 
 def memory_of(view: TensorView, located: Located) -> memoryview:
@@ -41,19 +43,14 @@ def memory_of(view: TensorView, located: Located) -> memoryview:
         return memoryview(bytearray())
     if is_mapped(view, located):
         part, piece = located[0]
-        start, stop = byte_range(view.form, piece, view.takes[0])
+        start, stop = view.stripes[0].start, view.stripes[0].stop
         return memoryview(part.map)[piece.span.start + start : piece.span.start + stop]
-    size = view.nbytes
-    joined = _allocate(size)
-    dim = view.form.layout.dim or 0
-    rows = prod(view.shape[:dim])
-    row = size // rows
+    joined = _allocate(view.nbytes)
+    row = sum(stripes.width for stripes in view.stripes)
     at = 0  # of the take within a row
-    for (part, piece), take in zip(located, view.takes, strict=True):
-        start, stop = byte_range(view.form, piece, take)
-        width = (stop - start) // rows
-        _scatter(part, piece.span.start + start, joined, at=at, width=width, row=row)
-        at += width
+    for (part, piece), stripes in zip(located, view.stripes, strict=True):
+        _scatter(part, piece.span.start, stripes, joined, at=at, row=row)
+        at += stripes.width
     return joined
 
 
@@ -64,21 +61,32 @@ def _allocate(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def _scatter(part: OpenPart, offset: int, into: memoryview, *, at: int, width: int, row: int) -> None:
-    """Read packed rows of `width` bytes from `offset` on into bytes [at, at + width) of each `row` bytes of `into`.
+def _scatter(part: OpenPart, offset: int, stripes: Stripes, into: memoryview, *, at: int, row: int) -> None:
+    """Read the stripes of the piece at `offset` into bytes [at, at + width) of each `row` bytes of `into`.
 
-    The kernel puts them in place: no byte passes through a buffer of ours.
+    The kernel puts them in place: no byte that is wanted passes through a buffer of ours.
     """
-    if width == row:
+    offset, width, gap = offset + stripes.start, stripes.width, stripes.stride - stripes.width
+    starts = range(at, at + stripes.count * row, row)
+    if gap >= WIDE:
+        for start in starts:
+            part.read_into(offset, into[start : start + width])
+            offset += stripes.stride
+        return
+    if width == row and not gap:
         part.read_into(offset, into)
         return
-    starts = iter(range(at, len(into), row))
-    while batch := [into[start : start + width] for start in islice(starts, IOV_MAX)]:
+    unwanted = [memoryview(bytearray(gap))] if gap else []
+    rows = IOV_MAX // (1 + len(unwanted))
+    pending = iter(starts)
+    while targets := [into[start : start + width] for start in islice(pending, rows)]:
+        # what lies between goes again and again into one small buffer, which stays in a core's cache
+        batch = [buffer for target in targets for buffer in (target, *unwanted)][: -1 if gap else None]
         got = os.preadv(part.fd, batch, offset)
-        if got != len(batch) * width:  # a read may be cut short, by a signal say: finish it row by row
-            for i, target in enumerate(batch):
-                part.read_into(offset + i * width, target)
-        offset += len(batch) * width
+        if got != len(targets) * stripes.stride - gap:  # cut short, by a signal say: finish it row by row
+            for i, target in enumerate(targets):
+                part.read_into(offset + i * stripes.stride, target)
+        offset += len(targets) * stripes.stride
 
 
 def tensor_of(view: TensorView, memory: memoryview) -> torch.Tensor:

@@ -13,6 +13,7 @@ import click
 from shardprep_runtime import environment
 from shardprep_runtime.errors import quote
 from shardprep_runtime.grid import parse_stages
+from shardprep_runtime.manifest import ENGINES
 from shardprep_runtime.remote import DEFAULT_REVISION
 from shardprep_runtime.store import SCHEMES, Access, is_uri
 
@@ -159,6 +160,16 @@ def connections_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """--max-workers of the commands whose workers are connections to a store."""
     option = click.option(
         "--max-workers", type=click.IntRange(1, 256), help="Connections to the store.  [default: 16]"
+    )
+    return option(command)
+
+
+def engine_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--engine, the same for every command that takes one worker's share; None where it was not given."""
+    option = click.option(
+        "--engine",
+        type=click.Choice(ENGINES),
+        help="Whose way of cutting to follow where engines differ (padded vocabularies).  [default: torch]",
     )
     return option(command)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
+from shardprep_runtime.manifest import TORCH
 from shardprep_runtime.store import Access
 
 from . import parse, render
@@ -19,8 +20,15 @@ from . import parse, render
 @click.option("-tp", "--tensor-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
 @click.option("-pp", "--pipeline-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
 @click.option(
+    "-ep",
+    "--expert-parallel-size",
+    type=click.IntRange(1, 4096),
+    help="Groups of a stage's tensor ranks that share its experts.  [default: 1]",
+)
+@click.option(
     "--stages", type=parse.StageList(), help="Stages of any size, by first and last layer: 0-15,16-31."
 )
+@parse.engine_option
 @click.option(
     "--rank",
     type=click.IntRange(0),
@@ -37,7 +45,9 @@ def command(
     revision: str,
     tensor_parallel_size: int | None,
     pipeline_parallel_size: int | None,
+    expert_parallel_size: int | None,
     stages: list[tuple[int, int]] | None,
+    engine: str | None,
     rank: int | None,
     everything: bool,
     manifest_digest: str | None,
@@ -58,6 +68,8 @@ def command(
         everything=everything,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=len(stages) if stages else pipeline_parallel_size,
+        expert_parallel_size=expert_parallel_size,
+        engine=engine,
     )
     destination = destination or Path(Path(str(source).rstrip("/")).name)
     with render.conduct("pull", max_workers) as conduct:
@@ -68,7 +80,9 @@ def command(
             rank=rank,
             tensor_parallel_size=tensor_parallel_size or 1,
             pipeline_parallel_size=pipeline_parallel_size,
+            expert_parallel_size=expert_parallel_size or 1,
             stages=stages,
+            engine=engine or TORCH,
             manifest_digest=manifest_digest,
             access=access,
             conduct=conduct,

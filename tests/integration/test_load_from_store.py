@@ -62,8 +62,17 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     ],
     "llama-tied-kv2-tp4": [
         {"tensor_parallel_size": 4, "rank": 3},
-        {"tensor_parallel_size": 2, "rank": 0, "vocab_multiple": 8},
+        {"tensor_parallel_size": 2, "rank": 0},
         {"tensor_parallel_size": 1, "rank": 0},
+    ],
+    "experts-each-tp4": [
+        {"tensor_parallel_size": 2, "rank": 1},
+        {"tensor_parallel_size": 4, "rank": 3, "expert_parallel_size": 2, "engine": "vllm"},
+    ],
+    "experts-fused-tp4": [
+        {"tensor_parallel_size": 2, "rank": 3, "pipeline_parallel_size": 2, "engine": "transformers"},
+        {"tensor_parallel_size": 4, "rank": 2, "expert_parallel_size": 2},
+        {"tensor_parallel_size": 4, "rank": 1, "expert_parallel_size": 4, "engine": "vllm"},
     ],
 }
 WHOLE: dict[str, Any] = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
@@ -76,7 +85,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sets")
     source = small_models.write_model(folder / "source")
     split(source, folder / "small", tensor_parallel_size=4, pipeline_parallel_size=2, block_bytes=256)
-    frozen = {name: FROZEN / name for name in ("phi3-fused-tp2", "llama-tied-kv2-tp4")}
+    frozen = {name: FROZEN / name for name in GRIDS if name != "small"}
     return {"small": folder / "small", **frozen}
 
 

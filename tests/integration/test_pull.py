@@ -105,7 +105,9 @@ def there(shards: Path, folder: Path) -> dict[str, set[int]]:
             found[part.path] = set(range(1, count + 1))
         elif (folder / f"{part.path}.sparse").exists():
             landed = read_map(folder / f"{part.path}.sparse", part, count)
-            if landed is None:  # killed between making the file and beginning its map: nothing of it counts as there
+            if (
+                landed is None
+            ):  # killed between making the file and beginning its map: nothing of it counts as there
                 found[part.path] = set()
                 continue
             assert set(landed) <= {ABSENT, VERIFIED}

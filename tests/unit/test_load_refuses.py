@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -14,14 +15,16 @@ import pytest
 import torch
 
 import small_models
+from shardprep import split as splitting
 from shardprep.split import split
 from shardprep.verify import verify
-from shardprep_runtime import Manifest, load, read_manifest
+from shardprep_runtime import Manifest, load, plan_view, read_manifest
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import FormatError, IntegrityError, LayoutError, ManifestError
 from shardprep_runtime.header import parse_header
 from shardprep_runtime.load import Verify
 
+FROZEN = Path(__file__).parents[1] / "data/v1"
 BLOCK = 256
 """Bytes of a block, so that the small tensors have several."""
 
@@ -136,10 +139,66 @@ def test_stages_and_their_number_must_agree(folder: Path) -> None:
         load(folder, stages=[(0, 2), (2, 4)], pipeline_parallel_size=3)
 
 
-@pytest.mark.parametrize("odd", [0, -64, 1.5, True])
-def test_rows_are_padded_to_a_positive_multiple(folder: Path, odd: Any) -> None:
-    with pytest.raises(LayoutError, match="vocab_multiple"):
-        load(folder, vocab_multiple=odd)
+@pytest.mark.parametrize("odd", ["sglang", "", None, 64, "\x1b[31m"])
+def test_an_engine_that_the_set_does_not_know_is_refused_with_those_that_it_does(
+    folder: Path, odd: Any
+) -> None:
+    with pytest.raises(LayoutError, match=r"cuts; it serves torch, .*vllm.*; split .* again") as caught:
+        load(folder, engine=odd)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("odd", [0, -1, 2.0, True, "2"])
+def test_an_expert_parallel_size_is_an_integer_of_at_least_1(folder: Path, odd: Any) -> None:
+    with pytest.raises(LayoutError, match="expert_parallel_size must be an integer of at least 1"):
+        load(folder, tensor_parallel_size=4, expert_parallel_size=odd)
+
+
+def test_experts_that_do_not_divide_the_ranks_or_do_not_exist_are_refused_with_advice(folder: Path) -> None:
+    with pytest.raises(LayoutError, match=r"3 does not divide tensor_parallel_size 4.*that work: 1, 2, 4$"):
+        load(folder, tensor_parallel_size=4, expert_parallel_size=3)
+    with pytest.raises(LayoutError, match=r"this shard set knows of no experts; leave it out"):
+        load(folder, tensor_parallel_size=4, expert_parallel_size=2)
+
+
+def test_more_expert_ranks_than_experts_are_refused() -> None:
+    with pytest.raises(LayoutError, match=r"the model has 5 experts; use at most 5"):
+        plan_view(
+            dataclasses.replace(read_manifest(FROZEN / "experts-each-tp4"), grain=8, tensors={}),
+            rank=0,
+            tensor_parallel_size=8,
+            expert_parallel_size=8,
+        )
+
+
+def test_a_stage_that_an_engine_cannot_run_is_refused_for_every_rank(folder: Path) -> None:
+    change_manifest(folder, lambda fields: fields.update(stage_needs={"vllm": [3]}))
+    for rank in range(2):
+        load(folder, rank=rank, pipeline_parallel_size=2).close()  # torch has no such need
+        with pytest.raises(LayoutError, match=r"vllm needs one of the layers 3 in every .* use at most 1"):
+            load(folder, rank=rank, pipeline_parallel_size=2, engine="vllm")
+    change_manifest(folder, lambda fields: fields.update(stage_needs={"vllm": [1, 3]}))
+    load(folder, pipeline_parallel_size=2, engine="vllm").close()
+    with pytest.raises(LayoutError, match=r"and 0-0 has none; .* --stages 0-1,2-3"):
+        load(folder, stages=[(0, 1), (1, 4)], engine="vllm")
+
+
+@pytest.mark.parametrize("how", [{"pipeline_parallel_size": 4}, {"stages": [(0, 2), (2, 3), (3, 4)]}])
+def test_a_split_into_stages_that_an_engine_cannot_run_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    source = small_models.write_model(tmp_path / "source")
+    real = splitting.derive_layout
+
+    def with_needs(*arguments: Any, **options: Any) -> Any:
+        return dataclasses.replace(real(*arguments, **options), stage_needs={"transformers": (1, 3)})
+
+    monkeypatch.setattr(splitting, "derive_layout", with_needs)
+    with pytest.raises(LayoutError, match=r"transformers needs one of the layers 1, 3 .* at most 2 stages"):
+        split(source, tmp_path / "set", tensor_parallel_size=2, **how)
+    assert not (tmp_path / "set").exists()
+    split(source, tmp_path / "set", tensor_parallel_size=2, pipeline_parallel_size=2)
+    assert read_manifest(tmp_path / "set").stage_needs == {"transformers": (1, 3)}
 
 
 def test_an_unknown_way_to_verify_is_refused(folder: Path) -> None:

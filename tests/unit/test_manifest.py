@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import random
@@ -24,6 +25,8 @@ DIGEST = "sha256:" + "0" * 64
 def example() -> Manifest:
     """A manifest with one of everything."""
     heads = Form("BF16", (8, 4), Layout(0, (Segment(4, 2), Segment(4, 1, shared=True))))
+    rows, padded = Segment(7, 7, uneven=True), Segment(7, 7, uneven=True, multiple=64)
+    fused = Layout(2, (Segment(6, 3, uneven=True),), experts=True)
     return Manifest(
         model={"architecture": "LlamaForCausalLM", "source": {"files": []}},
         layers=2,
@@ -31,16 +34,23 @@ def example() -> Manifest:
         stages=((0, 1), (1, 2)),
         block_bytes=16 * 2**20,
         tensors={
-            "embed": Entry(Form("F32", (7, 4), Layout(0, uneven=True)), "ends"),
+            "embed": Entry(
+                Form("F32", (7, 4), Layout(0, (rows,)), (("vllm", Layout(0, (padded,))),)), "ends"
+            ),
             "layers.0.qkv": Entry(heads, 0),
             "layers.1.qkv": Entry(heads, 1),
             "norm": Entry(Form("F32", (4,), WHOLE), "last"),
+            "layers.1.fused": Entry(Form("F32", (3, 2, 6), fused, (("vllm", WHOLE),)), 1),
+            "layers.1.experts.2.w": Entry(heads, 1, 2),
         },
         aliases={"other": "embed"},
         tied={"head": "embed"},
         parts=(Part("a.safetensors", 5000, 4096, DIGEST, (0, 1), (0, 2), ("ends", "last")),),
         side_files=(SideFile("config.json", 10, DIGEST),),
         quantization=None,
+        experts=3,
+        engines=("transformers", "vllm"),
+        stage_needs={"transformers": (0, 1)},
     )
 
 
@@ -60,35 +70,45 @@ def parse_fields(value: object) -> Manifest:
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=10)
 file_names = st.text("abcXYZ0_-. ~", min_size=1, max_size=8).filter(lambda name: name.strip("."))
 digests = st.text("0123456789abcdef", min_size=64, max_size=64).map("sha256:".__add__)
-units = st.tuples(st.integers(0, 5), st.integers(1, 4), st.booleans())
+units = st.tuples(st.integers(0, 5), st.integers(1, 4), st.sampled_from([False, True, 1, 64]))
+ENGINES = ("transformers", "vllm")
 
 
 @st.composite
-def forms(draw: st.DrawFn, grain: int) -> Form:
+def forms(draw: st.DrawFn, grain: int, experts: int) -> Form:
     """A form whose layout allows the grain."""
     dtype = draw(st.sampled_from(["F32", "BF16", "U8", "F8_E4M3"]))
     shape = draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))
-    match draw(st.sampled_from(["whole", "chunks", "units"])):
-        case "whole":
-            return Form(dtype, tuple(shape), WHOLE)
-        case "chunks":
-            return Form(dtype, tuple(shape), Layout(0, uneven=True))
-    dim = draw(st.integers(0, len(shape) - 1))
+    by_expert = experts > 0 and draw(st.booleans())
+    if by_expert:
+        shape[0] = experts
+    if (by_expert and len(shape) == 1) or draw(st.integers(0, 2)) == 0:
+        return Form(dtype, tuple(shape), Layout(experts=by_expert))
+    dim = draw(st.integers(int(by_expert), len(shape) - 1))
     segments = tuple(
-        Segment(width * count * grain, count * grain, shared=shared)
-        for width, count, shared in draw(st.lists(units, min_size=1, max_size=3))
+        Segment(width * count * grain, count * grain, shared=kind)
+        if isinstance(kind, bool)
+        else Segment(width * count, count, uneven=True, multiple=kind)
+        for width, count, kind in draw(st.lists(units, min_size=1, max_size=3))
     )
-    shape[dim] = sum(segment.size for segment in segments)
-    return Form(dtype, tuple(shape), Layout(dim, segments))
+    size = shape[dim] = sum(segment.size for segment in segments)
+    asked = {}
+    for engine in draw(st.sets(st.sampled_from(ENGINES))):
+        own = Segment(size, size, uneven=True, multiple=draw(st.integers(1, 64)))
+        asked[engine] = draw(st.sampled_from([WHOLE, Layout(dim, (own,)), Layout(dim, (own,), by_expert)]))
+    return Form(dtype, tuple(shape), Layout(dim, segments, by_expert), tuple(asked.items()))
 
 
 @st.composite
 def whole_manifests(draw: st.DrawFn) -> Manifest:
     """Any manifest that is sound."""
     grain, layers = draw(st.integers(1, 8)), draw(st.integers(0, 5))
-    choices = draw(st.lists(forms(grain), min_size=1, max_size=3))
+    experts = draw(st.integers(0, 3))
+    choices = draw(st.lists(forms(grain, experts), min_size=1, max_size=3))
     places = st.sampled_from([*manifests.PLACEMENTS, *range(layers)])
-    tensors = draw(st.dictionaries(texts, st.builds(Entry, st.sampled_from(choices), places), max_size=5))
+    whose = st.sampled_from([None, *range(experts)])
+    entries = st.builds(Entry, st.sampled_from(choices), places, whose)
+    tensors = draw(st.dictionaries(texts, entries, max_size=5))
     targets = st.sampled_from(sorted(tensors)) if tensors else st.nothing()
     others = texts.filter(lambda name: name not in tensors)
     tied = draw(st.dictionaries(others, targets, max_size=2)) if tensors else {}
@@ -119,6 +139,11 @@ def whole_manifests(draw: st.DrawFn) -> Manifest:
         parts=tuple(parts),
         side_files=tuple(sides),
         quantization=draw(st.none() | st.just({"method": "gptq"})),
+        experts=experts,
+        engines=ENGINES,
+        stage_needs={"vllm": tuple(draw(st.sets(st.integers(0, layers - 1), min_size=1).map(sorted)))}
+        if layers and draw(st.booleans())
+        else {},
     )
 
 
@@ -135,7 +160,111 @@ def test_the_example_is_sound() -> None:
 
 
 def test_forms_that_are_alike_are_stored_once() -> None:
-    assert len(fields()["forms"]) == 3
+    assert len(fields()["forms"]) == 4
+
+
+# ------------------------------------------------------------------------------------------------- runs of experts
+
+
+def with_experts(count: int, *names: str) -> Manifest:
+    """The example with `count` experts, each with a tensor of each of `names`, in which # is its number."""
+    tensors = {name: entry for name, entry in example().tensors.items() if name != "layers.1.fused"}
+    for i in range(count):
+        for name in names:
+            tensors[name.replace("#", str(i))] = Entry(tensors["layers.0.qkv"].form, 1, i)
+    return dataclasses.replace(example(), experts=count, tensors=tensors)
+
+
+def test_tensors_of_experts_that_are_alike_stand_on_one_line_and_are_found_by_their_names() -> None:
+    manifest = with_experts(300, "layers.1.e.#.up", "layers.1.e.#.down")
+    raw = dump(manifest)
+    listed = json.loads(raw)["tensors"]
+    assert listed["layers.1.e.{expert}.up"] == [1, 1, [0, 300]]
+    assert len(listed) == len(manifest.tensors) - 598
+    found = parse(raw)
+    assert len(found.tensors) == len(manifest.tensors)
+    assert found.tensors["layers.1.e.299.down"] == manifest.tensors["layers.1.e.299.down"]
+    for missing in (
+        "layers.1.e.300.up",
+        "layers.1.e.007.up",
+        "layers.1.e.{expert}.up",
+        "layers.2.e.7.up",
+        "7",
+        "",
+    ):
+        assert missing not in found.tensors
+    assert found == manifest
+    assert dict(found.tensors) == dict(manifest.tensors)
+
+
+def test_experts_that_differ_or_leave_a_gap_stand_on_lines_of_their_own() -> None:
+    manifest = with_experts(4, "e.#.up", "1.e.#")
+    tensors = dict(manifest.tensors)
+    del tensors["e.2.up"]
+    tensors["1.e.3"] = Entry(tensors["norm"].form, 1, 3)
+    manifest = dataclasses.replace(manifest, tensors=tensors)
+    assert not any("{expert}" in name for name in json.loads(dump(manifest))["tensors"])
+    assert parse(dump(manifest)) == manifest
+
+
+def test_a_name_that_holds_the_placeholder_itself_is_a_name() -> None:
+    tensors = {**example().tensors, "a.{expert}.0": Entry(example().tensors["norm"].form, 1, 0)}
+    manifest = dataclasses.replace(example(), tensors=tensors)
+    assert parse(dump(manifest)) == manifest
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.sampled_from(["#", "0", "1", "12", "a"]), min_size=1, max_size=4).map(".".join),
+                  st.integers(0, 3), st.integers(1, 13)),
+        min_size=1, max_size=4, unique_by=lambda line: line[0],
+    )
+)  # fmt: skip
+def test_lines_that_name_the_same_tensor_are_refused_and_no_others(lines: list[tuple[str, int, int]]) -> None:
+    found = json.loads(dump(with_experts(20)))
+    found["tensors"], found["aliases"], found["tied"] = {}, {}, {}
+    names = []
+    for name, first, count in lines:
+        if name.count("#") > 1:
+            continue
+        run = "#" in name
+        found["tensors"][name.replace("#", "{expert}")] = [2, 1, [first, first + count]] if run else [2, 1]
+        names += [name.replace("#", str(i)) for i in range(first, first + (count if run else 1))]
+    if len(set(names)) == len(names):
+        tensors = parse_fields(found).tensors
+        assert sorted(tensors) == sorted(names)
+        assert all(name in tensors and tensors[name].layer == 1 for name in names)
+    else:
+        with pytest.raises(ManifestError, match="two lines name the same tensor"):
+            parse_fields(found)
+
+
+@pytest.mark.parametrize("name", ["w", "e.1{expert}", "e.{expert}2", "{expert}.{expert}", "e.{Expert}"])
+def test_a_run_of_experts_needs_the_placeholder_once_and_apart_from_digits(name: str) -> None:
+    found = fields()
+    found["tensors"][name] = [1, 1, [0, 3]]
+    with pytest.raises(ManifestError, match="once, no digit beside it"):
+        parse_fields(found)
+
+
+@pytest.mark.parametrize(
+    "run", [[0, 4], [2, 2], [2, 1], [0], [0, 1, 2], [0, True], [0, 2.0], ["0", "1"], [-1, 2]]
+)
+def test_a_run_that_is_none_is_refused(run: Any) -> None:
+    found = fields()
+    found["tensors"]["e.{expert}.w"] = [1, 1, run]
+    with pytest.raises(ManifestError, match="expected one of the 3 experts, or"):
+        parse_fields(found)
+
+
+def test_more_tensors_than_any_model_has_are_refused_before_they_are_named() -> None:
+    found = fields()
+    found["experts"] = manifests.MAX_EXPERTS
+    found["forms"][3]["layout"].pop("experts")
+    for i in range(40):
+        found["tensors"][f"{i}x.{{expert}}"] = [1, 1, [0, manifests.MAX_EXPERTS]]
+    with pytest.raises(ManifestError, match="tensors are more than the 2097152"):
+        parse_fields(found)
 
 
 # ------------------------------------------------------------------------------------------------- version and keys
@@ -196,8 +325,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return found
 
 
-OPTIONAL = {("quantization",), ("stages",)}
-FREE = ("model", "aliases", "tied", "tensors", "parts", "side_files")
+OPTIONAL = {("quantization",), ("stages",), ("stage_needs",)}
 PATHS = paths_of(fields())
 CHECKED = [path for path in PATHS if path and path[0] != "model"]
 
@@ -205,8 +333,14 @@ CHECKED = [path for path in PATHS if path and path[0] != "model"]
 @pytest.mark.parametrize("path", [p for p in CHECKED if isinstance(p[-1], str)], ids=str)
 def test_each_field_is_required(path: tuple[Any, ...]) -> None:
     found = replaced(fields(), path, ...)
-    if path in OPTIONAL or (path[0] in ("aliases", "tied") and len(path) == 2) or path == ("tensors", "norm"):
+    if path in OPTIONAL or (path[0] in ("aliases", "tied", "stage_needs") and len(path) == 2):
         parse_fields(found)  # an entry of a mapping, or what may be absent
+        return
+    if path[-1] == "multiple" or path[2:] in (("engines",), ("engines", "vllm")):
+        parse_fields(found)
+        return
+    if path == ("forms", 3, "layout", "experts"):
+        parse_fields(found)  # then dim 0 does not count them
         return
     if path[0] == "tensors" and len(path) == 2 and path[1] != "embed":
         parse_fields(found)
@@ -275,8 +409,57 @@ def test_a_wrong_value_anywhere_gives_a_manifest_error_or_a_sound_manifest(path:
         (("forms", 0, "shape"), [1] * 65),
         (("forms", 0, "shape"), []),
         (("forms", 0, "layout", "cut"), "diagonal"),
-        (("forms", 0, "layout", "dim"), 1),  # chunks are rows
+        (("forms", 0, "layout"), {"cut": "chunks", "dim": 1}),  # chunks are rows
+        (("forms", 0, "layout"), {"cut": "chunks"}),
+        (("forms", 0, "layout", "dim"), 1),
         (("forms", 0, "layout", "dim"), 2),
+        (("forms", 0, "layout", "segments"), [{"size": 7, "units": 7}]),
+        (("forms", 0, "layout", "segments"), [{"size": 7, "units": 7, "uneven": 1}]),
+        (("forms", 0, "layout", "segments"), [{"size": 7, "units": 7, "uneven": False}]),
+        (("forms", 0, "layout", "segments"), [{"size": 7, "units": 7, "uneven": True, "multiple": 0}]),
+        (("forms", 0, "layout", "segments"), [{"size": 7, "units": 7, "uneven": True, "multiple": 2**63}]),
+        (("forms", 0, "layout", "segments"), [{"size": 7, "units": 2, "uneven": True}]),
+        (("forms", 0, "layout", "segments"), [{"size": 7, "units": 0, "uneven": True}]),
+        (("forms", 0, "layout", "experts"), True),
+        (("forms", 0, "layout", "experts"), 1),
+        (("forms", 2, "layout", "experts"), True),
+        (("forms", 0, "engines"), []),
+        (("forms", 0, "engines", "sglang"), {"cut": "whole"}),
+        (("forms", 0, "engines", "torch"), {"cut": "whole"}),
+        (("forms", 0, "engines", "vllm", "dim"), 1),
+        (("forms", 0, "engines", "vllm", "cut"), "diagonal"),
+        (("forms", 0, "engines", "vllm", "experts"), True),
+        (("forms", 0, "engines", "vllm", "segments"), [[6, 6, False]]),
+        (("forms", 0, "engines", "vllm", "segments"), []),
+        (("forms", 2, "engines"), {"vllm": {"cut": "units", "dim": 0, "segments": [[4, 4, False]]}}),
+        (("forms", 3, "shape"), [4, 2, 6]),
+        (("forms", 3, "layout", "dim"), 0),
+        (("experts",), 2),
+        (("experts",), 1.0),
+        (("experts",), True),
+        (("engines",), ["vllm"]),
+        (("engines",), ["transformers", "vllm", "vllm"]),
+        (("engines",), ["transformers", "vllm", "torch"]),
+        (("engines",), ["transformers", "vllm", "a b"]),
+        (("engines",), ["transformers", "vllm", ["x"]]),
+        (("engines",), {"transformers": 1, "vllm": 1}),
+        (("stage_needs", "transformers"), []),
+        (("stage_needs", "transformers"), [1, 0]),
+        (("stage_needs", "transformers"), [0, 0]),
+        (("stage_needs", "transformers"), [2]),
+        (("stage_needs", "transformers"), [True]),
+        (("stage_needs", "transformers"), "01"),
+        (("stage_needs", "sglang"), [0]),
+        (("stage_needs",), []),
+        (("tensors", "layers.1.experts.2.w"), [1, 1, 3]),
+        (("tensors", "layers.1.experts.2.w"), [1, 1, -1]),
+        (("tensors", "layers.1.experts.2.w"), [1, 1, True]),
+        (("tensors", "layers.1.experts.2.w"), [1, 1, None]),
+        (("tensors", "layers.1.experts.2.w"), [1, 1, 2.0]),
+        (("tensors", "layers.1.experts.2.w"), [1, 1, 2, 2]),
+        (("tensors", "layers.1.experts.2.w"), [1, True, 2]),
+        (("tensors", "layers.1.experts.2.w"), [1, 1.0, 2]),
+        (("tensors", "layers.1.experts.2.w"), {}),
         (("forms", 0, "layout", "dim"), -1),
         (("forms", 1, "layout", "segments"), []),
         (("forms", 1, "layout", "segments"), [[8, 3, False]]),
@@ -284,7 +467,7 @@ def test_a_wrong_value_anywhere_gives_a_manifest_error_or_a_sound_manifest(path:
         (("forms", 1, "layout", "segments"), [[4, 2, False]]),
         (("forms", 1, "layout", "segments"), [[8, 2, 1]]),
         (("forms", 1, "layout", "segments"), [[8, 1, False]]),
-        (("tensors", "norm"), [3, "last"]),
+        (("tensors", "norm"), [4, "last"]),
         (("tensors", "norm"), [-1, "last"]),
         (("tensors", "norm"), [True, "last"]),
         (("tensors", "norm"), [2, 2]),
@@ -326,6 +509,20 @@ def test_a_header_is_not_larger_than_its_format_allows() -> None:
     parse_fields(found)
     with pytest.raises(ManifestError, match="'header_size' must be from 8 to 100000008"):
         parse_fields(replaced(found, ("parts", 0, "header_size"), 2**40))
+
+
+def test_a_tensor_of_more_pieces_than_any_has_is_refused_before_they_are_made() -> None:
+    rows = {"size": 2**16, "units": 2**16, "uneven": True}
+    for path, value in [
+        (("forms", 2, "layout"), [[1, 1, True]] * 2**16),
+        (("forms", 2, "engines"), [[1, 1, True]] * 2**16),
+    ]:
+        found = replaced(fields(), ("forms", 2, "shape"), [2**16])
+        found["forms"][2]["layout"] = {"cut": "units", "dim": 0, "segments": [rows]}
+        layout = {"cut": "units", "dim": 0, "segments": value}
+        found = replaced(found, path, layout if path[2] == "layout" else {"vllm": layout})
+        with pytest.raises(ManifestError, match="more than 65536 pieces"):
+            parse_fields(found)
 
 
 def test_structured_mutation_raises_nothing_but_manifest_errors() -> None:
