@@ -1,0 +1,152 @@
+"""What our views give to vLLM is what its own weight loaders read, as tests/golden/vllm has it (scripts/trace_vllm)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+import golden
+from shardprep.layout import derive_layout, known_types
+from shardprep_runtime.manifest import Entry, Form, Manifest
+from shardprep_runtime.view import TensorView, View, plan_view
+
+FOLDER = golden.FOLDER / "vllm"
+TYPES = sorted({path.stem for path in FOLDER.glob("*.json")} & set(known_types()))
+
+HEAD_OF_MASKED = "the head for masked words, which vLLM's encoders leave out"
+FEW_ROWS = "vLLM pads these two rows to 64, so that the first rank has both; we hold them whole"
+MORE_THAN_READ: dict[tuple[str, str], str] = {
+    ("bert", r"^cls\.predictions\.bias$"): HEAD_OF_MASKED,
+    ("bert", r"token_type_embeddings"): FEW_ROWS,
+    ("laguna", r"e_score_correction_bias"): "vLLM reads it under another name than transformers writes",
+    ("modernbert", r"^head\.|^decoder\.bias$"): HEAD_OF_MASKED,
+    ("roberta", r"^lm_head\."): HEAD_OF_MASKED,
+    ("roberta", r"token_type_embeddings"): FEW_ROWS,
+    ("xlm-roberta", r"^lm_head\."): HEAD_OF_MASKED,
+    ("xlm-roberta", r"token_type_embeddings"): FEW_ROWS,
+    ("zamba2", r"adapter_list"): "vLLM cuts the adapters, transformers reads them whole; they are small",
+}
+"""(model type, names) of which our view holds more than vLLM reads -> why."""
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_view_for_vllm_holds_the_blocks_that_its_loaders_read(model_type: str) -> None:
+    """Of other sizes too, from which no rule was inferred."""
+    allowed = [names for kind, names in MORE_THAN_READ if kind == model_type]
+    needed = set()
+    wrong = []
+    for path in sorted(FOLDER.rglob(f"{model_type}.json")):
+        for name, grid, rank, ours, theirs in differences(golden.read(path)):
+            pattern = next((each for each in allowed if re.search(each, name)), None)
+            if pattern is not None and all(any(inside(block, own) for own in ours) for block in theirs):
+                needed.add(pattern)
+            else:
+                where = f"{path.parent.name}, {grid}, rank {rank}"
+                wrong.append(f"{name} ({where}): vLLM reads {theirs}, the view holds {ours}")
+    assert not wrong, f"{len(wrong)} differ:\n" + "\n".join(wrong[:20])
+    assert needed == set(allowed), "what is listed in MORE_THAN_READ is no longer needed"
+
+
+def test_what_is_listed_as_more_than_read_is_of_a_type_that_is_tested() -> None:
+    assert {model_type for model_type, _ in MORE_THAN_READ} <= set(TYPES)
+
+
+Difference = tuple[str, str, int, list[golden.Block], list[golden.Block]]
+"""Tensor, grid and rank, what our view holds, and what vLLM reads."""
+
+
+def differences(plan: golden.Golden) -> Iterator[Difference]:
+    manifest = manifest_of(plan)
+    for grid, size, experts in grids(plan):
+        reads = reads_of_all(plan, grid)
+        for rank in range(size):
+            view = plan_view(
+                manifest, rank=rank, tensor_parallel_size=size, expert_parallel_size=experts, engine="vllm"
+            )
+            for name in plan.shapes:
+                ours, theirs = held(view, name), reads[name][rank]
+                if ours != theirs:
+                    yield name, grid, rank, ours, theirs
+
+
+def manifest_of(plan: golden.Golden) -> Manifest:
+    """What split would write of the small checkpoint, its files aside."""
+    shapes = {name: shape for name, (_, shape) in plan.shapes.items()}
+    layout = derive_layout(plan.config, shapes)
+    grain = max(size for _, size, _ in grids(plan))
+    layout.check_grain(grain)
+    return Manifest(
+        model={},
+        layers=layout.layers,
+        grain=grain,
+        stages=None,
+        block_bytes=2**20,
+        tensors={
+            name: Entry(
+                Form(plan.shapes[name][0], shapes[name], placed.layout, placed.engines),
+                placed.layer,
+                placed.expert,
+            )
+            for name, placed in layout.tensors.items()
+        },
+        aliases={},
+        tied=layout.tied,
+        parts=(),
+        side_files=(),
+        experts=layout.experts,
+        engines=layout.engines,
+        stage_needs=layout.stage_needs,
+    )
+
+
+def grids(plan: golden.Golden) -> Iterator[tuple[str, int, int]]:
+    """Name, tensor parallel size and expert parallel size of each grid that was traced."""
+    for name in plan.reads:
+        tensor, _, experts = name.removeprefix("tp").partition("ep")
+        yield name, int(tensor), int(experts or 1)
+
+
+def reads_of_all(plan: golden.Golden, grid: str) -> golden.Reads:
+    """The reads of all tensors: those that the file leaves out are read as the first of their kind is, or whole."""
+    written = plan.reads[grid]
+    first = {(kind(name), plan.shapes[name][1]): row for name, row in reversed(written.items())}
+    ranks = next(size for name, size, _ in grids(plan) if name == grid)
+    found = {}
+    for name, (_, shape) in plan.shapes.items():
+        whole = [[[[0, size] for size in shape]]] * ranks
+        found[name] = written.get(name, first.get((kind(name), shape), whole))
+    return found
+
+
+def kind(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".{layer}.", name, count=1)
+
+
+def held(view: View, name: str) -> list[golden.Block]:
+    """The blocks of a tensor that a view holds, in order, neighbours joined."""
+    tensor = view.tensors.get(name)
+    if tensor is None:
+        return []
+    block = [[0, size] for size in tensor.form.shape]
+    if tensor.experts is not None:
+        block[0] = list(tensor.experts)
+    dim = tensor.form.layout.dim
+    if dim is None:
+        return [block]
+    return [[*block[:dim], run, *block[dim + 1 :]] for run in runs(tensor)]
+
+
+def runs(tensor: TensorView) -> list[list[int]]:
+    found: list[list[int]] = []
+    for start, stop in sorted((t.piece.start + t.start, t.piece.start + t.stop) for t in tensor.takes):
+        if found and found[-1][1] == start:
+            found[-1][1] = stop
+        else:
+            found.append([start, stop])
+    return found
+
+
+def inside(block: golden.Block, other: golden.Block) -> bool:
+    return all(b[0] >= o[0] and b[1] <= o[1] for b, o in zip(block, other, strict=True))
