@@ -10,6 +10,7 @@ from shardprep_runtime.errors import quote
 from shardprep_runtime.store import Access
 
 from . import parse, render
+from .plan import KV_DTYPES, DeviceMemory, recommended, written
 
 
 @click.command("split")
@@ -19,8 +20,8 @@ from . import parse, render
     "-tp",
     "--tensor-parallel-size",
     type=click.IntRange(1, 4096),
-    required=True,
-    help="The finest size that will be wanted; every size that divides it can be loaded from the same copy.",
+    help="The finest size that will be wanted; every size that divides it can be loaded from the same copy. "
+    "Needed unless --device-memory is given.",
 )
 @click.option(
     "-pp",
@@ -31,6 +32,25 @@ from . import parse, render
 @click.option(
     "--stages", type=parse.StageList(), help="Stages of any size, by first and last layer: 0-15,16-31."
 )
+@click.option(
+    "--device-memory",
+    type=DeviceMemory(),
+    help="Divide the model as `shardprep plan` recommends for such devices: 24GiB, or of each: 24GiB,12GiB.",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(1, 2**40),
+    help="With --device-memory: tokens of a sequence, as plan takes it.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1, 2**20), help="With --device-memory: sequences at a time.  [default: 1]"
+)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(KV_DTYPES),
+    help="With --device-memory: of the KV cache.  [default: auto]",
+)
+@click.option("--reserve", type=parse.Size(), help="With --device-memory: of each device, as plan takes it.")
 @click.option("--max-part-size", type=parse.Size(), default="1GiB", show_default=True, help="Of one file.")
 @click.option("--include-code", is_flag=True, help="Copy *.py files too; they are code that others may run.")
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
@@ -46,9 +66,14 @@ from . import parse, render
 def command(
     source: Path | str,
     destination: Path | str,
-    tensor_parallel_size: int,
+    tensor_parallel_size: int | None,
     pipeline_parallel_size: int | None,
     stages: list[tuple[int, int]] | None,
+    device_memory: tuple[int, ...] | None,
+    context: int | None,
+    batch: int | None,
+    kv_dtype: str | None,
+    reserve: int | None,
     max_part_size: int,
     include_code: bool,
     dry_run: bool,
@@ -71,6 +96,29 @@ def command(
     """
     from shardprep.split import split
 
+    planned = None
+    if device_memory is None:
+        lone = {"--context": context, "--batch": batch, "--kv-dtype": kv_dtype, "--reserve": reserve}
+        for name, value in lone.items():
+            if value is not None:
+                raise click.UsageError(f"{name} says for what devices are planned; give --device-memory too")
+        if tensor_parallel_size is None:
+            raise click.UsageError("Missing option '-tp' / '--tensor-parallel-size'.")
+    else:
+        if pipeline_parallel_size is not None or stages is not None:
+            raise click.UsageError("--device-memory decides the stages; leave -pp and --stages out")
+        planned = recommended(
+            source,
+            memory=device_memory,
+            tensor_parallel_size=tensor_parallel_size,
+            context=context,
+            batch=batch or 1,
+            kv_dtype=kv_dtype or "auto",
+            reserve=reserve,
+            access=access,
+        )
+        tensor_parallel_size = tensor_parallel_size or planned.tensor_parallel_size
+        stages = list(planned.bounds) if planned.pipeline_parallel_size > 1 else None
     with render.conduct("split", max_workers) as conduct:
         report = split(
             source,
@@ -107,6 +155,11 @@ def command(
         f"each rank keeps {render.size(min(report.rank_bytes))} to {render.size(max(report.rank_bytes))}, "
         f"of it {render.size(report.shared_bytes)} whole; stored {report.stored_bytes / max(report.source_bytes, 1):.4f} x the model"
     )
+    if planned is not None:
+        click.echo(
+            f"for these devices: -tp {planned.tensor_parallel_size} --stages {written(planned)}, "
+            f"room for {'any number of' if planned.tokens is None else format(planned.tokens, ',')} tokens"
+        )
     render.notes(report.aliases, report.left_out)
     if report.manifest_digest:
         click.echo(f"manifest {report.manifest_digest} in {quote(destination)}")
