@@ -13,8 +13,10 @@ from shardprep_runtime.errors import ProblemError, quote
 
 COMMANDS = {
     "inspect": "Show what a checkpoint or a shard set holds.",
+    "plan": "Say whether a model fits given devices, and how it is best divided.",
     "convert": "Turn a checkpoint into safetensors, without running its pickle.",
     "split": "Cut a checkpoint into a shard set for tensor x pipeline parallel workers.",
+    "check-arch": "Prove by running it that an architecture's layout rules are right.",
     "push": "Put a shard set into a store; only what is missing there is sent.",
     "revisions": "List the revisions in a store.",
     "prune": "Remove from a store what no revision needs.",
@@ -46,7 +48,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"shardprep.cli.{cmd_name}").command
+        command: click.Command = import_module(f"shardprep.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(

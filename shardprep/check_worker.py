@@ -1,0 +1,390 @@
+"""Run transformers' own tensor parallelism on processes of this machine, each rank reading only its own view.
+
+`Ranks` is the side that asks; `python -P -m shardprep.check_worker` the one that answers: it imports torch and
+transformers once and forks the ranks of every job from there, a line of JSON each way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+
+from shardprep_runtime.errors import LayoutError, ProblemError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+TIMEOUT: Final = 120
+"""Seconds after which a rank that hangs is ended."""
+
+TOKENS: Final = 4
+"""Greedy tokens that are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One model on `size` ranks."""
+
+    checkpoint: str
+    """Folder of config.json and model.safetensors."""
+    shard_set: str | None
+    """What the ranks load from; None: from the checkpoint itself, to see what transformers does with that."""
+    size: int
+    expert_parallel_size: int
+    prompt: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a job."""
+
+    status: str
+    """`ok`; `refused`: a rank was asked for what its view does not hold; `failed`: transformers raised an error."""
+    rank: int
+    """The first rank with that status."""
+    detail: str
+    """What was refused, or the error."""
+    logits: str | None = None
+    """File of the logits of rank 0, where all ranks have the same."""
+    tokens: list[list[int]] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------ who asks
+
+
+class Ranks:
+    """A process from which ranks are forked. It is started at once and imports meanwhile; use as a context manager."""
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_DEACTIVATE_ASYNC_LOAD": "1",  # an error is then raised where it was made
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": _loopback(),  # no rank is reached from another machine
+        }
+        self._process = subprocess.Popen(  # noqa: S603 - our own module
+            [sys.executable, "-P", "-m", __name__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def run(self, job: Job) -> Answer:
+        """Run a job on as many processes as it has ranks."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(asdict(job)) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().splitlines()[-3:]
+            raise ProblemError(f"the processes of tensor ranks could not be started: {' / '.join(last)}")
+        return Answer(**json.loads(line))
+
+    def close(self) -> None:
+        """End the process; ranks of a job that was not waited for end with it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _loopback() -> str:
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in names if name.startswith("lo")), names[0] if names else "lo")
+
+
+# -------------------------------------------------------------------------------------------------- who answers
+
+
+def model_class(config: Any) -> Any:
+    """The class by which transformers builds a language model of this config."""
+    import transformers
+
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise LayoutError(f"transformers has no language model of type {config.model_type}")
+
+
+def answers(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of a prompt, and the greedy tokens after it (for a model that fills masks: those at its places).
+
+    Every token is computed from the whole text: what a cache does is its engine's matter.
+    """
+    import torch
+
+    logits = last = forward(model, prompt)
+    if not model.can_generate():
+        return logits, logits.argmax(-1)
+    text = prompt
+    for step in range(TOKENS):
+        if step:
+            last = forward(model, text)
+        text = torch.cat([text, last[:, -1:].argmax(-1)], 1)
+    return logits, text[:, prompt.shape[1] :]
+
+
+def forward(model: PreTrainedModel, text: torch.Tensor) -> torch.Tensor:
+    """The logits of a text, without a cache."""
+    import torch
+
+    options = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
+    with torch.no_grad():
+        found: torch.Tensor = model(text, **options).logits
+    return found
+
+
+def main() -> None:
+    """Answer jobs from standard input until it ends."""
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    import transformers
+    import transformers.distributed.tensor_parallel  # what every rank needs is imported once
+
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        lines.write(json.dumps(asdict(_run(job))) + "\n")
+        lines.flush()
+
+
+def _run(job: Job) -> Answer:
+    """Fork the ranks of a job and put their answers together."""
+    import importlib
+
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(job.checkpoint)
+    found = model_class(config)._model_mapping[type(config)]
+    importlib.import_module((found[0] if isinstance(found, tuple | list) else found).__module__)
+    folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=Path(job.checkpoint).parent))
+    children = {}
+    for rank in range(job.size):
+        child = os.fork()
+        if child == 0:
+            _child(job, rank, folder)
+        children[child] = rank
+    _await(children)
+    found_answers = []
+    for rank in range(job.size):
+        file = folder / f"{rank}.json"
+        if file.exists():
+            found_answers.append(Answer(**json.loads(file.read_text())))
+        else:
+            found_answers.append(Answer("failed", rank, f"rank {rank} ended without an answer"))
+    # a rank that is refused ends, and the others then fail for want of it
+    for status in ("refused", "failed"):
+        of_status = [each for each in found_answers if each.status == status]
+        lonely = [each for each in of_status if "onnection closed by peer" not in each.detail]
+        if of_status:
+            return (lonely or of_status)[0]
+    return found_answers[0]
+
+
+def _await(children: Mapping[int, int]) -> None:
+    """Return once all children have ended; those that hang are ended."""
+    left = set(children)
+    deadline = time.monotonic() + TIMEOUT
+    while left:
+        done, status = os.waitpid(-1, os.WNOHANG)
+        if done:
+            left.discard(done)
+            if status and left:  # its peers wait for it in vain
+                deadline = min(deadline, time.monotonic() + 5)
+        elif time.monotonic() > deadline:
+            for child in left:
+                os.kill(child, 9)
+            deadline += 5
+        else:
+            time.sleep(0.005)
+
+
+def _child(job: Job, rank: int, folder: Path) -> None:
+    """Be one rank: write an answer and end this process without any clean-up of its parent's."""
+    status = 1
+    threading.Thread(target=_outlive, args=(os.getppid(),), daemon=True).start()
+    try:
+        answer = _rank(job, rank, folder)
+        _write(folder / f"{rank}.json", answer)
+        status = answer.status != "ok"
+    except BaseException:  # noqa: BLE001 - a forked process must not return to its parent's loop
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _outlive(parent: int) -> None:
+    """End this process once its parent has gone: nobody wants its answer."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _write(file: Path, answer: Answer) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(answer)))
+    temporary.rename(file)
+
+
+class _Watched:
+    """A slice of a tensor that keeps what it refused: transformers reports errors of its loading in words of its own."""
+
+    def __init__(self, found: Any, refused: list[str]) -> None:
+        self.found = found
+        self.refused = refused
+
+    def get_shape(self) -> list[int]:
+        shape: list[int] = self.found.get_shape()
+        return shape
+
+    def get_dtype(self) -> str:
+        dtype: str = self.found.get_dtype()
+        return dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        try:
+            tensor: torch.Tensor = self.found[index]
+            return tensor
+        except LayoutError as error:
+            self.refused.append(str(error))
+            raise
+
+
+def _rank(job: Job, rank: int, folder: Path) -> Answer:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meet'}",
+        rank=rank,
+        world_size=job.size,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+    )
+    refused: list[str] = []
+    try:
+        with _source(job, rank) as source:
+            model = _distribute(job, {name: _Watched(each, refused) for name, each in source.items()})
+            logits, tokens = answers(model, torch.tensor(job.prompt))
+    except Exception as error:  # noqa: BLE001 - whatever transformers raises is the answer
+        if refused:
+            return Answer("refused", rank, refused[0])
+        return Answer("failed", rank, _first_line(error))
+    if rank == 0:
+        torch.save(logits, folder / "logits.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+    return Answer("ok", rank, "", str(folder / "logits.pt"), tokens.tolist())
+
+
+def _first_line(error: BaseException) -> str:
+    """What is wrong, of an error whose text may have a traceback of its own before it."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0].strip()[:300]}"
+
+
+@contextlib.contextmanager
+def _source(job: Job, rank: int) -> Iterator[Mapping[str, Any]]:
+    """Name -> slice of every tensor of the checkpoint, as this rank has it."""
+    import shardprep_runtime
+    from shardprep_runtime.shardview import shard_slices
+
+    if job.shard_set is None:
+        from safetensors import safe_open
+
+        with safe_open(Path(job.checkpoint) / "model.safetensors", "pt") as opened:
+            yield {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        return
+    with shardprep_runtime.load(
+        job.shard_set,
+        rank=rank,
+        tensor_parallel_size=job.size,
+        expert_parallel_size=job.expert_parallel_size,
+        engine="transformers",
+        verify="headers",
+    ) as shard:
+        yield shard_slices(shard, shardprep_runtime.read_manifest(job.shard_set))
+
+
+def _distribute(job: Job, tensors: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of one rank, its tensors taken from `tensors` by transformers' own loader.
+
+    What `from_pretrained(distributed_config=...)` does, which itself demands accelerate and a file to read.
+    """
+    import torch
+    from transformers import AutoConfig, initialization
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.distributed.configuration_utils import DistributedConfig
+    from transformers.distributed.utils import initialize_distributed_mesh
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    config = AutoConfig.from_pretrained(job.checkpoint)
+    with (
+        torch.device("meta"),
+        initialization.no_tie_weights(),
+        initialization.meta_device_safe_creation_ops(),
+    ):
+        model = model_class(config).from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = model.eval()
+    conversions: Any = get_model_conversion_mapping(model)
+    wanted = DistributedConfig(tp_size=job.size, ep_size=job.expert_parallel_size)
+    _, mesh = initialize_distributed_mesh(wanted)
+    model = type(model).maybe_distribute_model(model, wanted, mesh)
+    loading = LoadStateDictConfig(
+        pretrained_model_name_or_path=job.checkpoint,
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+        weight_mapping=conversions,
+        device_mesh=model._device_mesh,
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), loading)
+    info = type(model)._finalize_model_loading(model, loading, info)
+    missing: Sequence[str] = sorted({*info.missing_keys, *info.unexpected_keys})
+    if missing:
+        raise LayoutError(f"transformers' loader and the checkpoint differ in {', '.join(missing[:3])}")
+    found: PreTrainedModel = model
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""shardprep check-arch"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from shardprep_runtime.errors import ProblemError
+from shardprep_runtime.manifest import ENGINES
+from shardprep_runtime.store import Access
+
+from . import parse, render
+
+if TYPE_CHECKING:
+    from shardprep.check_arch import Proof
+
+
+@click.command("check-arch")
+@click.argument("model", type=parse.SOURCE)
+@click.option(
+    "-tp",
+    "--tensor-parallel-size",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="The grain; every size that divides it is checked.",
+)
+@click.option(
+    "-pp",
+    "--pipeline-parallel-size",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Stages; every number up to it is checked.",
+)
+@click.option(
+    "-ep",
+    "--expert-parallel-size",
+    type=click.IntRange(1, 64),
+    default=2,
+    show_default=True,
+    help="Groups that share the experts, where the model has some; every size up to it is checked.",
+)
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice(ENGINES),
+    multiple=True,
+    help="Whose views are checked; may be given again.  [default: all]",
+)
+@parse.access_options
+@parse.json_option
+def command(
+    model: Path | str,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int,
+    expert_parallel_size: int,
+    engines: tuple[str, ...],
+    access: Access,
+    as_json: bool,
+) -> None:
+    """Prove by running it that the layout rules of MODEL's architecture are right.
+
+    MODEL is a checkpoint (a path, s3://bucket/prefix, hf://org/name@revision), a config.json, or the name of a model
+    type, such as llama. Only the config is read: the proof is made on a small random model of that architecture,
+    with torch and transformers (pip install 'shardprep[transformers]').
+    """
+    from shardprep.check_arch import check_arch
+
+    def tell(proof: Proof) -> None:
+        if not as_json:
+            click.echo(f"ok   {proof.name:<8} {proof.text}")
+
+    report = check_arch(
+        model,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        expert_parallel_size=expert_parallel_size,
+        engines=engines or ENGINES,
+        access=access,
+        tell=tell,
+    )
+    if as_json:
+        render.print_json({**render.plain(report), "ok": report.ok})
+    elif report.ok:
+        assembled = sum(proof.assembled for proof in report.proofs)
+        click.echo(
+            f"{report.model_type}: {len(report.proofs)} proofs hold on a model of {report.tensors} tensors, "
+            f"{render.size(report.nbytes)}" + (f"; {assembled} of them assembled" if assembled else "")
+        )
+    if report.difference is not None:
+        raise ProblemError(f"{report.model_type}: {report.difference}")
