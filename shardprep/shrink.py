@@ -96,7 +96,7 @@ _TOKENS: Final = re.compile(r".*_token_(id|index)|(pad|bos|eos|unk|mask)_index|l
 _BY_TYPE: Final[Mapping[str, Mapping[str, Any]]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16},
     "dbrx": {"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0}},
-    "deepseek_v2": {"n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -187,6 +187,8 @@ def _of(key: str, value: int, config: Mapping[str, Any], sizes: Sizes) -> int:
     for pattern, fixed in _FIXED:
         if re.fullmatch(pattern, key):
             return min(value, fixed)
+    if key == "head_dim" and _is_size(config.get("qk_rope_head_dim")):
+        return _of("qk_rope_head_dim", value, config, sizes)  # what rotates of a head that is made of a latent
     if _TOKENS.fullmatch(key):
         return min(value, 3)
     name = name_of(key)

@@ -60,8 +60,11 @@ class Header:
     """In the order of their bytes."""
 
 
-def loads_strict(text: str, *, where: str) -> Any:
-    """Parse JSON, refusing duplicate keys, NaN and absurd nesting. Raises FormatError naming `where`."""
+def loads_strict(text: str, *, where: str, infinity: bool = False) -> Any:
+    """Parse JSON, refusing duplicate keys, absurd nesting, NaN and, unless told otherwise, Infinity.
+
+    Raises FormatError naming `where`.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -71,7 +74,9 @@ def loads_strict(text: str, *, where: str) -> Any:
             raise FormatError(f"{where}: the key {quote(twice)} stands twice in one object")
         return found
 
-    def refuse(constant: str) -> Any:
+    def constant_of(constant: str) -> float:
+        if infinity and constant != "NaN":
+            return float(constant)
         raise FormatError(f"{where}: {constant} is not JSON")
 
     def integer(digits: str) -> int:
@@ -81,7 +86,7 @@ def loads_strict(text: str, *, where: str) -> Any:
 
     hook = integer if _MINUS_ZERO.search(text) else None  # a hook is slow
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=hook)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant_of, parse_int=hook)
     except RecursionError:
         raise FormatError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:  # also an integer with more digits than Python converts

@@ -134,7 +134,7 @@ def derive_layout(
             own = of_layer[layer]
         layout = own.layout(cut, shape, name)
         asked = []
-        for engine in ENGINES:
+        for engine in rules["known_by"]:
             text = rules.get("engines", {}).get(engine, {}).get(pattern)
             if text is not None:
                 other = own.layout(text, shape, name)
@@ -148,7 +148,7 @@ def derive_layout(
             tuple((engine, other) for engine, other in asked if other != layout),
             expert,
         )
-    _check_layers({placed.layer for placed in tensors.values()}, layers)
+    _check_layers({placed.layer for placed in tensors.values()}, layers, rules["layers"])
     experts = rules.get("experts")
     placed, tied = _tie(config, tensors)
     return ModelLayout(
@@ -157,7 +157,7 @@ def derive_layout(
         placed,
         tied,
         experts=evaluate(experts, values) if experts else 0,
-        engines=tuple(rules.get("known_by", ENGINES)),
+        engines=tuple(rules["known_by"]),
         stage_needs=_stage_needs(rules, values, layers),
     )
 
@@ -180,8 +180,9 @@ def _values_of(layer: int, rules: Mapping[str, Any], values: Mapping[str, Any]) 
             if values.get(other) is not None:
                 found[key] = values[other]
     own = values.get("per_layer_config")
-    if isinstance(own, Mapping) and isinstance(own.get(f"{layer:02}"), Mapping):
-        found |= own[f"{layer:02}"]
+    for key in (str(layer), f"{layer:02}"):  # transformers writes both
+        if isinstance(own, Mapping) and isinstance(own.get(key), Mapping):
+            found |= own[key]
     return found
 
 
@@ -244,7 +245,7 @@ def generic_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
         bias = len(shape) == 1 and name.endswith(".bias") and len(weight) == 2 and weight[0] == shape[0]
         layout = Layout(0, (Segment(shape[0], shape[0], uneven=True),)) if rows or bias else WHOLE
         tensors[name] = Placed(layer if layer is not None else "every", layout, (), expert)
-    _check_layers({placed.layer for placed in tensors.values()}, layers)
+    _check_layers({placed.layer for placed in tensors.values()}, layers, "layers")
     placed, tied = _tie(config, tensors)
     return ModelLayout(str(config.get("model_type") or ""), layers, placed, tied, engines=())
 
@@ -253,11 +254,11 @@ LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Where configs of unknown types may say how many layers there are."""
 
 
-def _check_layers(present: set[Layer], layers: int) -> None:
+def _check_layers(present: set[Layer], layers: int, key: str) -> None:
     missing = next((layer for layer in range(layers) if layer not in present), None)
     if missing is not None:
         raise LayoutError(
-            f"config.json says {layers} layers, but layer {missing} has no tensors in the checkpoint"
+            f"config.json says {layers} layers ({key}), but layer {missing} has no tensors in the checkpoint"
         )
 
 
@@ -282,7 +283,8 @@ def _tie(config: Mapping[str, Any], tensors: dict[str, Placed]) -> tuple[dict[st
     embedding = next((name for name in tensors if name == pair[1] or pair[1].endswith(f".{name}")), None)
     if embedding is None or head in tensors:
         return tensors, {}
-    tensors[embedding] = replace(tensors[embedding], layer="ends")
+    if tensors[embedding].layer != "every":
+        tensors[embedding] = replace(tensors[embedding], layer="ends")
     return tensors, {head: embedding}
 
 
@@ -349,7 +351,7 @@ class _Segments:
         raise LayoutError(
             f"{quote(tensor)}: dim {dim} of {list(shape)} should be "
             f"{' or '.join(str(sum(s.size for s in choice)) for choice in self._choices(words))} by config.json "
-            f"({names}); config and checkpoint do not belong together"
+            f"({self._explained(words)}); config and checkpoint do not belong together"
         )
 
     def _choices(self, words: Sequence[str]) -> Iterator[tuple[Segment, ...]]:
@@ -357,6 +359,9 @@ class _Segments:
         for i in range(max(word.count("|") + 1 for word in words)):
             chosen = [word.split("|")[min(i, word.count("|"))] for word in words]
             yield tuple(self._segment(each) for each in chosen)
+
+    def _explained(self, words: Sequence[str]) -> str:
+        return " + ".join(self.sizes[name][0] for word in words for name in word.split("|"))
 
     def _segment(self, name: str) -> Segment:
         size, units, *shared = self.sizes[name]

@@ -82,7 +82,8 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
             raise FormatError(f"{file.where}: more than {MAX_JSON_BYTES} bytes")
         raw = read_at(file, file.size, 0)
     try:
-        found = loads_strict(raw.decode("utf-8"), where=file.where)
+        # configs of state space models hold Infinity, as Python writes it
+        found = loads_strict(raw.decode("utf-8"), where=file.where, infinity=True)
     except UnicodeDecodeError as error:
         raise FormatError(f"{file.where}: not UTF-8 at byte {error.start}") from None
     if not isinstance(found, dict):

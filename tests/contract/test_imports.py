@@ -381,6 +381,8 @@ SURFACE: dict[str, list[str]] = {
         "--revision",
         "-tp/--tensor-parallel-size",
         "-pp/--pipeline-parallel-size",
+        "-ep/--expert-parallel-size",
+        "--engine",
         "--stages",
         "--rank",
         "--all",

@@ -405,10 +405,9 @@ def test_every_json_block_of_the_pages_is_json() -> None:
             json.loads(block)
 
 
-def test_the_page_on_layouts_has_a_row_for_every_model_type() -> None:
-    page = (ROOT / "docs/layouts.md").read_text("utf-8")
-    table = page.partition("## Model types")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| `([a-z0-9_]+)` \|", table, re.MULTILINE)
+def test_the_page_on_model_types_has_a_row_for_each() -> None:
+    page = (ROOT / "docs/architectures.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-zA-Z0-9_-]+)(?: \(small\))?` \|", page, re.MULTILINE)
     assert sorted(rows) == known_types()
 
 
