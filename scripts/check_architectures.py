@@ -60,7 +60,10 @@ def main() -> int:
                 line += f", assembled: {assembled[0]}" if assembled else ""
                 line = f"FAILED: {report.difference}" if bad else line
             failed += bad
-            print(f"{model_type:24} {time.monotonic() - began:5.1f} s  {' '.join(line.split())[:400]}", flush=True)
+            print(
+                f"{model_type:24} {time.monotonic() - began:5.1f} s  {' '.join(line.split())[:400]}",
+                flush=True,
+            )
     print(f"{failed} failed")
     return int(failed > 0)
 

@@ -375,7 +375,9 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
         n: [u.indices, u.units, *(["shared"] if u.shared else [])] for n, u in known.items() if n in used
     }
     if reads_head_dim(model_type) and not any("head_dim" in size[0] for size in rules["sizes"].values()):
-        rules["sizes"] = {n: [with_head_dim(indices), *more] for n, (indices, *more) in rules["sizes"].items()}
+        rules["sizes"] = {
+            n: [with_head_dim(indices), *more] for n, (indices, *more) in rules["sizes"].items()
+        }
     defaults = {}
     for text in itertools.chain.from_iterable(each[:2] for each in rules["sizes"].values()):
         for word in text.replace("(", " ").replace(")", " ").split():

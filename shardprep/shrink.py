@@ -188,7 +188,9 @@ def _of(key: str, value: int, config: Mapping[str, Any], sizes: Sizes) -> int:
         if re.fullmatch(pattern, key):
             return min(value, fixed)
     if key == "head_dim" and _is_size(config.get("qk_rope_head_dim")):
-        return _of("qk_rope_head_dim", value, config, sizes)  # what rotates of a head that is made of a latent
+        return _of(
+            "qk_rope_head_dim", value, config, sizes
+        )  # what rotates of a head that is made of a latent
     if _TOKENS.fullmatch(key):
         return min(value, 3)
     name = name_of(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from shardprep_runtime.store import Access, is_uri
 
 from .conduct import Conduct
 from .index import Index, LeftOut
-from .layout import ModelLayout, derive_layout
+from .layout import ModelLayout, derive_layout, normalize
 from .plan import Plan, plan_split, settle_aliases
 from .publish import StoreStaging
 from .side_files import copy_side_files
@@ -49,6 +50,8 @@ class SplitReport:
     """Bytes of tensors that each rank of the grain keeps in all stages together."""
     shared_bytes: int
     """Bytes of them that every rank needs whole."""
+    whole: tuple[tuple[str, int], ...]
+    """(names, with {layer} and {expert} for numbers; bytes) of the tensors that are not cut, the largest first."""
     aliases: Mapping[str, str]
     left_out: tuple[LeftOut, ...]
     manifest_digest: str | None
@@ -65,6 +68,7 @@ def split(
     max_part_bytes: int = DEFAULT_PART_BYTES,
     block_bytes: int = manifests.MAX_BLOCK_BYTES,
     include_code: bool = False,
+    allow_generic: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
     scratch: Path | None = None,
@@ -74,6 +78,7 @@ def split(
     """Cut the checkpoint at `source`, a path or a URI, pickle or safetensors, at the grain `tensor_parallel_size`.
 
     stages         layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well
+    allow_generic  cut the rows of the linears of a model type that has no rules (see `generic_layout`)
     dry_run        plan and check everything, write nothing
     revision       the name under which a store publishes the set, `main` if None; `destination` must be a URI
     scratch        where parts lie on their way to a store, the system's folder for temporary files if None
@@ -91,7 +96,11 @@ def split(
             raise InputError(
                 f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
             )
-        layout = derive_layout(index.config, {name: tensor.shape for name, tensor in index.tensors.items()})
+        layout = derive_layout(
+            index.config,
+            {name: tensor.shape for name, tensor in index.tensors.items()},
+            allow_generic=allow_generic,
+        )
         chosen = _stages(layout, pipeline_parallel_size, stages)
         plan = plan_split(
             index,
@@ -235,6 +244,10 @@ def _report(
             rank_bytes[rank] += part.nbytes
         if grain > 1 and part.ranks == (0, grain):
             shared_bytes += part.nbytes
+    whole: Counter[str] = Counter()
+    for name, placed in layout.tensors.items():
+        if grain > 1 and placed.layout.dim is None:
+            whole[normalize(name)[0]] += index.tensors[name].nbytes
     return SplitReport(
         destination=destination,
         model_type=layout.model_type,
@@ -249,6 +262,7 @@ def _report(
         ),
         rank_bytes=tuple(rank_bytes),
         shared_bytes=shared_bytes,
+        whole=tuple(whole.most_common()),
         aliases=index.aliases,
         left_out=index.left_out,
         manifest_digest=digest,

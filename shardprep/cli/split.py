@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import click
 
@@ -11,6 +12,9 @@ from shardprep_runtime.store import Access
 
 from . import parse, render
 from .plan import KV_DTYPES, DeviceMemory, recommended, written
+
+WORTH_A_WORD: Final = 0.01
+"""The part of the model above which split says what is not cut."""
 
 
 @click.command("split")
@@ -53,6 +57,9 @@ from .plan import KV_DTYPES, DeviceMemory, recommended, written
 @click.option("--reserve", type=parse.Size(), help="With --device-memory: of each device, as plan takes it.")
 @click.option("--max-part-size", type=parse.Size(), default="1GiB", show_default=True, help="Of one file.")
 @click.option("--include-code", is_flag=True, help="Copy *.py files too; they are code that others may run.")
+@click.option(
+    "--allow-generic", is_flag=True, help="Split a model type without rules: cut the rows of its linears."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @click.option("--revision", help="The name under which a store publishes the set.  [default: main]")
 @click.option(
@@ -76,6 +83,7 @@ def command(
     reserve: int | None,
     max_part_size: int,
     include_code: bool,
+    allow_generic: bool,
     dry_run: bool,
     revision: str | None,
     scratch: Path | None,
@@ -115,6 +123,7 @@ def command(
             batch=batch or 1,
             kv_dtype=kv_dtype or "auto",
             reserve=reserve,
+            allow_generic=allow_generic,
             access=access,
         )
         tensor_parallel_size = tensor_parallel_size or planned.tensor_parallel_size
@@ -128,6 +137,7 @@ def command(
             stages=stages,
             max_part_bytes=max_part_size,
             include_code=include_code,
+            allow_generic=allow_generic,
             dry_run=dry_run,
             revision=revision,
             scratch=scratch,
@@ -155,6 +165,14 @@ def command(
         f"each rank keeps {render.size(min(report.rank_bytes))} to {render.size(max(report.rank_bytes))}, "
         f"of it {render.size(report.shared_bytes)} whole; stored {report.stored_bytes / max(report.source_bytes, 1):.4f} x the model"
     )
+    whole = sum(nbytes for _, nbytes in report.whole)
+    if whole > WORTH_A_WORD * report.source_bytes:
+        most = ", ".join(f"{quote(names)} {render.size(nbytes)}" for names, nbytes in report.whole[:3])
+        click.echo(
+            f"not cut: {render.size(whole)}, {whole / report.source_bytes:.1%} of the model, which each of the "
+            f"{report.grain} ranks holds: {render.size((report.grain - 1) * whole)} more in all than if it could be "
+            f"cut; most of it: {most}"
+        )
     if planned is not None:
         click.echo(
             f"for these devices: -tp {planned.tensor_parallel_size} --stages {written(planned)}, "

@@ -349,6 +349,7 @@ SURFACE: dict[str, list[str]] = {
         "--reserve",
         "--max-part-size",
         "--include-code",
+        "--allow-generic",
         "--dry-run",
         "--revision",
         "--scratch",

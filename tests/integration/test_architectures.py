@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import shardprep_runtime
+from shardprep.cli import main, render
 from shardprep.convert import convert
 from shardprep.export import export
 from shardprep.split import split
-from shardprep_runtime.errors import LayoutError
+from shardprep_runtime.errors import LayoutError, UnsupportedError
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 8,
@@ -165,3 +167,45 @@ def test_a_grain_that_cannot_be_cut_is_refused_with_the_sizes_that_work(
     with pytest.raises(LayoutError, match=words):
         split(tmp_path / "in", tmp_path / "out", tensor_parallel_size=grain)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_type_without_rules_is_cut_by_its_rows_when_asked(tmp_path: Path) -> None:
+    build("llama", tmp_path / "in")
+    config = tmp_path / "in" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"of_mine"'))
+    with pytest.raises(UnsupportedError, match="--allow-generic"):
+        split(tmp_path / "in", tmp_path / "out", tensor_parallel_size=4)
+    report = split(tmp_path / "in", tmp_path / "out", tensor_parallel_size=4, allow_generic=True)
+    norms = 4 * 2 * 32 * 4
+    assert dict(report.whole) == {
+        "model.layers.{layer}.input_layernorm.weight": norms // 2,
+        "model.layers.{layer}.post_attention_layernorm.weight": norms // 2,
+        "model.norm.weight": 32 * 4,
+    }
+    assert report.shared_bytes == norms + 32 * 4
+    with shardprep_runtime.load(tmp_path / "out", rank=1, tensor_parallel_size=2) as shard:
+        assert shard.describe("model.layers.0.mlp.down_proj.weight").shape == (
+            16,
+            48,
+        )  # rows, whatever it computes
+    with pytest.raises(LayoutError, match="does not know how vllm cuts"):
+        shardprep_runtime.load(tmp_path / "out", tensor_parallel_size=2, engine="vllm")
+    export(tmp_path / "out", tmp_path / "exported")
+    weights = "model.safetensors"
+    convert(tmp_path / "in", tmp_path / "converted")
+    assert (tmp_path / "exported" / weights).read_bytes() == (tmp_path / "converted" / weights).read_bytes()
+
+
+def test_what_is_not_cut_is_told_with_what_it_costs(tmp_path: Path) -> None:
+    tensors = build("gpt2", tmp_path / "in")
+    command = ["split", str(tmp_path / "in"), str(tmp_path / "new"), "-tp", "4", "--dry-run"]
+    said = CliRunner().invoke(main, command).output
+    cut = ("wte.weight", "c_attn.weight", "c_attn.bias", "c_fc.weight", "c_fc.bias", "c_proj.weight")
+    whole = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(cut))
+    model = sum(tensor.nbytes for tensor in tensors.values())
+    assert (
+        f"not cut: {render.size(whole)}, {whole / model:.1%} of the model, which each of the 4 ranks holds" in said
+    )
+    assert f"{render.size(3 * whole)} more in all" in said
+    assert "most of it: transformer.wpe.weight" in said
+    assert "not cut" not in CliRunner().invoke(main, [*command, "-tp", "1"]).output

@@ -501,9 +501,7 @@ def test_a_number_of_layers_that_cannot_be_is_refused_in_words(source: Path, wro
     assert "num_hidden_layers" in message or "layers" in message
 
 
-@pytest.mark.parametrize(
-    "key", ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"]
-)
+@pytest.mark.parametrize("key", ["hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"])
 @pytest.mark.parametrize("wrong", ["x", -1, 0, 1e99, True, 7, 10**30, [], {}])
 def test_a_size_that_does_not_fit_the_tensors_is_refused_in_words(
     source: Path, key: str, wrong: object
@@ -512,9 +510,7 @@ def test_a_size_that_does_not_fit_the_tensors_is_refused_in_words(
     assert "config.json" in split_refuses(source)
 
 
-@pytest.mark.parametrize(
-    "key", ["num_hidden_layers", "hidden_size", "num_attention_heads"]
-)
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads"])
 def test_a_size_that_is_not_there_is_named(source: Path, key: str) -> None:
     change_json(source / "config.json", lambda config: _none(config.pop(key)))
     assert key in split_refuses(source)

@@ -111,7 +111,11 @@ def differences(engine: str, plan: golden.Golden) -> Iterator[Difference]:
         reads = reads_of_all(plan, grid)
         for rank in range(size):
             view = plan_view(
-                manifest, rank=rank, tensor_parallel_size=size, expert_parallel_size=experts if manifest.experts else 1, engine=engine
+                manifest,
+                rank=rank,
+                tensor_parallel_size=size,
+                expert_parallel_size=experts if manifest.experts else 1,
+                engine=engine,
             )
             for name in plan.shapes:
                 ours, theirs = held(view, name), reads[name][rank]

@@ -61,7 +61,12 @@ def test_a_small_model_of_the_type_has_a_layout_in_which_no_head_is_cut(model_ty
         width = None if latent else plan.config.get("head_dim")
         for name, placed in layout.tensors.items():
             last = name.split(".")[-2]
-            if "self_attn" in name and last in ("q_proj", "k_proj", "v_proj") and width and placed.layout.segments:
+            if (
+                "self_attn" in name
+                and last in ("q_proj", "k_proj", "v_proj")
+                and width
+                and placed.layout.segments
+            ):
                 (segment,) = placed.layout.segments
                 assert segment.size // segment.units % width == 0, name
 
