@@ -273,6 +273,17 @@ def run(report: Report, checkpoint: Path, work: Path, server: S3Server) -> None:
         f"inspect  {seconds:5.2f} s  {found['kind']}, {found['parameters']:,} parameters, {mib(found['nbytes'])} in"
         f" {len(found['files'])} files, {layers} layers; no pickle was run",
     )
+    memory = "4MiB,3MiB"
+    plan, seconds = command(
+        "plan", checkpoint, "--device-memory", memory, "--reserve", "64KiB", "--context", "64"
+    )
+    best = plan["recommended"]
+    report.fact(
+        "plan",
+        best,
+        f"plan     {seconds:5.2f} s  on devices of {memory}: PP {best['pipeline_parallel_size']}, --stages "
+        f"{best['stage_list']}, {' and '.join(mib(stage['weights']) for stage in best['stages'])} of weights",
+    )
     report.line()
     report.line("Preparing, on the CPU of one machine")
     done, seconds = command("convert", checkpoint, work / "converted")
@@ -342,6 +353,21 @@ def run(report: Report, checkpoint: Path, work: Path, server: S3Server) -> None:
         all(sent <= weights for sent in traffic.values()),
         f"each of the {len(grids)} fleets fetched at most the {mib(weights)} that are stored, whatever its layout",
     )
+    everywhere, _ = command("plan", checkpoint, "--device-memory", "8MiB", "--reserve", "64KiB")
+    foretold = {
+        grid["tensor_parallel_size"]: grid["stages"][0]["rank_weights"]
+        for grid in everywhere["grids"]
+        if grid["pipeline_parallel_size"] == 1
+    }
+    report.claim(
+        "plan_is_exact",
+        all(
+            foretold[tp] == [worker["bytes_kept"] for worker in workers]
+            for (tp, pp), (_, workers) in grids.items()
+            if pp == 1
+        ),
+        "plan had foretold the bytes that each worker keeps",
+    )
     pulled, seconds = command("pull", STORE, work / "pulled", "--all")
     report.claim(
         "pull_equals_split",
@@ -352,7 +378,14 @@ def run(report: Report, checkpoint: Path, work: Path, server: S3Server) -> None:
     report.line("The proof")
     prove(report, checkpoint, work / "shards", grids)
     command("export", work / "shards", work / "exported")
+    checked, seconds = command("check-arch", checkpoint, "-tp", "4", "-pp", "2")
     report.line()
+    report.claim(
+        "architecture_is_proved",
+        checked["ok"],
+        f"check-arch {seconds:.1f} s: {len(checked['proofs'])} proofs hold on a small random model of this "
+        "architecture, real tensor parallel processes among them",
+    )
     report.claim(
         "export_equals_convert",
         _same_files(work / "converted", work / "exported"),

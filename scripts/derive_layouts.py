@@ -47,6 +47,9 @@ VARIANTS = (
 )
 
 
+UNPROVED = ("hrm_text", "inkling_text", "longcat_flash")
+"""Types left out: their small models show that the cut that was inferred is not one that ranks can compute with."""
+
 APART = ("heads", "kv_heads", "head_dim", "intermediate", "expert")
 
 
@@ -625,6 +628,8 @@ def main() -> int:
                 plans.setdefault(path.stem, {})[engine] = golden.read(path)
     types = json.loads(given.into.read_text("utf-8")) if given.model_types and given.into.exists() else {}
     for model_type, own in sorted(plans.items()):
+        if model_type in UNPROVED:
+            continue
 
         def say(text: str, model_type: str = model_type) -> None:
             print(f"  {model_type}: {text}"[:400], file=sys.stderr)

@@ -106,7 +106,6 @@ _BY_TYPE: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_ssm": 512, "mamba_d_state": 16},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16},
-    "hrm_text": {"num_layers_per_stack": 4},
     "jamba": {"mamba_dt_rank": 16, "attn_layer_period": 4, "attn_layer_offset": 2},
     "lfm2": {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
@@ -114,7 +113,6 @@ _BY_TYPE: Final[Mapping[str, Mapping[str, Any]]] = {
         "num_hidden_layers": 4,
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4},
-    "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 64, "state_size": 16, "time_step_rank": 16, "n_groups": 1},
     "nemotron_h": {
         "mamba_num_heads": 8,
@@ -187,6 +185,8 @@ def _of(key: str, value: int, config: Mapping[str, Any], sizes: Sizes) -> int:
     for pattern, fixed in _FIXED:
         if re.fullmatch(pattern, key):
             return min(value, fixed)
+    if key == "qk_head_dim" and _is_size(config.get("qk_rope_head_dim")):
+        return _of("qk_nope_head_dim", value, config, sizes) + _of("qk_rope_head_dim", value, config, sizes)
     if key == "head_dim" and _is_size(config.get("qk_rope_head_dim")):
         return _of(
             "qk_rope_head_dim", value, config, sizes
