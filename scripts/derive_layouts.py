@@ -390,11 +390,20 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
         if key and model.default_of(key) is not None:
             defaults[key] = model.default_of(key)
     rules["defaults"] = defaults
+    rules["also"] = other_names(model_type, rules)
     rules["engines"] = {engine: each for engine, each in rules["engines"].items() if each}
     rules["known_by"] = sorted(plans)
     rules["base"] = base_prefix(model_type)
     rules["tied_pair"] = pair
     return rules
+
+
+def other_names(model_type: str, rules: Mapping[str, Any]) -> dict[str, str]:
+    """Config keys that the rules use -> the name by which a config.json may say them too (attribute_map)."""
+    used = " ".join([rules["layers"], rules.get("experts", ""), *(t for size in rules["sizes"].values() for t in size[:2])])
+    words = set(re.findall(r"\w+", used))
+    names = getattr(transformers.CONFIG_MAPPING[model_type], "attribute_map", None) or {}
+    return {own: other for other, own in names.items() if own in words}
 
 
 def reads_head_dim(model_type: str) -> bool:
@@ -434,7 +443,7 @@ def find_layers(model: Model, layers: int) -> str:
             return key
     for key in shrink.KINDS:
         if isinstance(model.values[0].get(key), list) and len(model.values[0][key]) == layers:
-            return key
+            return f"len({key})"
     raise ShardprepError(f"no config key says that there are {layers} layers")
 
 

@@ -90,7 +90,9 @@ def derive_layout(
             "config.json: a quantized checkpoint; the layout of packed tensors is not known yet"
         )
     text = config.get("text_config")
-    if rules is None and isinstance(text, Mapping) and text.get("model_type") in _data():
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    if rules is None and isinstance(inner, str) and inner in _data():
+        assert isinstance(text, Mapping)
         return _derive_wrapped(config, text, shapes)
     if rules is None:
         if allow_generic:
@@ -99,10 +101,9 @@ def derive_layout(
             f"config.json: no layout rules for model_type {quote(model_type)}{_meant(model_type)}; "
             f"{len(known_types())} types have rules (docs/architectures.md); --allow-generic cuts any other by its rows"
         )
-    values = {
-        **rules.get("defaults", {}),
-        **{key: value for key, value in config.items() if value is not None},
-    }
+    said = {key: value for key, value in config.items() if value is not None}
+    also = {key: said[other] for key, other in rules.get("also", {}).items() if other in said}
+    values = {**rules.get("defaults", {}), **also, **said}
     segments = _Segments(rules["sizes"], values)
     of_layer: dict[int, _Segments] = {}
     layers = evaluate(rules["layers"], values)
@@ -389,7 +390,7 @@ def normalize(name: str) -> tuple[str, int | None, int | None]:
 
 
 def evaluate(expression: str, values: Mapping[str, Any]) -> int:
-    """An integer expression over config values; `a | b` is a where the config has it, else b; a list is its length."""
+    """An integer expression over config values; `a | b` is a where the config has it, else b."""
 
     def walk(node: ast.expr) -> int | None:
         match node:
@@ -397,11 +398,14 @@ def evaluate(expression: str, values: Mapping[str, Any]) -> int:
                 return number
             case ast.Name(id=key):
                 found = values.get(key)
-                if isinstance(found, list):
-                    found = len(found)
                 if found is not None and (type(found) is not int or found < 1):
                     raise LayoutError(f"config.json: {key} is {quote(found)}, expected a positive integer")
                 return found
+            case ast.Call(func=ast.Name(id="len"), args=[ast.Name(id=key)]):
+                listed = values.get(key)
+                if listed is not None and not isinstance(listed, list):
+                    raise LayoutError(f"config.json: {key} is {quote(listed)}, expected a list")
+                return None if listed is None else len(listed)
             case ast.Attribute(value=ast.Name(id=outer), attr=key):
                 inner = values.get(outer)
                 return walk_in(inner, ast.Name(id=key)) if isinstance(inner, Mapping) else None

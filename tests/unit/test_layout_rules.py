@@ -91,8 +91,9 @@ def test_a_model_that_sees_is_its_language_model_and_a_tower_at_the_front(prefix
     assert layout.model_type == "llava"
 
 
-def test_a_wrapped_model_that_is_not_known_is_refused() -> None:
-    config = {"model_type": "llava", "text_config": {"model_type": "of_mine"}}
+@pytest.mark.parametrize("inner", ["of_mine", ["llama"], {}, None, 1])
+def test_a_wrapped_model_that_is_not_known_is_refused(inner: object) -> None:
+    config = {"model_type": "llava", "text_config": {"model_type": inner}}
     with pytest.raises(UnsupportedError, match="no layout rules for model_type llava"):
         derive_layout(config, {"a.weight": (2, 2)})
 
@@ -226,13 +227,22 @@ def test_layers_with_values_of_their_own_are_cut_in_their_own_heads() -> None:
     assert widths == {32, 64}
 
 
+def test_a_config_may_say_a_size_by_another_name() -> None:
+    plan = golden.read(golden.FOLDER / "vllm" / "bloom.json")
+    shapes = {name: shape for name, (_, shape) in plan.shapes.items()}
+    published = {"num_attention_heads": "n_head", "n_embed": "hidden_size"}  # as bigscience/bloom has them
+    older = {key: value for key, value in plan.config.items() if key not in published.values()}
+    older |= {key: plan.config[own] for key, own in published.items()}
+    assert derive_layout(older, shapes) == derive_layout(plan.config, shapes)
+
+
 # -------------------------------------------------------------------------------------------------------- expressions
 
 
 @pytest.mark.parametrize(
     ("expression", "value"),
     [
-        ("a", 6), ("a * b", 12), ("a / 4", 1), ("c | a", 6), ("a | c", 6), ("2 * (a + b)", 16), ("list", 3),
+        ("a", 6), ("a * b", 12), ("a / 4", 1), ("c | a", 6), ("a | c", 6), ("2 * (a + b)", 16), ("len(list)", 3),
         ("inner.a", 5), ("inner.c | b", 2), ("c * b | a", 6),
     ],
 )  # fmt: skip
@@ -240,7 +250,7 @@ def test_expressions(expression: str, value: int) -> None:
     assert evaluate(expression, {"a": 6, "b": 2, "list": [1, 2, 3], "inner": {"a": 5}}) == value
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "8", {}])
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "8", {}, [4]])
 def test_a_value_that_is_no_positive_integer_is_refused(wrong: object) -> None:
     with pytest.raises(LayoutError, match="expected a positive integer"):
         evaluate("a", {"a": wrong})
