@@ -17,8 +17,7 @@ from pathlib import Path
 
 import golden
 from shardprep import skeleton
-from shardprep.check_arch import CheckReport, check_arch
-from shardprep.check_worker import Ranks
+from shardprep.check import CheckReport, Ranks, check_arch
 from shardprep.layout import known_types
 from shardprep_runtime.errors import LayoutError, ShardprepError
 

@@ -400,7 +400,13 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
 
 def other_names(model_type: str, rules: Mapping[str, Any]) -> dict[str, str]:
     """Config keys that the rules use -> the name by which a config.json may say them too (attribute_map)."""
-    used = " ".join([rules["layers"], rules.get("experts", ""), *(t for size in rules["sizes"].values() for t in size[:2])])
+    used = " ".join(
+        [
+            rules["layers"],
+            rules.get("experts", ""),
+            *(t for size in rules["sizes"].values() for t in size[:2]),
+        ]
+    )
     words = set(re.findall(r"\w+", used))
     names = getattr(transformers.CONFIG_MAPPING[model_type], "attribute_map", None) or {}
     return {own: other for other, own in names.items() if own in words}
@@ -485,33 +491,12 @@ def one_cut(plan: golden.Golden, members: Sequence[str], say: Any) -> Cut:
     """The cut of a pattern's tensors, which all layers and experts must agree on."""
     found: dict[Cut, str] = {}
     for name in members:
-        if name not in plan.shapes:
-            continue
-        shape = plan.shapes[name][1]
-        whole = [[0, size] for size in shape]
-        rows = {p: plan.reads[p][name] for p in PLANS if p in plan.reads and name in plan.reads[p]}
-        if not rows and not first_of_kind(plan, name):
-            continue
-        for p in PLANS:
-            if p in plan.reads:
-                rows.setdefault(p, [[whole]] * int(p.removeprefix("tp")))
-        found.setdefault(infer(shape, dict(sorted(rows.items()))), name)
+        if name in plan.shapes:
+            rows = {tp: plan.reads[tp][name] for tp in PLANS if tp in plan.reads}
+            found.setdefault(infer(plan.shapes[name][1], rows), name)
     if len({(c.dim, len(c.runs)) for c in found}) > 1:
         raise UnclearError(f"layers disagree: {found}")
     return next(iter(found), WHOLE)
-
-
-def first_of_kind(plan: golden.Golden, name: str) -> bool:
-    """Whether no earlier layer has a tensor of the same pattern and shape (only the first is in a golden plan)."""
-    pattern = normalize(name)[0]
-    return (
-        next(
-            n
-            for n in sorted(plan.shapes)
-            if normalize(n)[0] == pattern and plan.shapes[n] == plan.shapes[name]
-        )
-        == name
-    )
 
 
 def describe(
@@ -634,7 +619,7 @@ def main() -> int:
     for engine in ("transformers", "vllm"):
         for path in sorted((golden.FOLDER / engine).glob("*.json")):
             if not given.model_types or path.stem in given.model_types:
-                plans.setdefault(path.stem, {})[engine] = golden.read(path)
+                plans.setdefault(path.stem, {})[engine] = golden.read_all(path)
     types = json.loads(given.into.read_text("utf-8")) if given.model_types and given.into.exists() else {}
     for model_type, own in sorted(plans.items()):
         if model_type in UNPROVED:

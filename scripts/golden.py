@@ -9,8 +9,8 @@ One JSON file per engine and model type, of a small config (shardprep/shrink.py)
                       ranks: "*" all of it, "-" nothing, or blocks joined by "+"; a block names the dims that it cuts
                       ("0:0-130", "1:64-128", "0:2-4,2:0-32")
 
-Tensors that all ranks read whole are left out of `reads`, and so are those of a layer that is read as the first layer
-of its kind is.
+A tensor that is left out of `reads` is read as the first of its kind is, by name and shape, whatever its layer; and the
+first of a kind is left out where all ranks read it whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,7 +46,7 @@ class Golden:
     config: Mapping[str, Any]
     shapes: skeleton.Shapes
     reads: Mapping[str, Reads]
-    """Plan -> reads; in a file that was read, of the first layer of each kind alone, and without tensors read whole."""
+    """Plan -> reads; of a file that was read, what it says (see `reads_of_all`)."""
 
 
 def small_configs(model_type: str, sizes: Sizes = Sizes()) -> Iterator[dict[str, Any]]:  # noqa: B008 - frozen
@@ -115,21 +115,21 @@ def _lines(golden: Golden) -> Iterator[str]:
     yield '},\n"reads": {'
     plans = []
     for plan, reads in golden.reads.items():
-        seen: set[str] = set()
+        first: dict[str, str] = {}
         rows = []
         for name, row in sorted(reads.items()):
             shape = golden.shapes[name][1]
             text = " ".join(_dump(blocks, shape) for blocks in row)
-            kind = f"{_kind(name)} {shape} {text}"
-            if kind not in seen and set(text) != set("* "):
+            kind = f"{kind_of(name)} {shape}"
+            if text != first.get(kind, " ".join("*" for _ in row)):
                 rows.append(f"{json.dumps(name)}: {json.dumps(text)}")
-            seen.add(kind)
+            first.setdefault(kind, text)
         plans.append(f"{json.dumps(plan)}: {{\n" + ",\n".join(rows) + "\n}")
     yield ",\n".join(plans)
     yield "}}"
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The name without the number of its layer."""
     return re.sub(r"\.\d+\.", ".{layer}.", name, count=1)
 
@@ -151,8 +151,6 @@ def read(path: Path) -> Golden:
     """The golden plan in a file."""
     raw = json.loads(path.read_text("utf-8"))
     shapes: skeleton.Shapes = {}
-    if any(isinstance(text, list) for text in raw["shapes"].values()):
-        return _read_long(raw)
     for name, text in raw["shapes"].items():
         dtype, _, shape = text.partition(" ")
         shapes[name] = dtype, tuple(json.loads(shape))
@@ -161,6 +159,26 @@ def read(path: Path) -> Golden:
         for plan, rows in raw["reads"].items()
     }
     return Golden(raw["engine"], raw["version"], raw["config"], shapes, reads)
+
+
+def read_all(path: Path) -> Golden:
+    """The golden plan in a file, with the reads of all tensors."""
+    found = read(path)
+    return replace(found, reads={plan: reads_of_all(found, plan) for plan in found.reads})
+
+
+def reads_of_all(golden: Golden, plan: str) -> Reads:
+    """The reads of all tensors, those included that a file leaves out."""
+    said = golden.reads[plan]
+    ranks = int(plan.removeprefix("tp").partition("ep")[0])
+    first: dict[tuple[str, tuple[int, ...]], list[list[Block]]] = {}
+    found = {}
+    for name, (_, shape) in sorted(golden.shapes.items()):
+        kind = kind_of(name), shape
+        whole = [[[[0, size] for size in shape]]] * ranks
+        found[name] = said.get(name, first.get(kind, whole))
+        first.setdefault(kind, found[name])
+    return found
 
 
 def _parse(word: str, shape: tuple[int, ...]) -> list[Block]:
@@ -178,33 +196,3 @@ def _parse(word: str, shape: tuple[int, ...]) -> list[Block]:
             block[int(dim)] = [int(start), int(stop)]
         blocks.append(block)
     return blocks
-
-
-def _read_long(raw: Any) -> Golden:
-    shapes = {name: (dtype, tuple(shape)) for name, (dtype, shape) in raw["shapes"].items()}
-    reads = {
-        plan: {
-            name: [[[[0, n] for n in shapes[name][1]]] if each == "*" else list(each or []) for each in row]
-            for name, row in rows.items()
-        }
-        for plan, rows in raw["reads"].items()
-    }
-    full = {
-        plan: {
-            name: rows.get(name, [[[[0, n] for n in shape]]] * int(re.match(r"tp(\d+)", plan)[1]))
-            for name, (_, shape) in shapes.items()
-        }
-        for plan, rows in reads.items()
-    }
-    found = Golden(raw["engine"], raw["version"], raw["config"], shapes, full)
-    text = dump(found)
-    return _parse_text(text)
-
-
-def _parse_text(text: str) -> Golden:
-    import tempfile
-
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as f:
-        f.write(text)
-        f.flush()
-        return read(Path(f.name))

@@ -40,6 +40,10 @@ class Inspection:
     parts: tuple[Part, ...] = ()
     """Of a shard set."""
     grain: int | None = None
+    experts: int = 0
+    """Routed experts of a layer, by the manifest of a shard set."""
+    engines: tuple[str, ...] = ()
+    """Whose way of cutting views of a shard set can follow."""
 
     @property
     def tied(self) -> list[list[str]]:
@@ -75,6 +79,8 @@ def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
         by_layer=_totals((layer_of(tensor.name), tensor) for tensor in tensors),
         parts=manifest.parts if manifest else (),
         grain=manifest.grain if manifest else None,
+        experts=manifest.experts if manifest else 0,
+        engines=(manifests.TORCH, *manifest.engines) if manifest else (),
     )
 
 

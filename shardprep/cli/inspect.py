@@ -73,7 +73,8 @@ def command(path: Path | str, access: Access, as_json: bool) -> None:
             ],
             right=(3,),
         )
-        click.echo(f"grain {report.grain}")
+        dealt = f", {report.experts} experts" if report.experts else ""
+        click.echo(f"grain {report.grain}{dealt}; views for {', '.join(map(quote, report.engines))}")
     click.echo(
         f"{report.kind}, {quote(report.model_type or 'no model_type')}: {len(report.tensors)} tensors, "
         f"{report.parameters:,} parameters, {render.size(report.nbytes)} in {len(report.files)} file(s)"

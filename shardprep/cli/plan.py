@@ -232,12 +232,19 @@ def written(grid: GridFit) -> str:
 # ------------------------------------------------------------------------------------------------------ for people
 
 
+def _as_on_disk(nbytes: int) -> str:
+    """Bytes as people say the size of a model: in powers of ten."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
 def _show(report: FitReport) -> None:
     work = report.workload
     kinds = ", ".join(f"{n} {quote(kind)}" for kind, n in report.attention.items())
-    held = ", ".join(f"{dtype} {nbytes / 1e9:.1f} GB" for dtype, nbytes in report.dtypes.items())
+    held = ", ".join(f"{dtype} {_as_on_disk(nbytes)}" for dtype, nbytes in report.dtypes.items())
+    count = report.parameters
+    parameters = f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count:,}"
     click.echo(
-        f"{quote(report.model_type)}: {report.parameters / 1e9:.2f} billion parameters, {report.nbytes / 1e9:.1f} GB "
+        f"{quote(report.model_type)}: {parameters} parameters, {_as_on_disk(report.nbytes)} "
         f"({render.size(report.nbytes)}): {held}"
     )
     click.echo(f"{report.layers} layers: {kinds}" + (f"; {report.experts} experts" if report.experts else ""))

@@ -108,7 +108,7 @@ Difference = tuple[str, str, int, list[golden.Block], list[golden.Block], View]
 def differences(engine: str, plan: golden.Golden) -> Iterator[Difference]:
     manifest = manifest_of(plan)
     for grid, size, experts in grids(plan):
-        reads = reads_of_all(plan, grid)
+        reads = golden.reads_of_all(plan, grid)
         for rank in range(size):
             view = plan_view(
                 manifest,
@@ -158,22 +158,6 @@ def grids(plan: golden.Golden) -> Iterator[tuple[str, int, int]]:
     for name in plan.reads:
         tensor, _, experts = name.removeprefix("tp").partition("ep")
         yield name, int(tensor), int(experts or 1)
-
-
-def reads_of_all(plan: golden.Golden, grid: str) -> golden.Reads:
-    """The reads of all tensors: those that the file leaves out are read as the first of their kind is, or whole."""
-    written = plan.reads[grid]
-    first = {(kind(name), plan.shapes[name][1]): row for name, row in reversed(written.items())}
-    ranks = next(size for name, size, _ in grids(plan) if name == grid)
-    found = {}
-    for name, (_, shape) in plan.shapes.items():
-        whole = [[[[0, size] for size in shape]]] * ranks
-        found[name] = written.get(name, first.get((kind(name), shape), whole))
-    return found
-
-
-def kind(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".{layer}.", name, count=1)
 
 
 def held(view: View, name: str) -> list[golden.Block]:
