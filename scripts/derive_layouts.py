@@ -47,9 +47,6 @@ VARIANTS = (
 )
 
 
-UNPROVED = ("hrm_text", "inkling_text", "longcat_flash")
-"""Types left out: their small models show that the cut that was inferred is not one that ranks can compute with."""
-
 APART = ("heads", "kv_heads", "head_dim", "intermediate", "expert")
 
 
@@ -366,7 +363,11 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
         rules["tensors"][pair[0]] = "last " + rules["tensors"][pair[1]].removeprefix("first ").removeprefix(
             "every "
         )
-    rules["tensors"] |= bias_rules(model, rules["tensors"])
+    for pattern, (rule, like) in switch_rules(model, rules["tensors"]).items():
+        rules["tensors"][pattern] = rule
+        for asked in rules["engines"].values():
+            if like in asked:
+                asked[pattern] = asked[like]
     if experts and any("expert" in rule or "{expert}" in p for p, rule in rules["tensors"].items()):
         rules["experts"] = experts
     used = {
@@ -453,38 +454,75 @@ def find_layers(model: Model, layers: int) -> str:
     raise ShardprepError(f"no config key says that there are {layers} layers")
 
 
-def bias_rules(model: Model, tensors: Mapping[str, str]) -> dict[str, str]:
-    """Rules for tensors that the default config lacks and another choice of its switches has: biases and the like.
-
-    A bias is cut as the rows of its weight are; anything else that is new is kept whole, which is always right.
-    """
-    found: dict[str, str] = {}
-    base = model.configs[0]
+def switched(base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config with each of its switches thrown: other models of the type have biases, dense layers, no low rank."""
     for key, value in base.items():
-        if type(value) is not bool:
-            continue
+        if type(value) is bool:
+            yield dict(base) | {key: not value}
+        for other in SWITCHES.get(key, ()):
+            yield dict(base) | {key: other}
+    kinds = base.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        yield dict(base) | {"mlp_layer_types": ["dense", *kinds[1:]]}
+        yield dict(base) | {"mlp_layer_types": ["sparse"] * len(kinds)}
+
+
+SWITCHES: Mapping[str, Sequence[Any]] = {
+    "q_lora_rank": (None,),
+    "first_k_dense_replace": (0, 1),
+    "num_dense_layers": (0, 1),
+    "mlp_only_layers": ([], [0]),
+    "n_shared_experts": (1,),
+    "num_shared_experts": (1,),
+    "moe_num_shared_experts": (1,),
+    "shared_expert_intermediate_size": (64,),
+    "shared_intermediate_size": (64,),
+    "interleave_moe_layer_step": (2,),
+    "moe_layer_start_index": (0, 1),
+}
+"""Keys whose other values give a model of the same type other tensors."""
+
+
+def switch_rules(model: Model, tensors: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Pattern -> (rule, the pattern it is like) of tensors that the default config lacks and another choice has.
+
+    A bias is cut as the rows of its weight are, an MLP as the MLPs that are known, an undivided query projection as
+    the second half of a divided one. Anything else that is new is kept whole, which is always right.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for config in switched(model.configs[0]):
         try:
-            more = skeleton.shapes_of(base | {key: not value})
+            more = skeleton.shapes_of(config)
         except ShardprepError:
             continue
         for name, (_, shape) in more.items():
             pattern, layer, _ = normalize(name)
             if pattern in tensors or pattern in found:
                 continue
-            weight = tensors.get(pattern.removesuffix(".bias") + ".weight", "")
+            known = {**tensors, **{each: rule for each, (rule, _) in found.items()}}
+            stem, _, kind = pattern.rpartition(".")
+            weight = f"{stem}.weight"
             of = more.get(name.removesuffix(".bias") + ".weight")
+            siblings = {
+                other: bare(rule)
+                for other, rule in known.items()
+                if other.split(".")[-2:] == pattern.split(".")[-2:] and "{layer}" in other
+            }
+            like = ""
+            if kind == "bias" and bare(known.get(weight, "")).startswith(("rows", "vocab")) and of:
+                like = weight if of[1][0] == shape[0] else ""
+            elif kind == "weight" and len(shape) == 2 and set(siblings.values()) in ({"rows any"}, {"columns any"}):
+                like = min(siblings)
+            elif stem.endswith(".q_proj") and kind == "weight":
+                like = f"{stem.removesuffix('q_proj')}q_b_proj.weight"
             place = "" if layer is not None else "last " if pattern.startswith("lm_head") else "every "
-            cut = weight.removeprefix("first ").removeprefix("last ").removeprefix("every ")
-            if (
-                pattern.endswith(".bias")
-                and cut.startswith(("rows", "vocab"))
-                and of
-                and of[1][0] == shape[0]
-            ):
-                found[pattern] = place + cut
-            else:
-                found[pattern] = place + "whole"
+            found[pattern] = place + bare(known.get(like, "whole")), like
     return found
+
+
+def bare(rule: str) -> str:
+    """A rule without its placement."""
+    return rule.removeprefix("first ").removeprefix("last ").removeprefix("every ")
 
 
 def one_cut(plan: golden.Golden, members: Sequence[str], say: Any) -> Cut:
@@ -622,7 +660,7 @@ def main() -> int:
                 plans.setdefault(path.stem, {})[engine] = golden.read_all(path)
     types = json.loads(given.into.read_text("utf-8")) if given.model_types and given.into.exists() else {}
     for model_type, own in sorted(plans.items()):
-        if model_type in UNPROVED:
+        if model_type in golden.LEFT_OUT:
             continue
 
         def say(text: str, model_type: str = model_type) -> None:

@@ -30,7 +30,7 @@ TENSOR = ("tp2", "tp4", "tp8")
 EXPERT = ("tp2ep2", "tp4ep4", "tp8ep8")
 EXPERTS = re.compile(r"\bexperts?\b")
 
-LEFT_OUT = ("moss_transcribe_diarize",)
+LEFT_OUT = golden.LEFT_OUT
 """Types whose text model is a part that vLLM names otherwise than transformers."""
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert")

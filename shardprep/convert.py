@@ -17,7 +17,7 @@ from .plan import Plan, check_cast, plan_convert, settle_aliases
 from .side_files import copy_side_files
 from .source import open_source, read_checkpoint
 from .staging import Staging
-from .write import carry_out, fingerprint, planned_size
+from .write import carry_out, fingerprint
 
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_PART_BYTES = 5 * 10**9
@@ -97,7 +97,7 @@ def report(plan: Plan, index: Index, destination: Path) -> ConvertReport:
         destination=destination,
         tensors=len(plan.moves),
         nbytes=plan.nbytes,
-        files=tuple((part.path, planned_size(plan, part)) for part in plan.parts),
+        files=tuple((part.path, part.size) for part in plan.parts),
         aliases=dict(index.aliases),
         left_out=index.left_out,
     )

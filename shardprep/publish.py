@@ -267,7 +267,7 @@ class StoreStaging:
         """`fingerprint` stands for all that decides the bytes of the parts. `scratch`: a folder to hold ours."""
         self.revision = check_revision(revision)
         self._uri, self._access, self._conduct = uri, access, conduct
-        self.sizes = {part.path: len(plan.header(part, None)) + part.nbytes for part in plan.parts}
+        self.sizes = {part.path: part.size for part in plan.parts}
         self.bound = 2 * open_bytes(plan, self.sizes, workers=conduct.workers)
         name = hashlib.sha256(f"{fingerprint} {uri}".encode()).hexdigest()[:32]
         self.folder = (scratch or Path(tempfile.gettempdir())) / f"shardprep-{name}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,34 +15,25 @@ from shardprep_runtime.store import Access
 from . import parse, render
 
 if TYPE_CHECKING:
-    from shardprep.check_arch import Proof
+    from shardprep.check import Proof
+
+
+def _size_option(short: str, name: str, default: int, text: str) -> Callable[..., Any]:
+    """Up to what size something is checked."""
+    return click.option(
+        short, name, type=click.IntRange(1, 64), default=default, show_default=True, help=text
+    )
 
 
 @click.command("check-arch")
 @click.argument("model", type=parse.SOURCE)
-@click.option(
-    "-tp",
-    "--tensor-parallel-size",
-    type=click.IntRange(1, 64),
-    default=4,
-    show_default=True,
-    help="The grain; every size that divides it is checked.",
-)
-@click.option(
-    "-pp",
-    "--pipeline-parallel-size",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Stages; every number up to it is checked.",
-)
-@click.option(
+@_size_option("-tp", "--tensor-parallel-size", 4, "The grain; every size that divides it is checked.")
+@_size_option("-pp", "--pipeline-parallel-size", 2, "Stages; every number up to it is checked.")
+@_size_option(
     "-ep",
     "--expert-parallel-size",
-    type=click.IntRange(1, 64),
-    default=2,
-    show_default=True,
-    help="Groups that share the experts, where the model has some; every size up to it is checked.",
+    2,
+    "Groups that share the experts, where the model has some; every size up to it is checked.",
 )
 @click.option(
     "--engine",
@@ -67,7 +59,7 @@ def command(
     type, such as llama. Only the config is read: the proof is made on a small random model of that architecture,
     with torch and transformers (pip install 'shardprep[transformers]').
     """
-    from shardprep.check_arch import check_arch
+    from shardprep.check import check_arch
 
     def tell(proof: Proof) -> None:
         if not as_json:

@@ -109,9 +109,13 @@ def derive_layout(
     layers = evaluate(rules["layers"], values)
     beyond = values.get("num_nextn_predict_layers", 0)
     tensors = {}
+    rule_of: dict[str, tuple[str, str] | None] = {}  # what is alike is looked up and cut once
+    known: dict[tuple[int, str, str, tuple[int, ...]], tuple[Layout, tuple[tuple[str, Layout], ...]]] = {}
     for name, shape in shapes.items():
         pattern, layer, expert = normalize(name)
-        found = _find(rules, pattern)
+        if pattern not in rule_of:
+            rule_of[pattern] = _find(rules, pattern)
+        found = rule_of[pattern]
         if found is None and layer is not None and type(beyond) is int and layers <= layer < layers + beyond:
             found = pattern, "vocabulary" if len(shape) == 2 and _is_vocabulary(name) else "whole"
         if found is None:
@@ -133,21 +137,12 @@ def derive_layout(
                     _Segments(rules["sizes"], {**values, **differing}) if differing else segments
                 )
             own = of_layer[layer]
-        layout = own.layout(cut, shape, name)
-        asked = []
-        for engine in rules["known_by"]:
-            text = rules.get("engines", {}).get(engine, {}).get(pattern)
-            if text is not None:
-                other = own.layout(text, shape, name)
-                asked.append((engine, replace(other, experts=layout.experts)))
-            elif engine == "vllm" and cut == "vocabulary":
-                padded = replace(layout.segments[0], multiple=VOCABULARY_MULTIPLE)
-                asked.append((engine, replace(layout, segments=(padded,))))
+        key = id(own), pattern, cut, shape
+        if key not in known:
+            layout = own.layout(cut, shape, name)
+            known[key] = layout, tuple(_asked(rules, pattern, cut, own, layout, shape, name))
         tensors[name] = Placed(
-            layer if placement is None and layer is not None else placement or "every",
-            layout,
-            tuple((engine, other) for engine, other in asked if other != layout),
-            expert,
+            layer if placement is None and layer is not None else placement or "every", *known[key], expert
         )
     _check_layers({placed.layer for placed in tensors.values()}, layers, rules["layers"])
     experts = rules.get("experts")
@@ -161,6 +156,28 @@ def derive_layout(
         engines=tuple(rules["known_by"]),
         stage_needs=_stage_needs(rules, values, layers),
     )
+
+
+def _asked(
+    rules: Mapping[str, Any],
+    pattern: str,
+    cut: str,
+    own: _Segments,
+    layout: Layout,
+    shape: tuple[int, ...],
+    name: str,
+) -> Iterator[tuple[str, Layout]]:
+    """The engines that ask for a tensor otherwise than by `layout`, and how."""
+    for engine in rules["known_by"]:
+        text = rules.get("engines", {}).get(engine, {}).get(pattern)
+        other = layout
+        if text is not None:
+            other = replace(own.layout(text, shape, name), experts=layout.experts)
+        elif engine == "vllm" and cut == "vocabulary":
+            padded = replace(layout.segments[0], multiple=VOCABULARY_MULTIPLE)
+            other = replace(layout, segments=(padded,))
+        if other != layout:
+            yield engine, other
 
 
 def _is_vocabulary(name: str) -> bool:
@@ -379,7 +396,7 @@ def normalize(name: str) -> tuple[str, int | None, int | None]:
     layer = expert = None
     words = name.split(".")
     for i, word in enumerate(words):
-        if word.isascii() and word.isdigit() and len(word) < 10:
+        if word.isdigit() and word.isascii() and len(word) < 10:
             if layer is None:
                 layer, words[i] = int(word), "{layer}"
             elif expert is None and words[i - 1].endswith("experts"):

@@ -52,8 +52,8 @@ def read_checkpoint(source: Source, *, include_code: bool = False) -> Index:
     left_out = [LeftOut(name, "a second copy beside the safetensors files") for name in others]
     if not files:
         raise FormatError(f"{folder.where()}: no weight files here (*.safetensors, *.bin, *.pt)")
-    files = _by_index(folder, names, files)
-    index = read_weights(folder, kind, files)
+    files, listed = _by_index(folder, names, files)
+    index = read_weights(folder, kind, files, listed=listed)
     return dataclasses.replace(
         index,
         left_out=(*index.left_out, *left_out),
@@ -96,8 +96,10 @@ def _one_file(folder: Folder, name: str) -> Index:
     return dataclasses.replace(read_weights(folder, kind, [name]), config=read_config(folder))
 
 
-def _by_index(folder: Folder, names: Sequence[str], files: list[str]) -> list[str]:
-    """The weight files that belong together: those of the index.json where there is one.
+def _by_index(
+    folder: Folder, names: Sequence[str], files: list[str]
+) -> tuple[list[str], Mapping[str, str] | None]:
+    """The weight files that belong together, and the weight_map of the index.json that says so where there is one.
 
     Raises FormatError where shards are missing or too many.
     """
@@ -118,8 +120,9 @@ def _by_index(folder: Folder, names: Sequence[str], files: list[str]) -> list[st
                 f"{folder.where()}: {len(files)} weight files and no index.json that says which belong together: "
                 f"{', '.join(map(quote, files[:4]))}; name one of them"
             )
-        return files
-    listed = set(_weight_map(folder, indexes[0]).values())
+        return files, None
+    weight_map = _weight_map(folder, indexes[0])
+    listed = set(weight_map.values())
     missing, extra = sorted(listed - set(files)), sorted(set(files) - listed)
     if missing:
         raise FormatError(
@@ -129,7 +132,7 @@ def _by_index(folder: Folder, names: Sequence[str], files: list[str]) -> list[st
         raise FormatError(
             f"{folder.where()}: {quote(extra[0])} is not listed in {quote(indexes[0])}; remove one of them"
         )
-    return sorted(listed)
+    return sorted(listed), weight_map
 
 
 def _weight_map(folder: Folder, index: str) -> dict[str, str]:
@@ -143,8 +146,13 @@ def _weight_map(folder: Folder, index: str) -> dict[str, str]:
     return found
 
 
-def read_weights(folder: Folder, kind: str, files: Sequence[str]) -> Index:
-    """One index of several files. Raises FormatError for a name in two of them, or at odds with index.json."""
+def read_weights(
+    folder: Folder, kind: str, files: Sequence[str], *, listed: Mapping[str, str] | None = None
+) -> Index:
+    """One index of several files. Raises FormatError for a name in two of them, or at odds with index.json.
+
+    listed  the weight_map of the index.json, where it has been read
+    """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     left_out: list[LeftOut] = []
@@ -163,7 +171,7 @@ def read_weights(folder: Folder, kind: str, files: Sequence[str]) -> Index:
         aliases.update(found.aliases)
         sources.append(found.source)
     if len(files) > 1 or folder.has(f"{files[0]}.index.json"):
-        _check_weight_map(folder, Path(files[0]).suffix, home, aliases)
+        _check_weight_map(folder, Path(files[0]).suffix, home, aliases, listed)
     if not tensors:
         raise FormatError(f"{folder.where()}: no tensors in {', '.join(map(quote, files))}")
     return Index(
@@ -185,9 +193,17 @@ def _read_all(folder: Folder, kind: str, files: Sequence[str]) -> Iterator[Torch
         yield from pool.map(lambda file: read(folder, file), files)
 
 
-def _check_weight_map(folder: Folder, suffix: str, home: Mapping[str, str], aliases: Iterable[str]) -> None:
+def _check_weight_map(
+    folder: Folder,
+    suffix: str,
+    home: Mapping[str, str],
+    aliases: Iterable[str],
+    listed: Mapping[str, str] | None,
+) -> None:
     index = next(name for name in folder.names() if name.endswith(f"{suffix}.index.json"))
-    where, listed = folder.where(index), _weight_map(folder, index)
+    where = folder.where(index)
+    if listed is None:
+        listed = _weight_map(folder, index)
     for name, file in listed.items():
         if home.get(name) != file:
             place = f"it is in {quote(home[name])}" if name in home else "it is in none of the files"

@@ -42,10 +42,13 @@ def locate_pieces(manifest: Manifest, parts: list[OpenPart]) -> dict[str, list[t
                 )
             found[key] = part, piece
     located = {}
+    starts: dict[int, list[int]] = {}  # by a form's identity: what is alike is cut once
     for name, entry in manifest.tensors.items():
-        expected = cut.pieces(entry.form.layout, entry.form.shape, manifest.grain)
+        form = entry.form
+        if id(form) not in starts:
+            starts[id(form)] = [piece.start for piece in cut.pieces(form.layout, form.shape, manifest.grain)]
         try:
-            located[name] = [found[name, piece.start] for piece in expected]
+            located[name] = [found[name, start] for start in starts[id(form)]]
         except KeyError:
             raise ManifestError(
                 f"{quote(name)}: a piece of it is in none of the parts; the shard set is broken"

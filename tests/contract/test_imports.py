@@ -129,6 +129,10 @@ def test_the_preparing_side_imports_nothing_until_asked() -> None:
     assert imported_by("import shardprep") == {"shardprep", "shardprep_runtime"}
 
 
+def test_check_arch_imports_neither_torch_nor_transformers_until_a_check_begins() -> None:
+    assert not imported_by("import shardprep.check, shardprep.check.worker") & HEAVY
+
+
 def command(*args: str) -> str:
     return f"from shardprep.cli import main\nmain({list(args)!r}, standalone_mode=False)"
 

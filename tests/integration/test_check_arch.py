@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-import shardprep.check_arch
+import shardprep.check.shard_set
+import shardprep.check.small
 import shardprep.split
 from s3server import S3Server, file_name
-from shardprep.check_arch import CheckReport, check_arch, read_model_config
-from shardprep.check_worker import Ranks
+from shardprep.check import CheckReport, Ranks, check_arch, read_model_config
 from shardprep.cli import main
 from shardprep.layout import ModelLayout, Placed, derive_layout
 from shardprep.skeleton import default_config
@@ -195,7 +195,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, Placed], 
                 found, tensors={name: alter(name, placed) for name, placed in found.tensors.items()}
             )
 
-        monkeypatch.setattr(shardprep.check_arch, "derive_layout", derive)
+        monkeypatch.setattr(shardprep.check.small, "derive_layout", derive)
         monkeypatch.setattr(shardprep.split, "derive_layout", derive)
 
     return change
@@ -350,7 +350,7 @@ def test_an_export_of_another_config_is_found(
         export(source, destination)
         (destination / "config.json").write_text("{}")
 
-    monkeypatch.setattr(shardprep.check_arch, "export", altered)
+    monkeypatch.setattr(shardprep.check.shard_set, "export", altered)
     report = check_arch(
         config_of("llama", **LLAMA), tensor_parallel_size=1, pipeline_parallel_size=1, ranks=ranks
     )
