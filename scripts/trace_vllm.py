@@ -30,9 +30,6 @@ TENSOR = ("tp2", "tp4", "tp8")
 EXPERT = ("tp2ep2", "tp4ep4", "tp8ep8")
 EXPERTS = re.compile(r"\bexperts?\b")
 
-LEFT_OUT = golden.LEFT_OUT
-"""Types whose text model is a part that vLLM names otherwise than transformers."""
-
 ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert")
 OTHER = Sizes(heads=16, kv_heads=2, intermediate=208, expert=48, experts=12, vocabulary=515, layers=3)
 """Sizes from which no rule was inferred."""
@@ -253,7 +250,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     reader = Reader(chosen.python)
     rows = []
     for model_type in dict.fromkeys(
-        chosen.types or [*(each for each in CAUSAL if each not in LEFT_OUT), *ENCODERS]
+        chosen.types or [*(each for each in CAUSAL if each not in golden.LEFT_OUT), *ENCODERS]
     ):
         found = trace(reader, model_type, OTHER if chosen.other_sizes else Sizes())
         if isinstance(found, Traced):
