@@ -610,7 +610,7 @@ def name_unit(unit: Unit, pattern: str, known: dict[str, Unit]) -> str:
 def is_fused(model: Model, members: Sequence[str], experts: str, plans: Mapping[str, golden.Golden]) -> bool:
     """Whether dim 0 of these tensors counts experts: it does so in every variant, and the ranks share it."""
     name = members[0]
-    if "expert" not in name.lower() or any(name not in s or not s[name][1] for s in model.shapes):
+    if not re.search("expert|moe", name.lower()) or any(name not in s or not s[name][1] for s in model.shapes):
         return False
     if [s[name][1][0] for s in model.shapes] != [v[experts] for v in model.values]:
         return False

@@ -94,7 +94,7 @@ _FIXED: Final[tuple[tuple[str, int], ...]] = (
 _TOKENS: Final = re.compile(r".*_token_(id|index)|(pad|bos|eos|unk|mask)_index|lang_id")
 
 _BY_TYPE: Final[Mapping[str, Mapping[str, Any]]] = {
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16},
     "dbrx": {"attn_config": {"kv_n_heads": 4, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "dots1": {
@@ -105,7 +105,12 @@ _BY_TYPE: Final[Mapping[str, Mapping[str, Any]]] = {
         "topk_group": 1,
     },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_ssm": 512, "mamba_d_state": 16},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_d_state": 16,
+    },
     "jamba": {"mamba_dt_rank": 16, "attn_layer_period": 4, "attn_layer_offset": 2},
     "lfm2": {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],

@@ -312,12 +312,16 @@ def _stage_needs(
     """Engine -> the layers of which a stage needs one, where some layers of this config are of another kind."""
     needs = {}
     for engine, need in rules.get("stage_needs", {}).items():
-        kinds = values.get(need["kinds"])
+        kinds, listed = values.get(need.get("kinds", "")), values.get(need.get("listed", ""))
+        period, offset = values.get(need.get("every", "")), values.get(need.get("offset", ""))
+        found: tuple[int, ...] = ()
         if isinstance(kinds, list) and len(kinds) == layers:
             found = tuple(i for i, kind in enumerate(kinds) if kind in need["any_of"])
-        else:
-            period = values.get(need.get("every", ""))
-            found = tuple(range(period - 1, layers, period)) if type(period) is int and period > 0 else ()
+        elif isinstance(listed, list):
+            found = tuple(sorted({i for i in listed if type(i) is int and 0 <= i < layers}))
+        elif type(period) is int and period > 0:
+            first = offset if type(offset) is int and offset >= 0 else period - 1
+            found = tuple(range(first, layers, period))
         if found and len(found) < layers:
             needs[engine] = found
     return needs

@@ -214,6 +214,27 @@ def test_a_stage_of_a_hybrid_model_needs_a_full_attention_layer() -> None:
     assert derive_layout(llama_config(), llama_shapes(llama_config())).stage_needs == {}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "layers"),
+    [
+        ("jamba", {}, (2,)),  # every fourth, from the third on
+        ("bamba", {}, (1, 3)),
+        ("bamba", {"attn_layer_indices": [3, 3, 99, "x", -1]}, (3,)),
+        ("granitemoehybrid", {}, (1, 3)),
+        ("granitemoehybrid", {"layer_types": ["mamba", "mamba", "mamba", "attention"]}, (3,)),
+        ("granitemoehybrid", {"layer_types": ["attention"] * 4}, None),  # none of another kind
+        ("nemotron_h", {}, (2,)),
+    ],
+)
+def test_which_layers_a_stage_needs_one_of(
+    model_type: str, changes: dict[str, Any], layers: tuple[int, ...] | None
+) -> None:
+    plan = golden.read(golden.FOLDER / "transformers" / f"{model_type}.json")
+    shapes = {name: shape for name, (_, shape) in plan.shapes.items()}
+    needs = derive_layout({**plan.config, **changes}, shapes).stage_needs
+    assert needs == ({"transformers": layers} if layers else {})
+
+
 def test_layers_with_values_of_their_own_are_cut_in_their_own_heads() -> None:
     path = golden.FOLDER / "transformers" / "gemma4_text.json"
     plan = golden.read(path)
