@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Measure planning alone: cutting DeepSeek-V3's 91,000 tensors at grain 8, and what a worker does before it opens a file.
+"""Measure planning alone: cutting DeepSeek-V3's 91,000 tensors at grain 8, and what a worker does before it has tensors.
 
     .venv/bin/python scripts/bench_plan.py
 
 The index is synthetic: names, dtypes and shapes of the published checkpoint (fp8 with a scale for each block of 128 x 128,
-a layer that predicts a second token behind the last), no data. Each step runs in a process of its own.
+a layer that predicts a second token behind the last), no data. Each step runs in a process of its own. The whole command
+`split --dry-run` reads a checkpoint of 163 files whose data are holes: bf16, with twice the experts at half the width, so
+that there are as many tensors.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import benchlib
-from benchlib import MIB, Goal
+from benchlib import MIB, Goal, Variant
 from shardprep.files import LocalFolder
 from shardprep.index import Extent, Index, Tensor
 from shardprep.layout import ModelLayout, Placed
@@ -33,16 +36,21 @@ from shardprep.plan import Plan, plan_split
 from shardprep.split import DEFAULT_PART_BYTES
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.cut import WHOLE, Layout, Segment
-from shardprep_runtime.manifest import Entry, Form, Manifest, Part
-from shardprep_runtime.view import plan_view
+from shardprep_runtime.dtypes import nbytes
+from shardprep_runtime.header import dump_header
+from shardprep_runtime.load import load
+from shardprep_runtime.manifest import Entry, Manifest, Part
+from shardprep_runtime.view import View, plan_view
 
 GRAIN = 8
 STAGES = 8
+RANK = STAGES // 2 * GRAIN + 3
 LAYERS, DENSE, EXPERTS = 61, 3, 256
 HIDDEN, HEADS, VOCABULARY = 7168, 128, 129280
 QUERY_RANK, KV_RANK, NOPE, ROPE, VALUE = 1536, 512, 128, 64, 128
 INTERMEDIATE, EXPERT = 18432, 2048
 BLOCK = 128
+FILES = 163
 
 MODELS = {"DeepSeek-V3": (LAYERS, True), "its first ten layers": (10, False)}
 """Name -> layers, and whether the layer behind the last is there."""
@@ -51,7 +59,9 @@ MODELS = {"DeepSeek-V3": (LAYERS, True), "its first ten layers": (10, False)}
 # ------------------------------------------------------------------------------------------------ the synthetic index
 
 
-def tensors_of(layers: int, *, more: bool) -> Iterator[tuple[str, str, tuple[int, ...], Placed]]:
+def tensors_of(
+    layers: int, *, more: bool, experts: int = EXPERTS
+) -> Iterator[tuple[str, str, tuple[int, ...], Placed]]:
     """(name, dtype, shape, how it is cut) of each tensor of a DeepSeek-V3 of so many layers."""
     rows = Segment(VOCABULARY, VOCABULARY, uneven=True)
     padded = Segment(VOCABULARY, VOCABULARY, uneven=True, multiple=64)
@@ -60,7 +70,7 @@ def tensors_of(layers: int, *, more: bool) -> Iterator[tuple[str, str, tuple[int
     for number in range(layers + more):
         layer: int | str = number if number < layers else "last"
         stem = f"model.layers.{number}"
-        for name, dtype, shape, layout, expert in layer_of(stem, dense=number < DENSE):
+        for name, dtype, shape, layout, expert in layer_of(stem, experts, dense=number < DENSE):
             yield name, dtype, shape, Placed(layer, layout, expert=expert)
         if number == layers:
             for word in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight"):
@@ -72,7 +82,9 @@ def tensors_of(layers: int, *, more: bool) -> Iterator[tuple[str, str, tuple[int
     yield "lm_head.weight", "BF16", (VOCABULARY, HIDDEN), Placed("last", *vocabulary)
 
 
-def layer_of(stem: str, *, dense: bool) -> Iterator[tuple[str, str, tuple[int, ...], Layout, int | None]]:
+def layer_of(
+    stem: str, experts: int, *, dense: bool
+) -> Iterator[tuple[str, str, tuple[int, ...], Layout, int | None]]:
     head = NOPE + ROPE
     yield f"{stem}.input_layernorm.weight", "BF16", (HIDDEN,), WHOLE, None
     yield f"{stem}.post_attention_layernorm.weight", "BF16", (HIDDEN,), WHOLE, None
@@ -86,11 +98,12 @@ def layer_of(stem: str, *, dense: bool) -> Iterator[tuple[str, str, tuple[int, .
     if dense:
         yield from mlp(f"{stem}.mlp", INTERMEDIATE, None)
         return
-    yield f"{stem}.mlp.gate.weight", "BF16", (EXPERTS, HIDDEN), WHOLE, None
-    yield f"{stem}.mlp.gate.e_score_correction_bias", "F32", (EXPERTS,), WHOLE, None
-    yield from mlp(f"{stem}.mlp.shared_experts", EXPERT, None)
-    for expert in range(EXPERTS):
-        yield from mlp(f"{stem}.mlp.experts.{expert}", EXPERT, expert)
+    width = EXPERT * EXPERTS // experts
+    yield f"{stem}.mlp.gate.weight", "BF16", (experts, HIDDEN), WHOLE, None
+    yield f"{stem}.mlp.gate.e_score_correction_bias", "F32", (experts,), WHOLE, None
+    yield from mlp(f"{stem}.mlp.shared_experts", width, None)
+    for expert in range(experts):
+        yield from mlp(f"{stem}.mlp.experts.{expert}", width, expert)
 
 
 def mlp(
@@ -122,30 +135,88 @@ def made(model: str) -> tuple[Index, ModelLayout]:
     """The index of one of the MODELS, as if its tensors lay in one file, and their layouts."""
     layers, more = MODELS[model]
     tensors, placed, offset = {}, {}, 0
+    layouts: dict[Layout, Layout] = {}  # one for all that are alike, as rules give it
+    engines: dict[tuple[tuple[str, Layout], ...], tuple[tuple[str, Layout], ...]] = {}
     for name, dtype, shape, own in tensors_of(layers, more=more):
         tensors[name] = Tensor(name, dtype, shape, (Extent("model.safetensors", offset),))
-        placed[name] = own
+        placed[name] = replace(
+            own,
+            layout=layouts.setdefault(own.layout, own.layout),
+            engines=engines.setdefault(own.engines, own.engines),
+        )
         offset += tensors[name].nbytes
     index = Index(LocalFolder(Path()), "safetensors", dict(sorted(tensors.items())), {}, ())
     layout = ModelLayout("deepseek_v3", layers, placed, {}, experts=EXPERTS)
     return index, layout
 
 
-def manifest_of(index: Index, layout: ModelLayout, plan: Plan) -> Manifest:
-    """The manifest as split would write it; digests and sizes of headers are of no matter here."""
+def make_checkpoint(folder: Path, model: str) -> None:
+    """A checkpoint in bf16 with as many tensors as one of the MODELS, of which the headers alone take room."""
+    layers, more = MODELS[model]
+    forms = {
+        name: ("BF16" if dtype == "F8_E4M3" else dtype, shape)
+        for name, dtype, shape, _ in tensors_of(layers, more=more, experts=2 * EXPERTS)
+        if not name.endswith("_scale_inv")
+    }
+    each = sum(nbytes(*form) for form in forms.values()) / FILES
+    files: dict[int, list[str]] = {}
+    end = 0
+    for name, form in forms.items():
+        files.setdefault(int(end / each), []).append(name)
+        end += nbytes(*form)
+    folder.mkdir()
+    weight_map = {}
+    for number, names in enumerate(files.values()):
+        path = f"model-{number + 1:05}-of-{len(files):06}.safetensors"
+        header = dump_header({name: forms[name] for name in names}, {"format": "pt"})
+        sparse(folder / path, header, len(header) + sum(nbytes(*forms[name]) for name in names))
+        weight_map.update(dict.fromkeys(names, path))
+    about = {"metadata": {"total_size": end}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(about))
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": layers,
+        "num_nextn_predict_layers": int(more),
+        "n_routed_experts": 2 * EXPERTS,
+        "first_k_dense_replace": DENSE,
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "moe_intermediate_size": EXPERT // 2,
+        "n_shared_experts": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "q_lora_rank": QUERY_RANK,
+        "kv_lora_rank": KV_RANK,
+        "qk_nope_head_dim": NOPE,
+        "qk_rope_head_dim": ROPE,
+        "v_head_dim": VALUE,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def sparse(path: Path, header: bytes, size: int) -> None:
+    """A file of `size` bytes that are a hole behind the header."""
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(size)
+
+
+def manifest_of(index: Index, layout: ModelLayout, plan: Plan, digests: Mapping[str, str]) -> Manifest:
+    """The manifest as split would write it; parts whose header has no digest here are not opened."""
     entries = {
-        move.tensor.name: Entry(
-            Form(move.dtype, move.tensor.shape, own.layout, own.engines), own.layer, own.expert
-        )
+        move.tensor.name: Entry(move.pieces[0].form, own.layer, own.expert)
         for move in plan.moves
         for own in [layout.tensors[move.tensor.name]]
     }
     parts = tuple(
         Part(
             part.path,
-            part.nbytes + 2**20,
-            2**20,
-            "sha256:" + "0" * 64,
+            part.size,
+            part.header_size,
+            digests.get(part.path, "sha256:" + "0" * 64),
             part.ranks,
             part.layers,
             part.placements,
@@ -172,7 +243,7 @@ def manifest_of(index: Index, layout: ModelLayout, plan: Plan) -> Manifest:
 
 
 def cut(model: str, file: str) -> dict[str, float]:
-    """Plan the split; with `file`, write its manifest there."""
+    """Plan the split; write its manifest to `file`, and the headers that the worker reads beside it."""
     index, layout = made(model)
     resident = resident_bytes()
     began, cpu = time.perf_counter(), time.process_time()
@@ -193,13 +264,31 @@ def cut(model: str, file: str) -> dict[str, float]:
         "index MiB": resident / MIB,
         "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
-    if file:
-        began = time.perf_counter()
-        raw = manifests.dump(manifest_of(index, layout, plan))
-        found["dump s"] = time.perf_counter() - began
-        found["manifest MB"] = len(raw) / 1e6
-        Path(file).write_bytes(raw)
+    began = time.perf_counter()
+    manifest = manifest_of(index, layout, plan, {})
+    raw = manifests.dump(manifest)
+    found["dump s"] = time.perf_counter() - began
+    found["manifest MB"] = len(raw) / 1e6
+    needed = {part.path for part in view_of(manifest).parts}
+    digests = {}
+    for part in plan.parts:
+        if part.path in needed:
+            header = plan.header(part, None)
+            digests[part.path] = manifests.digest_of(header)
+            sparse(Path(file).with_name(part.path), header, part.size)
+    Path(file).write_bytes(manifests.dump(manifest_of(index, layout, plan, digests)))
     return found
+
+
+def view_of(manifest: Manifest) -> View:
+    """That of a rank in the middle."""
+    return plan_view(
+        manifest,
+        rank=RANK,
+        tensor_parallel_size=GRAIN,
+        pipeline_parallel_size=STAGES,
+        engine="vllm",
+    )
 
 
 def headers(model: str, _: str) -> dict[str, float]:
@@ -224,27 +313,34 @@ def headers(model: str, _: str) -> dict[str, float]:
 
 
 def worker(_: str, file: str) -> dict[str, float]:
-    """What each worker does first: parse the manifest, and plan its own view."""
+    """What each worker does first: parse the manifest, and plan its own view. Then all of it, until it has a shard."""
     raw = Path(file).read_bytes()
     before = resident_bytes()
     began = time.perf_counter()
     manifest = manifests.parse(raw)
     parsed = time.perf_counter()
-    stages = min(STAGES, manifest.layers)
-    view = plan_view(
-        manifest,
-        rank=(stages // 2) * GRAIN + 3,
-        tensor_parallel_size=GRAIN,
-        pipeline_parallel_size=stages,
-        engine="vllm",
-    )
+    view = view_of(manifest)
     ended = time.perf_counter()
+    grown = resident_bytes() - before
+    again = time.perf_counter()
+    load(
+        file,
+        rank=RANK,
+        tensor_parallel_size=GRAIN,
+        pipeline_parallel_size=STAGES,
+        engine="vllm",
+        verify="headers",
+        io="mmap",
+    ).close()
+    loaded = time.perf_counter()
     return {
         "parse ms": (parsed - began) * 1000,
         "view ms": (ended - parsed) * 1000,
         "worker ms": (ended - began) * 1000,
-        "worker MiB": (resident_bytes() - before) / MIB,
+        "worker MiB": grown / MIB,
         "view tensors": len(view.tensors),
+        "view parts": len(view.parts),
+        "load ms": (loaded - again) * 1000,
     }
 
 
@@ -270,14 +366,36 @@ def run(step: str, model: str, file: Path | str) -> dict[str, float]:
     return found
 
 
+def dry_run(checkpoint: Path) -> dict[str, float]:
+    """The whole command, on a checkpoint whose headers were just written or read."""
+    command = (
+        str(benchlib.SHARDPREP),
+        "split",
+        "--dry-run",
+        "-tp",
+        str(GRAIN),
+        str(checkpoint),
+        f"{checkpoint}-split",
+    )
+    found = benchlib.measure(Variant("split --dry-run", command, ()), cold=False)
+    return {
+        "dry run s": found.seconds,
+        "dry run CPU s": found.cpu_seconds,
+        "dry run peak MiB": found.resident / MIB,
+    }
+
+
 def measure(model: str, rounds: int) -> list[dict[str, float]]:
     found = []
     with tempfile.TemporaryDirectory(prefix="bench-plan-") as folder:
         file = Path(folder) / "shardprep.json"
+        checkpoint = Path(folder) / "checkpoint"
+        make_checkpoint(checkpoint, model)
         for number in range(rounds):
             own = run("cut", model, file)
             own |= run("headers", model, "")
             own |= run("worker", model, file)
+            own |= dry_run(checkpoint)
             benchlib.say(
                 f"{model} {number + 1}/{rounds}: " + ", ".join(f"{k} {v:.4g}" for k, v in own.items())
             )
@@ -317,6 +435,7 @@ def main() -> None:
         Goal("peak memory of planning, index included", middle(large, "peak MiB"), 512, unit="MiB"),
         Goal("manifest", middle(large, "manifest MB"), 10.0, unit="MB"),
         Goal("a worker: parse and view", middle(large, "worker ms"), 150, unit="ms"),
+        Goal("split --dry-run, the whole command", middle(large, "dry run s"), 5.0, unit="s"),
     ):
         print(goal.line(), file=out)
     if chosen.json:

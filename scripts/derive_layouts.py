@@ -511,7 +511,11 @@ def switch_rules(model: Model, tensors: Mapping[str, str]) -> dict[str, tuple[st
             like = ""
             if kind == "bias" and bare(known.get(weight, "")).startswith(("rows", "vocab")) and of:
                 like = weight if of[1][0] == shape[0] else ""
-            elif kind == "weight" and len(shape) == 2 and set(siblings.values()) in ({"rows any"}, {"columns any"}):
+            elif (
+                kind == "weight"
+                and len(shape) == 2
+                and set(siblings.values()) in ({"rows any"}, {"columns any"})
+            ):
                 like = min(siblings)
             elif stem.endswith(".q_proj") and kind == "weight":
                 like = f"{stem.removesuffix('q_proj')}q_b_proj.weight"
@@ -610,7 +614,9 @@ def name_unit(unit: Unit, pattern: str, known: dict[str, Unit]) -> str:
 def is_fused(model: Model, members: Sequence[str], experts: str, plans: Mapping[str, golden.Golden]) -> bool:
     """Whether dim 0 of these tensors counts experts: it does so in every variant, and the ranks share it."""
     name = members[0]
-    if not re.search("expert|moe", name.lower()) or any(name not in s or not s[name][1] for s in model.shapes):
+    if not re.search("expert|moe", name.lower()) or any(
+        name not in s or not s[name][1] for s in model.shapes
+    ):
         return False
     if [s[name][1][0] for s in model.shapes] != [v[experts] for v in model.values]:
         return False

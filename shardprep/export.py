@@ -60,20 +60,18 @@ def export(
 def _prove(source: Path, manifest: Manifest, folder: Path, files: list[str], *, workers: int | None) -> int:
     """Compare the digests of the written files with those of the parts; the number of blocks compared."""
     written = read_weights(LocalFolder(folder), "safetensors", files)
-    pieces = [
-        PlannedPiece(name, entry.form, piece, 0, 0)
-        for name, entry in manifest.tensors.items()
-        for piece in cut.pieces(entry.form.layout, entry.form.shape, manifest.grain)
-    ]
-    of_tensor: dict[str, list[PlannedPiece]] = {}
-    for piece in pieces:
-        of_tensor.setdefault(piece.name, []).append(piece)
-    moves = tuple(
-        Move(written.tensors[name], own[0].form.dtype, own[0].form.layout.dim or 0, tuple(own))
-        for name, own in of_tensor.items()
-    )
+    cuts: dict[int, tuple[cut.Piece, ...]] = {}  # by a form's identity: what is alike is cut once
+    moves = []
+    for name, entry in manifest.tensors.items():
+        form = entry.form
+        if id(form) not in cuts:
+            cuts[id(form)] = cut.pieces(form.layout, form.shape, manifest.grain)
+        own = tuple(PlannedPiece(name, form, piece, 0, 0) for piece in cuts[id(form)])
+        if own:  # an empty tensor has none
+            moves.append(Move(written.tensors[name], form.dtype, form.layout.dim or 0, own))
+    pieces = tuple(piece for move in moves for piece in move.pieces)
     found = digest_pieces(
-        Plan((PlannedPart("", tuple(pieces)),), moves, manifest.block_bytes), written, workers=workers
+        Plan((PlannedPart("", pieces),), tuple(moves), manifest.block_bytes), written, workers=workers
     )
     blocks = 0
     parts = open_parts(source, manifest)

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Final, NamedTuple
 
 from shardprep_runtime import cut, dtypes
 from shardprep_runtime.errors import UnsupportedError, quote
 from shardprep_runtime.grid import Stages
-from shardprep_runtime.header import PAGE, dump_header
+from shardprep_runtime.header import PAGE, dump_header, metadata_text, padded_size, tensor_text
 from shardprep_runtime.manifest import PLACEMENTS, Form, Layer
-from shardprep_runtime.parts import part_metadata, piece_block
+from shardprep_runtime.parts import part_metadata, piece_block, piece_texts
 from shardprep_runtime.view import order
 
 from .index import Index, Tensor
@@ -59,11 +60,18 @@ class PlannedPart:
     placements: tuple[str, ...] = ()
     metadata: Mapping[str, str] | None = None
     """What stands in `__metadata__` when there are no digests."""
+    header_size: int = 0
+    """Bytes before its data; 0 where it is not written."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of its data: its pieces lie behind each other without a hole."""
         return self.pieces[-1].start + self.pieces[-1].nbytes if self.pieces else 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.header_size + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +98,32 @@ class Plan:
     def header(self, part: PlannedPart, digests: Mapping[str, Sequence[str]] | None) -> bytes:
         """The header of a part. With `digests` None it has the right length and zeros for digests."""
         # many pieces of a part are the same block of the same form
-        known = {(id(p.form), id(p.piece)): piece_block(p.form, p.piece) for p in part.pieces}
-        places = [(p, *known[id(p.form), id(p.piece)]) for p in part.pieces]
-        tensors = {piece.name: (piece.form.dtype, shape) for piece, _, shape in places}
+        known: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        tensors, described = {}, {}
+        for piece in part.pieces:
+            form = piece.form
+            key = id(form), id(piece.piece)
+            if key not in known:
+                known[key] = piece_block(form, piece.piece)
+            offset, shape = known[key]
+            tensors[piece.name] = form.dtype, shape
+            if self.block_bytes is not None:
+                nbytes = dtypes.nbytes(form.dtype, shape)
+                digest = digests[piece.name] if digests is not None else zeros(nbytes, self.block_bytes)
+                described[piece.name] = form.shape, offset, digest
         if self.block_bytes is None:
             return dump_header(tensors, part.metadata or {})
-        described = {}
-        for piece, offset, shape in places:
-            blocks = -(-dtypes.nbytes(piece.form.dtype, shape) // self.block_bytes)
-            digest = digests[piece.name] if digests is not None else ["0" * DIGEST_HEX] * blocks
-            described[piece.name] = (piece.form.shape, offset, digest)
         return dump_header(tensors, part_metadata(described, self.block_bytes))
 
     @property
     def nbytes(self) -> int:
         """Bytes that will be written, headers aside."""
         return sum(part.nbytes for part in self.parts)
+
+
+def zeros(nbytes: int, block_bytes: int) -> list[str]:
+    """What stands for the digests of a piece of so many bytes while they are not known."""
+    return ["0" * DIGEST_HEX] * -(-nbytes // block_bytes)
 
 
 def plan_convert(
@@ -133,8 +151,11 @@ def plan_convert(
             else f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
         )
         forms = [(t.name, Form(target_dtype(t, dtype), t.shape, cut.WHOLE)) for t in group]
-        items = [_Item(name, form, "every", 0, _blocks(form, 1), []) for name, form in forms]
-        pieces = _lay_out(items, (0, 1, 0), number)
+        items = [
+            _Item(name, form, "every", 0, _blocks(form, 1, None), _named(name, None), [])
+            for name, form in forms
+        ]
+        pieces, listed = _lay_out(items, (0, 1, 0), number)
         names = {tensor.name for tensor in group}
         tied = {alias: name for alias, name in sorted(aliases.items()) if name in names}
         if "format" in tied:
@@ -142,7 +163,9 @@ def plan_convert(
                 f"{quote(tied['format'])}: it is tied to a tensor named format, the key that every file's metadata "
                 "needs for itself; rename that tensor"
             )
-        parts.append(PlannedPart(path, pieces, metadata={**tied, "format": "pt"}))
+        metadata = {**tied, "format": "pt"}
+        length = len(f"{{{metadata_text(metadata)}}}".encode()) + listed
+        parts.append(PlannedPart(path, pieces, metadata=metadata, header_size=padded_size(length)))
         moves += [Move(index.tensors[p.name], p.form.dtype, 0, (p,)) for p in pieces]
     return Plan(tuple(parts), tuple(moves), None)
 
@@ -162,7 +185,7 @@ def plan_split(
     A tensor that gives one run of ranks several blocks (fused ones) has them in parts beside each other, since a
     name is unique within a file. Raises LayoutError where the grain is not allowed.
     """
-    with _uncollected():
+    with uncollected():
         return _plan_split(index, layout, grain, stages, max_part_bytes, block_bytes)
 
 
@@ -175,7 +198,7 @@ def _plan_split(
     block_bytes: int,
 ) -> Plan:
     layout.check_grain(grain)
-    items = _items(index, layout, grain)
+    items = _items(index, layout, grain, block_bytes)
     lanes: dict[_Lane, list[_Item]] = {}
     for item in items:
         for lane in item.blocks:
@@ -185,17 +208,21 @@ def _plan_split(
         groups = _fill(lanes[lane], lane, layout.layers, stages=stages, max_part_bytes=max_part_bytes)
         files.setdefault(lane[:2], []).extend((lane, group) for group in groups)
     parts: list[PlannedPart] = []
+    # the JSON of a header without pieces; the first piece has no comma before it in two of three lists
+    alone = len(f"{{{metadata_text(part_metadata({}, block_bytes))}}}".encode()) - 2
     for shard, (ranks, found) in enumerate(files.items()):
         for i, (lane, group) in enumerate(found):
             layers = {item.layer for item in group}
             numbers = [layer for layer in layers if isinstance(layer, int)]
+            pieces, listed = _lay_out(group, lane, len(parts))
             parts.append(
                 PlannedPart(
                     f"shard-{shard + 1:05}-model-{i + 1:05}-of-{len(found):05}.safetensors",
-                    _lay_out(group, lane, len(parts)),
+                    pieces,
                     ranks,
                     (min(numbers), max(numbers) + 1) if numbers else (0, 0),
                     tuple(placement for placement in PLACEMENTS if placement in layers),
+                    header_size=padded_size(alone + listed),
                 )
             )
     moves = []
@@ -208,7 +235,7 @@ def _plan_split(
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No look for garbage meanwhile: a million objects are made and kept, and each look would go through all of them."""
     collecting = gc.isenabled()
     gc.disable()
@@ -229,7 +256,9 @@ class _Block(NamedTuple):
     piece: cut.Piece
     nbytes: int
     rank: tuple[bool, int]
-    """By which pieces of a layer are laid out."""
+    """By which pieces of a layer are laid out: whole pages first, then the widest elements."""
+    described: int
+    """Bytes that it takes of a header's JSON, but for its name and its place in the data."""
 
 
 @dataclass(slots=True)
@@ -242,30 +271,54 @@ class _Item:
     order: int
     """Of its layer in a forward pass."""
     blocks: Mapping[_Lane, _Block]
+    named: int
+    """Bytes that its name takes of the JSON of each header that lists it."""
     planned: list[PlannedPiece]
 
 
-def _items(index: Index, layout: ModelLayout, grain: int) -> list[_Item]:
+def _items(index: Index, layout: ModelLayout, grain: int, block_bytes: int) -> list[_Item]:
     """The tensors in layer order, those of a layer in the natural order of their names."""
     forms: dict[Form, tuple[Form, dict[_Lane, _Block]]] = {}  # what is alike is cut once
+    # by identity first: to hash a form is slow
+    known: dict[tuple[str, tuple[int, ...], int, int], tuple[Form, dict[_Lane, _Block]]] = {}
     found = []
     for name, tensor in index.tensors.items():
         placed = layout.tensors[name]
-        form = Form(tensor.dtype, tensor.shape, placed.layout, placed.engines)
-        if form not in forms:
-            forms[form] = form, _blocks(form, grain)
-        form, blocks = forms[form]
-        found.append(_Item(name, form, placed.layer, order(placed.layer, layout.layers), blocks, []))
+        key = tensor.dtype, tensor.shape, id(placed.layout), id(placed.engines)
+        if key not in known:
+            form = Form(tensor.dtype, tensor.shape, placed.layout, placed.engines)
+            if form not in forms:
+                forms[form] = form, _blocks(form, grain, block_bytes)
+            known[key] = forms[form]
+        form, blocks = known[key]
+        at = order(placed.layer, layout.layers)
+        found.append(_Item(name, form, placed.layer, at, blocks, _named(name, block_bytes), []))
     return sorted(found, key=lambda item: (item.order, natural(item.name)))
 
 
-def _blocks(form: Form, grain: int) -> dict[_Lane, _Block]:
+def _blocks(form: Form, grain: int, block_bytes: int | None) -> dict[_Lane, _Block]:
     found = {}
     for piece in cut.pieces(form.layout, form.shape, grain):
-        nbytes = dtypes.nbytes(form.dtype, piece_block(form, piece)[1])
+        offset, shape = piece_block(form, piece)
+        nbytes = dtypes.nbytes(form.dtype, shape)
+        described = len(",") + len(tensor_text("", form.dtype, shape, 0, 0)) - len("00")
+        if block_bytes is not None:
+            for text in piece_texts("", form.shape, offset, zeros(nbytes, block_bytes)):
+                described += len(",") + _quoted(text)
         lane = piece.first_rank, piece.last_rank, piece.segment
-        found[lane] = _Block(piece, nbytes, (nbytes % PAGE != 0, -dtypes.BITS[form.dtype]))
+        found[lane] = _Block(piece, nbytes, (nbytes % PAGE != 0, -dtypes.BITS[form.dtype]), described)
     return found
+
+
+def _named(name: str, block_bytes: int | None) -> int:
+    """Bytes that a name takes of a header's JSON: as the tensor's, and in two texts that the metadata quote."""
+    own = len(encode_basestring(name).encode())
+    return own if block_bytes is None else own + 2 * _quoted(encode_basestring_ascii(name))
+
+
+def _quoted(text: str) -> int:
+    """Bytes of ASCII text within a JSON string."""
+    return len(encode_basestring(text)) - len('""')
 
 
 def _lane_order(key: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -298,19 +351,24 @@ def _fill(
     return files
 
 
-def _lay_out(items: Sequence[_Item], lane: _Lane, part: int) -> tuple[PlannedPiece, ...]:
+def _lay_out(items: Sequence[_Item], lane: _Lane, part: int) -> tuple[tuple[PlannedPiece, ...], int]:
     """Place pieces behind each other: by layer, and within it whole pages first, then the widest elements first.
 
-    So large tensors lie at page boundaries, and small ones where their dtype may lie.
+    So large tensors lie at page boundaries, and small ones where their dtype may lie. Also the bytes that the pieces
+    take of the header's JSON, a comma before each of them.
     """
     found = []
-    start = 0
+    start = listed = 0
+    digits = len("0")
     for item in sorted(items, key=lambda item: (item.order, item.blocks[lane].rank)):
-        piece, nbytes, _ = item.blocks[lane]
-        found.append(PlannedPiece(item.name, item.form, piece, part, start))
-        item.planned.append(found[-1])
+        piece, nbytes, _, described = item.blocks[lane]
+        placed = PlannedPiece(item.name, item.form, piece, part, start)
+        found.append(placed)
+        item.planned.append(placed)
         start += nbytes
-    return tuple(found)
+        before, digits = digits, len(str(start))
+        listed += item.named + described + before + digits
+    return tuple(found), listed
 
 
 def settle_aliases(index: Index) -> Index:

@@ -19,12 +19,12 @@ from shardprep_runtime.store import Access, is_uri
 from .conduct import Conduct
 from .index import Index, LeftOut
 from .layout import ModelLayout, derive_layout, normalize
-from .plan import Plan, plan_split, settle_aliases
+from .plan import Plan, plan_split, settle_aliases, uncollected
 from .publish import StoreStaging
 from .side_files import copy_side_files
 from .source import Source, open_source, read_checkpoint
 from .staging import Destination, Staging, Written
-from .write import carry_out, fingerprint, planned_size
+from .write import carry_out, fingerprint
 
 DEFAULT_PART_BYTES = 2**30
 
@@ -87,29 +87,30 @@ def split(
     SourceError later, in which case nothing stands under a final name and the same call resumes.
     """
     with open_source(source, access) as opened:
-        index = settle_aliases(read_checkpoint(opened, include_code=include_code))
-        if index.kind == "shard set":
-            raise InputError(
-                f"{quote(source)}: a shard set already; it serves every size that divides its grain"
+        with uncollected():
+            index = settle_aliases(read_checkpoint(opened, include_code=include_code))
+            if index.kind == "shard set":
+                raise InputError(
+                    f"{quote(source)}: a shard set already; it serves every size that divides its grain"
+                )
+            if not index.config:
+                raise InputError(
+                    f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
+                )
+            layout = derive_layout(
+                index.config,
+                {name: tensor.shape for name, tensor in index.tensors.items()},
+                allow_generic=allow_generic,
             )
-        if not index.config:
-            raise InputError(
-                f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
+            chosen = _stages(layout, pipeline_parallel_size, stages)
+            plan = plan_split(
+                index,
+                layout,
+                grain=tensor_parallel_size,
+                stages=chosen,
+                max_part_bytes=max_part_bytes,
+                block_bytes=block_bytes,
             )
-        layout = derive_layout(
-            index.config,
-            {name: tensor.shape for name, tensor in index.tensors.items()},
-            allow_generic=allow_generic,
-        )
-        chosen = _stages(layout, pipeline_parallel_size, stages)
-        plan = plan_split(
-            index,
-            layout,
-            grain=tensor_parallel_size,
-            stages=chosen,
-            max_part_bytes=max_part_bytes,
-            block_bytes=block_bytes,
-        )
         remote = is_uri(destination)
         if remote:
             check_revision(revision or DEFAULT_REVISION)
@@ -185,13 +186,16 @@ def _manifest(
     grain: int,
     stages: Stages | None,
 ) -> Manifest:
-    tensors = {
-        move.tensor.name: Entry(
-            Form(move.dtype, move.tensor.shape, placed.layout, placed.engines), placed.layer, placed.expert
+    tensors = {}
+    for move in plan.moves:
+        tensor, placed = move.tensor, layout.tensors[move.tensor.name]
+        # that of the pieces is one for all tensors that are alike; an empty tensor has none
+        form = (
+            move.pieces[0].form
+            if move.pieces
+            else Form(move.dtype, tensor.shape, placed.layout, placed.engines)
         )
-        for move in plan.moves
-        for placed in [layout.tensors[move.tensor.name]]
-    }
+        tensors[tensor.name] = Entry(form, placed.layer, placed.expert)
     architectures = index.config.get("architectures")
     config = [side.digest for side in side_files if side.path == "config.json"]
     assert plan.block_bytes is not None
@@ -237,7 +241,6 @@ def _report(
     stages: Stages | None,
     digest: str | None,
 ) -> SplitReport:
-    sizes = [planned_size(plan, part) for part in plan.parts]
     rank_bytes, shared_bytes = [0] * grain, 0
     for part in plan.parts:  # whose pieces all have the same owners
         for rank in range(*part.ranks):
@@ -256,10 +259,8 @@ def _report(
         stages=stages,
         tensors=len(plan.moves),
         source_bytes=index.nbytes,
-        stored_bytes=sum(sizes),
-        parts=tuple(
-            (part.path, size, part.ranks, part.layers) for part, size in zip(plan.parts, sizes, strict=True)
-        ),
+        stored_bytes=sum(part.size for part in plan.parts),
+        parts=tuple((part.path, part.size, part.ranks, part.layers) for part in plan.parts),
         rank_bytes=tuple(rank_bytes),
         shared_bytes=shared_bytes,
         whole=tuple(whole.most_common()),

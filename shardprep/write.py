@@ -21,12 +21,12 @@ from blake3 import blake3
 from shardprep_runtime import __version__
 from shardprep_runtime.errors import ShardprepError, WriteError
 from shardprep_runtime.manifest import digest_of
-from shardprep_runtime.parts import default_workers
+from shardprep_runtime.parts import default_workers, piece_block
 
 from .conduct import Conduct, silent
 from .files import ended
 from .index import Index
-from .plan import Move, Plan, PlannedPart, PlannedPiece
+from .plan import Move, Plan, PlannedPiece
 from .read import CHUNK, PlainReader, Reader, Sources, open_reader
 from .staging import Destination, Written
 
@@ -76,7 +76,7 @@ class _Outputs:
         self.written: dict[int, Written] = {}
         self.digests: list[dict[str, list[str]]] = [{} for _ in plan.parts]
         self.left = [len(part.pieces) for part in plan.parts]
-        self.header_sizes = [len(plan.header(part, None)) for part in plan.parts]
+        self.header_sizes = [part.header_size for part in plan.parts]
         self._fds: dict[int, int] = {}
         self._lock = threading.Lock()
         for i, part in enumerate(plan.parts):
@@ -107,6 +107,7 @@ class _Outputs:
     def _finish(self, number: int) -> None:
         part = self.plan.parts[number]
         raw = self.plan.header(part, self.digests[number] if self.plan.block_bytes is not None else None)
+        assert len(raw) == part.header_size, part.path  # behind which the data have been written
         fd = self.fd(number)
         write_all(fd, raw, 0)
         with self._lock:
@@ -342,22 +343,29 @@ class _Run:
         return True
 
 
-def planned_size(plan: Plan, part: PlannedPart) -> int:
-    """Bytes that the part's file will have."""
-    return len(plan.header(part, None)) + part.nbytes
-
-
 def fingerprint(plan: Plan, index: Index) -> str:
-    """What decides every byte that `plan` writes: this version, the source files as indexed, the headers to be written."""
+    """What decides every byte that `plan` writes: this version, the source files as indexed, the pieces of each part."""
     digest = hashlib.sha256(__version__.encode())
     for file in index.files:
         digest.update(repr((file.path, file.size, file.version, file.digest)).encode())
     for name in index.side_files:
         with index.folder.open(name) as side:
             digest.update(repr((name, side.size, side.version)).encode())
+    # many pieces are the same block of the same form, which is told once
+    known: dict[tuple[int, int], int] = {}
     for part in plan.parts:
-        digest.update(part.path.encode())
-        digest.update(plan.header(part, None))
+        about = part.path, part.ranks, part.layers, part.placements, part.metadata, plan.block_bytes
+        digest.update(repr((part.header_size, *about)).encode())
+        blocks = []
+        for piece in part.pieces:
+            key = id(piece.form), id(piece.piece)
+            if key not in known:
+                known[key] = len(known)
+                block = piece_block(piece.form, piece.piece)
+                digest.update(repr((piece.form.dtype, piece.form.shape, block)).encode())
+            blocks.append(known[key])
+        digest.update(repr([piece.name for piece in part.pieces]).encode())
+        digest.update(repr(blocks).encode())
     return digest.hexdigest()
 
 

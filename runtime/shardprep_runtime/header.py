@@ -29,12 +29,15 @@ PAGE: Final = 4096
 
 MAX_DIMS: Final = 64
 
+_ENTRY: Final = {"dtype", "shape", "data_offsets"}
+"""What the header says of a tensor."""
+
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape that may stand for half a character, which no UTF-8 can hold."""
 
 
-_MINUS_ZERO: Final = re.compile(r"(?:^|[\[,:\s])-0")
-"""Where a number may be -0; most texts have it only within names."""
+_MINUS_ZERO: Final = re.compile(r"-0(?<![^\[,:\s]-0)")
+"""Where a number may be -0; most texts have it only within names. It looks back, since a search for plain text is fast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,8 @@ def parse_header(raw: bytes, file_size: int, *, where: str) -> Header:
     metadata = {} if metadata is None else metadata  # the reference reader takes null too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{where}: __metadata__ must map strings to strings")
-    spans = {name: _span(name, entry, 8 + length, where=where) for name, entry in fields.items()}
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    spans = {name: _span(name, entry, 8 + length, sizes, where=where) for name, entry in fields.items()}
     ordered = dict(sorted(spans.items(), key=lambda item: (item[1].start, item[1].stop)))
     end = 8 + length
     for name, span in ordered.items():
@@ -151,32 +155,39 @@ def parse_header(raw: bytes, file_size: int, *, where: str) -> Header:
     return Header(8 + length, metadata, ordered)
 
 
-def _span(name: str, entry: Any, base: int, *, where: str) -> Span:
-    where = f"{where}: tensor {quote(name)}"
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: expected exactly dtype, shape and data_offsets")
-    dtype = dtypes.check_dtype(entry["dtype"], where=where)
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(is_size, shape)):
-        raise FormatError(f"{where}: shape must be a list of at most {MAX_DIMS} sizes")
-    if not all(map(is_size, accumulate(shape, mul))):
-        raise FormatError(f"{where}: {quote(shape)} is larger than any file")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(map(is_size, offsets))
-        or offsets[0] > offsets[1]
-    ):
-        raise FormatError(f"{where}: data_offsets must be [begin, end] with begin <= end")
+def _span(
+    name: str, entry: Any, base: int, sizes: dict[tuple[str, tuple[int, ...]], int], *, where: str
+) -> Span:
+    """`sizes` keeps the bytes of each dtype and shape that were found to be right."""
     try:
-        size = dtypes.nbytes(dtype, tuple(shape))
+        return _checked(entry, base, sizes)
     except FormatError as error:
-        raise FormatError(f"{where}: {error}") from None
-    if size != offsets[1] - offsets[0]:
-        raise FormatError(
-            f"{where}: {dtype} {shape} takes {size} bytes, data_offsets hold {offsets[1] - offsets[0]}"
-        )
-    return Span(dtype, tuple(shape), base + offsets[0], base + offsets[1])
+        raise FormatError(f"{where}: tensor {quote(name)}: {error}") from None
+
+
+def _checked(entry: Any, base: int, sizes: dict[tuple[str, tuple[int, ...]], int]) -> Span:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
+        raise FormatError("expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in dtypes.BITS:
+        raise FormatError(f"unknown dtype {quote(dtype)}; known are {', '.join(dtypes.BITS)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(map(is_size, shape)):
+        raise FormatError(f"shape must be a list of at most {MAX_DIMS} sizes")
+    own = tuple(shape)
+    size = sizes.get((dtype, own))
+    if size is None:
+        if not all(map(is_size, accumulate(shape, mul))):
+            raise FormatError(f"{quote(shape)} is larger than any file")
+        size = dtypes.nbytes(dtype, own)
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        raise FormatError("data_offsets must be [begin, end] with begin <= end")
+    start, stop = offsets
+    if not is_size(start) or not is_size(stop) or start > stop:
+        raise FormatError("data_offsets must be [begin, end] with begin <= end")
+    if size != stop - start:
+        raise FormatError(f"{dtype} {shape} takes {size} bytes, data_offsets hold {stop - start}")
+    sizes[dtype, own] = size
+    return Span(dtype, own, base + start, base + stop)
 
 
 def read_header(fd: int, *, where: str) -> tuple[bytes, Header]:
@@ -198,20 +209,32 @@ def dump_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Ma
     Padded with spaces to a multiple of PAGE. Raises FormatError where the format could not hold it.
     """
     # written out rather than by json.dumps: a large model has a million pieces, and there would be objects for each
-    fields = []
-    if metadata:
-        own = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False)
-        fields.append(f'"__metadata__":{own}')
+    fields = [metadata_text(metadata)] if metadata else []
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + dtypes.nbytes(dtype, shape)
-        fields.append(
-            f'{encode_basestring(name)}:{{"dtype":"{dtype}","shape":{list_text(shape)},"data_offsets":[{start},{end}]}}'
-        )
+        fields.append(tensor_text(encode_basestring(name), dtype, shape, start, end))
     text = f"{{{','.join(fields)}}}".encode()
-    padded = -(-(8 + len(text)) // PAGE) * PAGE - 8
-    if padded > MAX_HEADER_BYTES:
-        raise FormatError(
-            f"a header of {padded} bytes is more than the format's {MAX_HEADER_BYTES}; use smaller parts"
-        )
+    padded = padded_size(len(text)) - 8
     return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def metadata_text(metadata: Mapping[str, str]) -> str:
+    """How a header begins that has `__metadata__`."""
+    own = json.dumps(dict(sorted(metadata.items())), separators=(",", ":"), ensure_ascii=False)
+    return f'"__metadata__":{own}'
+
+
+def tensor_text(key: str, dtype: str, shape: Sequence[int], start: int, stop: int) -> str:
+    """How a header lists a tensor whose name is `key`, as JSON, and whose data are bytes [start, stop)."""
+    return f'{key}:{{"dtype":"{dtype}","shape":{list_text(shape)},"data_offsets":[{start},{stop}]}}'
+
+
+def padded_size(length: int) -> int:
+    """Bytes of a header whose JSON has `length`. Raises FormatError where the format could not hold it."""
+    size = -(-(8 + length) // PAGE) * PAGE
+    if size - 8 > MAX_HEADER_BYTES:
+        raise FormatError(
+            f"a header of {size - 8} bytes is more than the format's {MAX_HEADER_BYTES}; use smaller parts"
+        )
+    return size

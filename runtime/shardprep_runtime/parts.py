@@ -53,16 +53,27 @@ def part_metadata(
     """
     sharding, own = [], []
     for name, (shape, offset, digests) in pieces.items():
-        key, at = encode_basestring_ascii(name), list_text(offset)
-        blocks = ",".join(f'"{digest}"' for digest in digests)
-        sharding.append(f'{key}:{{"saved_offsets":{at}}}')
-        own.append(f'{key}:{{"shape":{list_text(shape)},"offset":{at},"blocks":[{blocks}]}}')
+        its_sharding, its_own = piece_texts(encode_basestring_ascii(name), shape, offset, digests)
+        sharding.append(its_sharding)
+        own.append(its_own)
     return {
         "format": "pt",
         "DCP_VERSION": "1.0",
         "DCP_SHARDING_INFO": f"{{{','.join(sharding)}}}",
         METADATA_KEY: f'{{"block_bytes":{block_bytes},"pieces":{{{",".join(own)}}}}}',
     }
+
+
+def piece_texts(
+    key: str, shape: tuple[int, ...], offset: tuple[int, ...], digests: Iterable[str]
+) -> tuple[str, str]:
+    """How DCP's list and ours tell of a piece of the tensor whose name is `key`, as JSON."""
+    at = list_text(offset)
+    blocks = ",".join(f'"{digest}"' for digest in digests)
+    return (
+        f'{key}:{{"saved_offsets":{at}}}',
+        f'{key}:{{"shape":{list_text(shape)},"offset":{at},"blocks":[{blocks}]}}',
+    )
 
 
 def piece_block(form: Form, piece: cut.Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -90,7 +101,7 @@ def check_pieces(
                 f"{where}: its list of pieces does not match its tensors or the manifest's block size"
             )
         found = {}
-        cuts: dict[int, tuple[cut.Piece, ...]] = {}
+        cuts: dict[int, _Cuts] = {}
         for name, span in header.tensors.items():
             piece = _match(manifest, part, name, span, pieces[name], cuts, where=where)
             found[name, piece.piece.start] = piece
@@ -101,48 +112,52 @@ def check_pieces(
     return found
 
 
+_Cuts = dict[int, tuple[cut.Piece, tuple[tuple[int, ...], tuple[int, ...]]]]
+"""Start along the cut dim -> the piece and its `piece_block`, of the pieces of a form that a part's owners have."""
+
+
 def _match(
     manifest: Manifest,
     part: Part,
     name: str,
     span: Span,
     own: Any,
-    cuts: dict[int, tuple[cut.Piece, ...]],
+    cuts: dict[int, _Cuts],
     *,
     where: str,
 ) -> PieceSpan:
-    """`cuts` keeps the pieces of the part's owners that each form makes, by the form's identity."""
-    where = f"{where}: {quote(name)}"
+    """`cuts` keeps those of each form, by the form's identity."""
     entry = manifest.tensors.get(name)
     if entry is None:
-        raise ManifestError(f"{where}: not a tensor of the manifest")
+        raise ManifestError(f"{where}: {quote(name)}: not a tensor of the manifest")
     form, dim = entry.form, entry.form.layout.dim
     offset, blocks = tuple(own["offset"]), own["blocks"]
     if tuple(own["shape"]) != form.shape or span.dtype != form.dtype or len(offset) != len(form.shape):
         raise ManifestError(
-            f"{where}: {span.dtype} piece of {quote(own['shape'])}, expected {form.dtype} {list(form.shape)}"
+            f"{where}: {quote(name)}: {span.dtype} piece of {quote(own['shape'])}, expected {form.dtype} "
+            f"{list(form.shape)}"
         )
     start = 0 if dim is None else offset[dim]
-    if id(form) not in cuts:
-        cuts[id(form)] = tuple(
-            piece
+    known = cuts.get(id(form))
+    if known is None:
+        known = cuts[id(form)] = {
+            piece.start: (piece, piece_block(form, piece))
             for piece in cut.pieces(form.layout, form.shape, manifest.grain)
             if (piece.first_rank, piece.last_rank) == part.ranks
-        )
-    for piece in cuts[id(form)]:
-        if piece.start == start:
-            break
-    else:
+        }
+    if start not in known:
         raise ManifestError(
-            f"{where}: offset {list(offset)} is no piece of ranks {list(part.ranks)} of grain {manifest.grain}"
+            f"{where}: {quote(name)}: offset {list(offset)} is no piece of ranks {list(part.ranks)} of grain "
+            f"{manifest.grain}"
         )
-    if (offset, span.shape) != piece_block(form, piece):
+    piece, block = known[start]
+    if (offset, span.shape) != block:
         raise ManifestError(
-            f"{where}: shape {list(span.shape)} at {list(offset)}, expected {piece_block(form, piece)}"
+            f"{where}: {quote(name)}: shape {list(span.shape)} at {list(offset)}, expected {block}"
         )
     count = -(-(span.stop - span.start) // manifest.block_bytes)
-    if len(blocks) != count or not all(isinstance(block, str) and len(block) == 64 for block in blocks):
-        raise ManifestError(f"{where}: {len(blocks)} digests of blocks, expected {count}")
+    if len(blocks) != count or not all(isinstance(digest, str) and len(digest) == 64 for digest in blocks):
+        raise ManifestError(f"{where}: {quote(name)}: {len(blocks)} digests of blocks, expected {count}")
     return PieceSpan(name, piece, span, tuple(blocks))
 
 

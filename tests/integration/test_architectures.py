@@ -204,7 +204,8 @@ def test_what_is_not_cut_is_told_with_what_it_costs(tmp_path: Path) -> None:
     whole = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(cut))
     model = sum(tensor.nbytes for tensor in tensors.values())
     assert (
-        f"not cut: {render.size(whole)}, {whole / model:.1%} of the model, which each of the 4 ranks holds" in said
+        f"not cut: {render.size(whole)}, {whole / model:.1%} of the model, which each of the 4 ranks holds"
+        in said
     )
     assert f"{render.size(3 * whole)} more in all" in said
     assert "most of it: transformer.wpe.weight" in said
