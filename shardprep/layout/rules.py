@@ -322,7 +322,7 @@ def _stage_needs(
         elif type(period) is int and period > 0:
             first = offset if type(offset) is int and offset >= 0 else period - 1
             found = tuple(range(first, layers, period))
-        if found and len(found) < layers:
+        if engine in rules["known_by"] and found and len(found) < layers:
             needs[engine] = found
     return needs
 

@@ -17,6 +17,9 @@ from shardprep.fit import FitReport, plan_fit
 from shardprep_runtime import plan_view, read_manifest
 from shardprep_runtime.errors import InputError
 
+ONE_PROCESS = pytest.mark.xdist_group("transformers")
+"""Of tests that import transformers, which takes seconds."""
+
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))
 GIB = 2**30
 
@@ -134,6 +137,7 @@ def test_unquantized_qwen_72b_is_cut_by_two(models: dict[str, Path]) -> None:
     assert best(plan_fit(models["qwen2.5-72b"], memory=[80 * GIB])) == (2, 1)
 
 
+@pytest.mark.slow
 def test_deepseek_v3_from_its_headers(tmp_path: Path) -> None:
     config = {**published.DEEPSEEK_V3, "quantization_config": published.FP8_BLOCKS}
     folder = published.write(tmp_path / "v3", config, published.deepseek_tensors(config))
@@ -291,12 +295,18 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- a config alone
 
 
+@ONE_PROCESS
 @pytest.mark.parametrize(
     ("config", "gigabytes", "kv_token"),
     [
         (published.LLAMA_3_70B, 141.1, 320 * 2**10),
         (published.QWEN_25_72B, 145.4, 320 * 2**10),
-        ({**published.DEEPSEEK_V3, "quantization_config": published.FP8_BLOCKS}, 673.0, 70272),
+        pytest.param(
+            {**published.DEEPSEEK_V3, "quantization_config": published.FP8_BLOCKS},
+            673.0,
+            70272,
+            marks=pytest.mark.slow,
+        ),
         (published.GPT_OSS_120B, 65.25, 72 * 2**10),
     ],
 )
@@ -339,6 +349,7 @@ def test_a_config_without_dtype_is_counted_as_float32_and_says_so(tmp_path: Path
     assert report.notes == ("config.json names no dtype; weights are counted as float32",)
 
 
+@ONE_PROCESS
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"model_type": 5}', '{"model_type": "llama", "hidden_size": "wide"}']
 )

@@ -14,6 +14,8 @@ from shardprep.weights import Census
 from shardprep_runtime import dtypes
 from shardprep_runtime.errors import LayoutError
 
+pytestmark = pytest.mark.xdist_group("transformers")  # which takes seconds to import
+
 PUBLISHED: dict[str, tuple[dict[str, Any], float, int]] = {
     "Qwen2.5-7B": ({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,

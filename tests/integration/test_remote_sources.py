@@ -144,9 +144,7 @@ def test_the_index_of_a_safetensors_file_takes_two_requests(
     source = small_models.write_model(tmp_path / "source", kind="safetensors", shards=4)
     with watched(monkeypatch, source) as store:
         inspect(uri(source))
-    assert (
-        store.requests == 2 * 4 + 3
-    )  # the index.json, once for the files and once for their tensors; config.json
+    assert store.requests == 2 * 4 + 2  # index.json and config.json
 
 
 @pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
