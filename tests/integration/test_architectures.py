@@ -121,6 +121,7 @@ def test_each_rank_holds_what_its_layers_compute_with(case: str, tmp_path: Path)
                     assert torch.equal(shard[name], want), (name, tp, rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_folder_is_read_by_transformers_and_exported_bit_for_bit(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -429,6 +429,7 @@ MIGHT_HANG = [make_fifo, make_link_to_zeros]
 """For these the command runs in a process of its own, with a limit of time."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", ODD_FILES)
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
 def test_weights_that_are_no_regular_file_are_refused_and_never_waited_for(
@@ -632,6 +633,7 @@ def test_options_that_make_no_sense_are_usage_errors(source: Path, options: list
 # -------------------------------------------------------------------------------------------------------------- names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["inspect", "convert", "split", "verify", "export"])
 def test_a_path_that_is_not_there_is_named_and_escaped(tmp_path: Path, command: str) -> None:
     more = {
@@ -811,6 +813,7 @@ def heed_modes() -> None:
         ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written_or_read_is_named(
     source: Path, shard_set: Path, tmp_path: Path
 ) -> None:

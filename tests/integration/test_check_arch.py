@@ -29,7 +29,6 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096, "num_hidden_layers": 32,
 }  # fmt: skip
 QUICK: dict[str, tuple[int, dict[str, Any]]] = {
-    "llama": (4, LLAMA),
     "gpt2": (4, {}),
 }
 """Model type -> grain, and what differs from its default config."""
@@ -44,6 +43,7 @@ SLOW: dict[str, tuple[int, dict[str, Any]]] = {
             "mixtral", "jamba",
         )
     },
+    "llama": (4, LLAMA),
     "phi3": (4, {"num_key_value_heads": 8}),
     "nemotron": (4, {"num_key_value_heads": 8}),
     "deepseek_v2": (
@@ -164,6 +164,7 @@ def test_experts_are_shared_by_real_expert_parallel_ranks(
     assert all("gloo processes" in line for line in of(report, "ranks"))
 
 
+@pytest.mark.slow
 def test_what_transformers_cannot_run_is_said_to_be_assembled(
     config_of: Callable[..., Path], ranks: Ranks
 ) -> None:
@@ -308,6 +309,7 @@ def test_an_expert_that_no_rank_holds_is_found(
     )
 
 
+@pytest.mark.slow
 def test_an_expert_of_the_wrong_rank_is_found_by_the_rank_that_asks_for_it(
     wrong: Wrong, config_of: Callable[..., Path], ranks: Ranks
 ) -> None:

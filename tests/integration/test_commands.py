@@ -51,6 +51,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_split_and_export_give_back_what_convert_writes(tmp_path: Path, model: str) -> None:
     source = small_models.write_model(tmp_path / "source", MODELS[model], shards=2)

@@ -135,6 +135,7 @@ def kill_and_rerun(command: str, model: Path, destination: Path, moments: Sequen
     assert not (destination / PARTIAL).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_that_was_killed_is_resumed_keeping_its_finished_parts(
     model: Path, tmp_path: Path, command: str
@@ -244,6 +245,7 @@ def writing(command: str, source: Path, destination: Path) -> tuple[list[object]
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", SPLIT_FIRST)
 def test_a_run_that_was_killed_between_renames_is_completed(
     small: Path, tmp_path: Path, command: str
@@ -306,6 +308,7 @@ def killed(model: Path, destination: Path, *, parts: int = 5) -> dict[str, File]
     return finished(destination)
 
 
+@pytest.mark.slow
 def test_a_rerun_with_other_options_discards_what_was_begun(model: Path, tmp_path: Path) -> None:
     begun = killed(model, tmp_path / "there")
     args = [*arguments("split", model, tmp_path / "there"), "--stages", "0-3,4-9"]
@@ -324,6 +327,7 @@ def test_a_rerun_of_another_command_discards_what_was_begun(model: Path, tmp_pat
     assert contents(tmp_path / "there") == contents(model / "undisturbed-convert")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weights", "config.json"])
 def test_a_rerun_after_the_source_changed_does_not_mix_the_two(
     model: Path, tmp_path: Path, what: str

@@ -26,6 +26,8 @@ pytest.importorskip("huggingface_hub")
 
 from shardprep.source.hub import Named, parse_uri
 
+pytestmark = pytest.mark.slow  # each starts a hub
+
 COMMIT, OLDER = "c0ffee" * 6 + "c0de", "0" * 40
 SECRET = "hf_ThisMustNeverBeSeen"
 SHARDPREP = Path(sys.executable).with_name("shardprep")

@@ -569,6 +569,7 @@ def test_the_pieces_of_a_joined_tensor_give_their_memory_back(tmp_path: Path) ->
 # --------------------------------------------------------------------------------------------------------------- close
 
 
+@pytest.mark.slow
 def test_closing_in_the_middle_stops_and_leaks_nothing(counted: CountingStore, tmp_path: Path) -> None:
     for cache in (None, tmp_path / "cache"):
         before, threads = open_files(), fetchers()

@@ -346,6 +346,7 @@ def reference() -> Any:
     return AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
 )

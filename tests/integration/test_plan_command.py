@@ -295,6 +295,7 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- a config alone
 
 
+@pytest.mark.slow
 @ONE_PROCESS
 @pytest.mark.parametrize(
     ("config", "gigabytes", "kv_token"),
@@ -349,6 +350,7 @@ def test_a_config_without_dtype_is_counted_as_float32_and_says_so(tmp_path: Path
     assert report.notes == ("config.json names no dtype; weights are counted as float32",)
 
 
+@pytest.mark.slow
 @ONE_PROCESS
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"model_type": 5}', '{"model_type": "llama", "hidden_size": "wide"}']

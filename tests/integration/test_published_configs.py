@@ -14,7 +14,7 @@ from shardprep.weights import Census
 from shardprep_runtime import dtypes
 from shardprep_runtime.errors import LayoutError
 
-pytestmark = pytest.mark.xdist_group("transformers")  # which takes seconds to import
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which takes seconds to import
 
 PUBLISHED: dict[str, tuple[dict[str, Any], float, int]] = {
     "Qwen2.5-7B": ({

@@ -691,6 +691,7 @@ def test_a_push_to_s3_puts_what_a_push_to_a_folder_puts(larger: Path, server: S3
     assert server.stats()["operations"].keys() <= {"HeadObject", "GetObject"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checksums", [True, False])
 def test_parts_are_sent_from_the_file_only_where_the_store_checks_them(
     larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksums: bool
@@ -749,6 +750,7 @@ def report_size(shards: Path) -> int:
     return sum(each.size for each in (*manifest.parts, *manifest.side_files))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_before_a_push_to_s3_is_published(
     larger: Path, tmp_path: Path, server: S3Server
 ) -> None:
@@ -765,6 +767,7 @@ def test_a_flipped_bit_is_found_before_a_push_to_s3_is_published(
     assert objects(server) == expected(shards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["status", "reset", "lost_response"])
 def test_faults_that_pass_delay_a_push_and_no_more(larger: Path, server: S3Server, fault: str) -> None:
     how = {"code": 503} if fault == "status" else {}
@@ -807,6 +810,7 @@ def test_of_two_pushers_to_s3_one_wins_and_the_other_is_told(sets: Path, server:
     assert objects(server)["manifests/main.json"] == (sets / "one" / "shardprep.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "how", "code", "words"),
     [
@@ -841,6 +845,7 @@ def test_prune_lists_manifests_twice_so_that_one_short_listing_costs_nothing(
     assert objects(server) == before
 
 
+@pytest.mark.slow
 def test_prune_over_s3_removes_old_blobs_and_unfinished_uploads(
     sets: Path, larger: Path, server: S3Server
 ) -> None:

@@ -32,6 +32,8 @@ from shardprep_runtime.manifest import Part
 from shardprep_runtime.remote import blob_key
 from shardprep_runtime.store import Access, Transfer, read
 
+pytestmark = pytest.mark.slow  # a minute of waiting for what passes
+
 MIB = 2**20
 URI = f"s3://{BUCKET}/model"
 BLOCK = 16 * 2**10

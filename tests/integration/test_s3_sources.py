@@ -69,6 +69,7 @@ def large_config() -> dict[str, object]:
     return small_models.llama_config(head_dim=64, intermediate=700, vocab=2000, layers=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_convert_and_split_write_what_they_write_of_a_local_folder(
@@ -88,6 +89,7 @@ def test_convert_and_split_write_what_they_write_of_a_local_folder(
     assert (told["uri"], told["revision"]) == (uri, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch", "safetensors"])
 def test_the_server_sends_the_tensors_once_and_little_else(
     server: S3Server, tmp_path: Path, kind: str

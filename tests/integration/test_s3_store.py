@@ -276,6 +276,7 @@ def sever(store: S3Store) -> None:
         each._socket.shutdown(socket.SHUT_RDWR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["truncate", "reset", "stall", "hang"])
 def test_a_transfer_over_tls_goes_on_where_it_broke_off(
     mode: str, secure: S3Server, transfer: Transfer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -293,6 +294,7 @@ def test_a_transfer_over_tls_goes_on_where_it_broke_off(
             assert secure.stats()["sent"] == len(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["file", "memory"])
 def test_an_upload_that_nobody_takes_is_given_up(
     server: S3Server, transfer: Transfer, source: str, large: bytes, tmp_path: Path
@@ -459,6 +461,7 @@ def test_a_store_that_knows_no_checksums_says_so_and_takes_the_parts(
             assert read(store, "k", 0, len(large)) == large
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_later_upload_takes_up_the_parts_that_a_killed_one_left(
     transfer: Transfer, large: bytes, checksums: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -815,6 +818,7 @@ def test_an_endpoint_whose_name_is_unknown_is_said_to_be(server: S3Server, trans
         read(store, "k", 0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["<p>Log in<br>", "<html><body><p>Log in</p></body></html>"])
 def test_an_endpoint_that_gives_pages_is_no_store(
     server: S3Server, transfer: Transfer, page: str, monkeypatch: pytest.MonkeyPatch
@@ -891,6 +895,7 @@ def test_a_host_that_needs_no_proxy_is_reached_without(
 # ------------------------------------------------------------------------------------------------------------ secrets
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_any_message_or_log(
     transfer: Transfer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -115,6 +115,7 @@ def test_a_split_into_s3_does_too_and_needs_no_full_copy(
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_revision_sends_only_what_changed(model: Path, server: S3Server, scratch: Path) -> None:
     push(model / "set", "s3://bucket/m")
     server.reset_stats()
@@ -137,6 +138,7 @@ def test_a_folder_has_no_revisions(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_split_is_resumed_and_nothing_is_sent_twice(
     model: Path, server: S3Server, scratch: Path
 ) -> None:
@@ -289,6 +291,7 @@ def test_a_scratch_folder_that_others_may_enter_is_refused(
         begin(model, f"file://{tmp_path}/store", scratch)
 
 
+@pytest.mark.slow
 def test_the_same_split_twice_at_a_time_is_refused(model: Path, server: S3Server, scratch: Path) -> None:
     server.fault("delay", times=0, method="PUT", match="m/blobs/", delay=0.3)
     args = arguments(model, "s3://bucket/m", scratch, "--max-workers", 1)

@@ -160,6 +160,7 @@ def options(grid: dict[str, Any]) -> dict[str, Any]:
 SOME = [grid for grid in grids() if grid["size"] in (2, 4) and grid["rank"] in (0, grid["size"] - 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("io", ["mmap", "read"])
 def test_every_rank_of_every_grid_gets_its_slices_from_a_folder(shards: Path, io: Any) -> None:
     for grid in grids() if io == "mmap" else SOME:

@@ -54,6 +54,7 @@ def test_a_view_for_vllm_holds_the_blocks_that_its_loaders_read(model_type: str)
     assert needed == set(allowed), "what is listed in MORE_THAN_READ is no longer needed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES["transformers"])
 def test_a_view_for_transformers_holds_the_blocks_that_its_loader_reads(model_type: str) -> None:
     """And more only where transformers cuts what we do not: a head in halves, or along another dim than vLLM does."""

@@ -578,6 +578,7 @@ def test_opcodes_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         read_data(path, pickled(b"N0" * 600 + b"}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opener",
     [
