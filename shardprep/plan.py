@@ -170,6 +170,19 @@ def plan_convert(
     return Plan(tuple(parts), tuple(moves), None)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No look for garbage meanwhile: a million objects are made and kept, and each look would go through all of them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@uncollected()
 def plan_split(
     index: Index,
     layout: ModelLayout,
@@ -185,18 +198,6 @@ def plan_split(
     A tensor that gives one run of ranks several blocks (fused ones) has them in parts beside each other, since a
     name is unique within a file. Raises LayoutError where the grain is not allowed.
     """
-    with uncollected():
-        return _plan_split(index, layout, grain, stages, max_part_bytes, block_bytes)
-
-
-def _plan_split(
-    index: Index,
-    layout: ModelLayout,
-    grain: int,
-    stages: Stages | None,
-    max_part_bytes: int,
-    block_bytes: int,
-) -> Plan:
     layout.check_grain(grain)
     items = _items(index, layout, grain, block_bytes)
     lanes: dict[_Lane, list[_Item]] = {}
@@ -232,18 +233,6 @@ def _plan_split(
         tensor = index.tensors[item.name]
         moves.append(Move(tensor, tensor.dtype, item.form.layout.dim or 0, tuple(item.planned)))
     return Plan(tuple(parts), tuple(moves), block_bytes)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No look for garbage meanwhile: a million objects are made and kept, and each look would go through all of them."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 _Lane = tuple[int, int, int]

@@ -376,21 +376,26 @@ def _transfer(report: FitReport, best: GridFit) -> None:
         click.echo(
             f"all-reduces: {render.size(moved.tensor_bytes)} a token from each worker in {moved.tensor_steps} steps"
             + (f", {_seconds(times.tensor_token)} over the network" if times else "")
-            + f"; {render.size(moved.tensor_bytes * context)} a prompt of {context:,}"
-            + (f", {_seconds(times.tensor_prefill)}" if times else "")
+            + _a_prompt(moved.tensor_bytes, context, times.tensor_prefill if times else None)
         )
     if moved.hops:
         click.echo(
             f"between stages: {render.size(moved.pipeline_bytes)} a token in {moved.hops} hop(s)"
             + (f", {_seconds(times.pipeline_token)}" if times else "")
-            + f"; {render.size(moved.pipeline_bytes * context)} a prompt of {context:,}"
-            + (f", {_seconds(times.pipeline_prefill)}" if times else "")
+            + _a_prompt(moved.pipeline_bytes, context, times.pipeline_prefill if times else None)
         )
     if times:
         click.echo(
             f"cold start: the whole checkpoint {_seconds(times.cold_checkpoint)}, "
             f"a worker's own shard {_seconds(times.cold_shard)}"
         )
+
+
+def _a_prompt(nbytes: int, context: int, seconds: float | None) -> str:
+    """What a prompt that fills the context moves, at `nbytes` a token."""
+    return f"; {render.size(nbytes * context)} a prompt of {context:,}" + (
+        f", {_seconds(seconds)}" if seconds is not None else ""
+    )
 
 
 def _seconds(value: float) -> str:

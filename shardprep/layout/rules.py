@@ -13,12 +13,10 @@ from typing import Any, Final
 
 from shardprep_runtime.cut import WHOLE, Layout, Segment, allows, sizes_that_work
 from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
-from shardprep_runtime.manifest import PLACEMENTS, Layer
+from shardprep_runtime.manifest import ENGINES, PLACEMENTS, TORCH, Layer
 
 VOCABULARY_MULTIPLE: Final = 64
 """To which vLLM and SGLang pad the rows of a vocabulary before they share them (vllm DEFAULT_VOCAB_PADDING_SIZE)."""
-
-ENGINES: Final = ("transformers", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class ModelLayout:
     """Names that the checkpoint lacks because its config ties them -> the tensor they are tied to."""
     experts: int = 0
     """Routed experts of a layer; 0: none."""
-    engines: tuple[str, ...] = ENGINES
+    engines: tuple[str, ...] = tuple(engine for engine in ENGINES if engine != TORCH)
     """Engines whose way of asking is known."""
     stage_needs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Engine -> layers of which each of its pipeline stages must hold at least one."""
@@ -107,7 +105,8 @@ def derive_layout(
     segments = _Segments(rules["sizes"], values)
     of_layer: dict[int, _Segments] = {}
     layers = evaluate(rules["layers"], values)
-    beyond = values.get("num_nextn_predict_layers", 0)
+    beyond = values.get("num_nextn_predict_layers")  # heads that predict further tokens
+    end = layers + (beyond if type(beyond) is int else 0)
     tensors = {}
     rule_of: dict[str, tuple[str, str] | None] = {}  # what is alike is looked up and cut once
     known: dict[tuple[int, str, str, tuple[int, ...]], tuple[Layout, tuple[tuple[str, Layout], ...]]] = {}
@@ -116,7 +115,7 @@ def derive_layout(
         if pattern not in rule_of:
             rule_of[pattern] = _find(rules, pattern)
         found = rule_of[pattern]
-        if found is None and layer is not None and type(beyond) is int and layers <= layer < layers + beyond:
+        if found is None and layer is not None and layers <= layer < end:
             found = pattern, "vocabulary" if len(shape) == 2 and _is_vocabulary(name) else "whole"
         if found is None:
             raise UnsupportedError(
@@ -126,9 +125,9 @@ def derive_layout(
         pattern, rule = found
         placement, _, cut = rule.partition(" ") if rule.split()[0] in PLACEMENTS else (None, "", rule)
         if layer is not None and placement is None and layer >= layers:
-            if type(beyond) is not int or layer >= layers + beyond:
+            if layer >= end:
                 raise LayoutError(f"{quote(name)}: layer {layer}, but config.json says {layers} layers")
-            placement = "last"  # a head that predicts further tokens
+            placement = "last"
         own = segments
         if layer is not None and layer < layers:
             if layer not in of_layer:
