@@ -1,5 +1,5 @@
 """The main job end to end on a real checkpoint: convert, split, push to S3, workers that start from there and fetch
-only their own shard, and the proof.
+only their own shard, and the proof. Then the same of what quantize makes of it.
 
 The S3 server is the embedded one of the tests: it checks signatures, payloads and conditions as Amazon's does.
 
@@ -33,6 +33,9 @@ GRIDS = [(tp, pp) for pp in (1, 2, 3) for tp in (1, 2, 4)]
 GRAIN = 4
 BUCKET = "models"
 STORE = f"s3://{BUCKET}/tiny-llama"
+GROUP = 32
+QUANTIZED_GRIDS = [(1, 1), (2, 2), (4, 1)]
+MAX_KL = 0.005
 
 
 class Report:
@@ -72,14 +75,14 @@ def uneven(layers: int, pp: int) -> list[list[int]]:
 
 
 def run_workers(
-    server: S3Server, tp: int, stages: list[list[int]], cache: Path
+    server: S3Server, store: str, tp: int, stages: list[list[int]], cache: Path
 ) -> tuple[list[dict[str, Any]], int]:
     """Start one process a rank from the store, all on one host with an empty cache; what they report, and the bytes
     of blobs that the store has sent for all of them."""
     server.reset_stats()
     reports = []
     for rank in range(tp * len(stages)):
-        args = [STORE, rank, tp, len(stages), json.dumps(stages), "blocks", cache]
+        args = [store, rank, tp, len(stages), json.dumps(stages), "blocks", cache]
         done = subprocess.run(
             [sys.executable, "-P", ROOT / "scripts" / "worker.py", *map(str, args)],
             check=True,
@@ -221,7 +224,7 @@ def span(bounds: list[int]) -> str:
 
 
 def workers_line(
-    report: Report, tp: int, stages: list[list[int]], workers: list[dict[str, Any]], sent: int
+    report: Report, tp: int, stages: list[list[int]], workers: list[dict[str, Any]], sent: int, stored: int
 ) -> None:
     """One line a grid."""
     kept = [worker["bytes_kept"] for worker in workers]
@@ -229,7 +232,7 @@ def workers_line(
     anonymous = max(worker["anonymous_kib"] or 0 for worker in workers)
     report.line(
         f"  {tp:2}  {len(stages):2}  {','.join(map(span, stages)):11}  {len(workers):7}  "
-        f"{mib(min(kept)):>9} to {mib(max(kept)):>8}  {mib(sum(kept)):>9}  {mib(sent):>9}  {sent / report.facts['stored']:6.3f}  "
+        f"{mib(min(kept)):>9} to {mib(max(kept)):>8}  {mib(sum(kept)):>9}  {mib(sent):>9}  {sent / stored:6.3f}  "
         f"{mapped:5.0%}  {anonymous:6} KiB  {sorted(worker['milliseconds'] for worker in workers)[len(workers) // 2]:5.0f} ms"
     )
 
@@ -334,10 +337,10 @@ def run(report: Report, checkpoint: Path, work: Path, server: S3Server) -> None:
     traffic: dict[tuple[int, int], int] = {}
     for tp, pp in GRIDS:
         stages = uneven(layers, pp)
-        workers, sent = run_workers(server, tp, stages, work / f"cache-{tp}-{pp}")
+        workers, sent = run_workers(server, STORE, tp, stages, work / f"cache-{tp}-{pp}")
         grids[tp, pp] = (stages, workers)
         traffic[tp, pp] = sent
-        workers_line(report, tp, stages, workers, sent)
+        workers_line(report, tp, stages, workers, sent, weights)
     report.facts["grids"] = [
         {
             "tp": tp,
@@ -391,6 +394,100 @@ def run(report: Report, checkpoint: Path, work: Path, server: S3Server) -> None:
         _same_files(work / "converted", work / "exported"),
         "export equals convert, byte for byte",
     )
+    quantized(report, checkpoint, layers, work, server)
+
+
+def quantized(report: Report, checkpoint: Path, layers: int, work: Path, server: S3Server) -> None:
+    """The same with 4 bits: quantize, split, workers, and that they compute what the unsplit one computes."""
+    report.line()
+    report.line(
+        f"Quantized: GPTQ, 4 bits in groups of {GROUP}, on the CPU; calibrated with the built-in text"
+    )
+    made, seconds = command(
+        "quantize",
+        work / "converted",
+        work / "quantized",
+        "--method",
+        "gptq",
+        "--group-size",
+        str(GROUP),
+        "--samples",
+        "128",
+        "--sequence-length",
+        "256",
+        "--evaluate",
+        checkpoint / "heldout.txt",
+        "--max-kl",
+        str(MAX_KL),
+        "-tp",
+        str(GRAIN),
+    )
+    quality = made["quality"]
+    report.fact(
+        "quantized",
+        {key: made[key] for key in ("source_bytes", "nbytes", "versions", "measured")},
+        f"quantize {seconds:5.1f} s  {mib(made['source_bytes'])} -> {mib(made['nbytes'])}, {made['quantized']} linears,"
+        f" by {made['engine']} {made['versions'][made['engine']]}",
+    )
+    report.claim(
+        "quantized_is_good",
+        quality["kl"] <= MAX_KL,
+        f"on {quality['tokens']:,} held-out tokens: perplexity {quality['perplexity_before']:.2f} ->"
+        f" {quality['perplexity']:.2f}, KL {quality['kl']:.6f}, the same first choice {quality['agreement']:.1%}",
+    )
+    report.facts["quality"] = {key: value for key, value in quality.items() if key != "layers"}
+    store = f"{STORE}-gptq"
+    shards = work / "quantized-shards"
+    split, seconds = command(
+        "split", work / "quantized", shards, "-tp", str(GRAIN), "--max-part-size", "1MiB"
+    )
+    stored = sum(size for _, size, _, _ in split["parts"])
+    report.fact(
+        "quantized_split_seconds",
+        seconds,
+        f"split    {seconds:5.2f} s  grain {GRAIN}, {len(split['parts'])} parts",
+    )
+    command("push", shards, store)
+    report.line(
+        "  TP  PP  stages       workers  kept by each                kept    fetched  of all  mapped    anon max  start"
+    )
+    grids: dict[tuple[int, int], Any] = {}
+    for tp, pp in QUANTIZED_GRIDS:
+        stages = uneven(layers, pp)
+        workers, sent = run_workers(server, store, tp, stages, work / f"quantized-cache-{tp}-{pp}")
+        grids[tp, pp] = (stages, workers)
+        workers_line(report, tp, stages, workers, sent, stored)
+    report.claim(
+        "quantized_logits_equal",
+        _dequantized_equal(work / "quantized", shards, grids),
+        f"dequantized, the shards of {len(grids)} grids give logits bit-equal to those of the unsplit checkpoint",
+    )
+
+
+def _dequantized_equal(folder: Path, shards: Path, grids: dict[tuple[int, int], Any]) -> bool:
+    """Whether what the ranks hold computes what the unsplit checkpoint does, both dequantized to float32."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from shardprep.layout import read_scheme
+    from shardprep.packing import dequantized
+
+    config = AutoConfig.from_pretrained(folder)
+    scheme = read_scheme(config.to_dict())
+    assert scheme is not None
+    del config.quantization_config
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def computed(state: dict[str, Any]) -> Any:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain = {name: tensor.float() for name, tensor in dequantized(state, scheme).items()}
+        model.load_state_dict(plain, strict=True)
+        return answers(model.eval(), tokenizer)
+
+    logits, tokens = computed(load_file(folder / "model.safetensors"))
+    found = [computed(assemble(shards, tp, stages, workers)) for (tp, _), (stages, workers) in grids.items()]
+    return all(torch.equal(own, logits) and said == tokens for own, said in found)
 
 
 def _same_files(one: Path, other: Path) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.store import Access
@@ -75,14 +76,20 @@ def write_checkpoint(
     dtype: str | None = None,
     conduct: Conduct,
     prove: Callable[[Path], None] = lambda _: None,
+    beside: Index | None = None,
+    written: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Carry out a plan of whole tensors. `prove` is called with the folder of the finished files before they get
-    their final names, and raises where they are not what they should be."""
+    their final names, and raises where they are not what they should be. Side files are those of `beside`, if it is
+    given, and what was `written` here."""
+    beside = beside or index
     parts = [part.path for part in plan.parts]
     last = INDEX_NAME if len(parts) > 1 else parts.pop()
-    files = [*parts, *index.side_files, last]
+    files = [*parts, *beside.side_files, *written, last]
     with Staging(destination, fingerprint(plan, index), files, warn=conduct.warn) as staging:
-        copy_side_files(index, staging, dtype=dtype, name_dtype=False)
+        copy_side_files(beside, staging, dtype=dtype, name_dtype=False)
+        for name, data in written.items():
+            staging.write(name, data)
         carry_out(plan, index, staging, conduct)
         if last == INDEX_NAME:
             staging.write(INDEX_NAME, _index_json(plan))

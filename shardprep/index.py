@@ -27,10 +27,10 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a block of a tensor lies in one source file."""
+    """Where a block of a tensor lies in one source file, or that it is all zeros."""
 
     file: str
-    """Path relative to the checkpoint's folder."""
+    """Path relative to the checkpoint's folder; empty: the block is zeros, and lies nowhere."""
     offset: int
     """Byte of the block's element (0, ..., 0), counted from the start of the file."""
     start: int = 0
@@ -52,7 +52,7 @@ class Tensor:
     """As safetensors names it."""
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]
-    """Its blocks in order along `dim`. One extent, the whole tensor, in every source but a shard set."""
+    """Its blocks in order along `dim`. One extent, the whole tensor, in every source but a shard set, unless padded."""
     dim: int = 0
 
     @property
@@ -98,6 +98,8 @@ class Index:
     left_out: tuple[LeftOut, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     """config.json, or empty where there is none."""
+    edited: bool = False
+    """Whether `config` is no longer what the file says: where the side files go, it is written anew."""
     side_files: tuple[str, ...] = ()
     """Files that travel with the weights (config, tokenizer, licence), relative to the folder."""
 

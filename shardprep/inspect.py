@@ -9,10 +9,14 @@ from math import prod
 from pathlib import Path
 
 from shardprep_runtime import manifest as manifests
+from shardprep_runtime.errors import InputError
 from shardprep_runtime.manifest import Part
 from shardprep_runtime.store import Access
 
-from .index import LeftOut, SourceFile, Tensor
+from .index import Index, LeftOut, SourceFile, Tensor
+from .layout import Scheme
+from .layout.packed import unpack
+from .model import scheme_of
 from .plan import natural
 from .source import open_source, read_checkpoint
 
@@ -31,7 +35,7 @@ class Inspection:
     files: tuple[SourceFile, ...]
     side_files: tuple[str, ...]
     parameters: int
-    """Elements of all tensors, tied ones once."""
+    """Numbers of the model, tied ones once; of a quantized one those that its packed tensors stand for."""
     nbytes: int
     by_dtype: Mapping[str, tuple[int, int]]
     """dtype -> (tensors, bytes)."""
@@ -44,6 +48,10 @@ class Inspection:
     """Routed experts of a layer, by the manifest of a shard set."""
     engines: tuple[str, ...] = ()
     """Whose way of cutting views of a shard set can follow."""
+    quantization: Scheme | None = None
+    """How it is quantized; None: not at all, or in a way that is not known."""
+    unknown_quantization: str | None = None
+    """What is not known about how it is quantized."""
 
     @property
     def tied(self) -> list[list[str]]:
@@ -61,6 +69,7 @@ def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
     """What lies at `path`, a path or a URI. Raises InputError where it is not sound."""
     with open_source(path, access, data=False) as source:
         index = read_checkpoint(source)
+        scheme, parameters, unknown = _numbers(index)
     manifest = manifests.read(path) if index.kind == "shard set" else None
     tensors = tuple(sorted(index.tensors.values(), key=lambda tensor: natural(tensor.name)))
     model_type = index.config.get("model_type")
@@ -73,7 +82,7 @@ def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
         left_out=index.left_out,
         files=index.files,
         side_files=index.side_files,
-        parameters=sum(prod(tensor.shape) for tensor in tensors),
+        parameters=parameters,
         nbytes=index.nbytes,
         by_dtype=_totals((tensor.dtype, tensor) for tensor in tensors),
         by_layer=_totals((layer_of(tensor.name), tensor) for tensor in tensors),
@@ -81,7 +90,22 @@ def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
         grain=manifest.grain if manifest else None,
         experts=manifest.experts if manifest else 0,
         engines=(manifests.TORCH, *manifest.engines) if manifest else (),
+        quantization=scheme,
+        unknown_quantization=unknown,
     )
+
+
+def _numbers(index: Index) -> tuple[Scheme | None, int, str | None]:
+    """How a checkpoint is quantized, the numbers of the model, and why neither can be said where they cannot."""
+    elements = sum(prod(tensor.shape) for tensor in index.tensors.values())
+    try:
+        scheme = scheme_of(index)
+        if scheme is None:
+            return None, elements, None
+        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in index.tensors.items()}
+        return scheme, unpack(tensors, scheme).parameters, None
+    except InputError as error:  # what it holds can be shown all the same
+        return None, elements, str(error)
 
 
 def layer_of(name: str) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 from shardprep_runtime import dtypes
-from shardprep_runtime.errors import InputError, LayoutError, quote
+from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.store import Access
 
 from .files import LocalFolder
-from .layout import ModelLayout, derive_layout
-from .layout.packed import Derive, PackedModel, Shapes, derive_packed, pack
+from .index import Index
+from .layout import ModelLayout, PackedModel, Scheme, derive_layout, lay_out, read_scheme
+from .layout.packed import pack
+from .layout.quantization import legacy_names
 from .memory import text_config
 from .plan import settle_aliases
 from .source import open_source, read_checkpoint
@@ -61,18 +62,12 @@ def read_model(
     access: Access | None = None,
 ) -> Model:
     """The model at `source`: its tensors and how each is cut, from headers or, of a config.json, as it would be built."""
-    derive = partial(derive_layout, allow_generic=allow_generic)
     if isinstance(source, Path) and source.suffix == ".json":
-        model = _from_config(source, derive)
+        model = _from_config(source, allow_generic=allow_generic)
     else:
         with open_source(source, access, data=False) as opened:
             index = settle_aliases(read_checkpoint(opened))
-        if not index.config:
-            raise InputError(
-                f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
-            )
-        tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in index.tensors.items()}
-        model = _of_tensors(index.config, tensors, derive)
+            model = model_of(index, allow_generic=allow_generic)
     if quantize is None:
         return model
     if quantize not in QUANTIZERS:
@@ -80,51 +75,66 @@ def read_model(
     return quantized(model, quantize, group_size)
 
 
-def _from_config(path: Path, derive: Derive) -> Model:
+def model_of(index: Index, *, allow_generic: bool = False) -> Model:
+    """What a plan needs to know of a checkpoint."""
+    packed = lay_out_index(index, allow_generic=allow_generic)
+    return Model(index.config, packed, packed.scheme.method if packed.scheme else None)
+
+
+def lay_out_index(index: Index, *, allow_generic: bool = False) -> PackedModel:
+    """The tensors of a checkpoint, quantized or not, and how each is cut: what plans and splits go by.
+
+    Raises InputError where there is no config.json, UnsupportedError where there are no rules for what it says.
+    """
+    if not index.config:
+        raise InputError(
+            f"{index.folder.where()}: no config.json, which says what architecture the tensors belong to"
+        )
+    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in index.tensors.items()}
+    derive = partial(derive_layout, allow_generic=allow_generic)
+    return lay_out(index.config, tensors, legacy=read_legacy(index), derive=derive)
+
+
+def read_legacy(index: Index) -> Mapping[str, Any] | None:
+    """What AutoGPTQ's or AutoAWQ's own file beside the weights says, for a checkpoint whose config.json says nothing."""
+    if read_scheme(index.config) is not None or not any(name.endswith(".qweight") for name in index.tensors):
+        return None
+    name = next((name for name in legacy_names if index.folder.has(name)), None)
+    return None if name is None else read_json(index.folder, name)
+
+
+def scheme_of(index: Index) -> Scheme | None:
+    """How a checkpoint is quantized, by its config.json or an older tool's file beside it; None: not at all."""
+    return read_scheme(index.config, read_legacy(index))
+
+
+def _from_config(path: Path, *, allow_generic: bool) -> Model:
     from .skeleton import shapes_of
 
     if not path.is_file():
         raise InputError(f"{quote(path)}: no such file")
     config = read_json(LocalFolder(path.parent), path.name)
+    scheme = read_scheme(config)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    tensors = shapes_of(plain)
-    model = _of_tensors(plain, tensors, derive)
+    derive = partial(derive_layout, allow_generic=allow_generic)
+    packed = lay_out(plain, shapes_of(plain), derive=derive)
+    notes: tuple[str, ...] = ()
     text = text_config(config)
     if not any(text.get(key) for key in ("dtype", "torch_dtype")):
-        model = replace(model, notes=("config.json names no dtype; weights are counted as float32",))
-    how = config.get("quantization_config")
-    if not isinstance(how, Mapping):
-        return model
-    block = how.get("weight_block_size")
-    group = block[0] if isinstance(block, list) and block else how.get("group_size", how.get("q_group_size"))
-    bits = how.get("bits", how.get("w_bit", 4))
-    skip = how.get("modules_to_not_convert") or how.get("ignore") or ()
-    if not isinstance(skip, Sequence) or not all(isinstance(each, str) for each in skip):
-        raise LayoutError("config.json: what is not quantized must be a list of names")
-    if bits not in (2, 4, 8) or (type(group) is not int and group is not None):
-        raise LayoutError(
-            f"config.json: a quantization of {quote(bits)} bits in groups of {quote(group)} is not known"
-        )
-    method = str(how.get("quant_method"))
+        notes = ("config.json names no dtype; weights are counted as float32",)
+    if scheme is None:
+        return Model(config, packed, None, notes)
     packed = pack(
-        model.layout,
-        model.packed.tensors,
-        method=method,
-        bits=bits,
-        group=group if group and group > 0 else None,
-        skip=skip,
+        packed.layout,
+        packed.tensors,
+        method=scheme.method,
+        bits=scheme.bits,
+        group=scheme.group,
+        skip=scheme.kept,
+        symmetric=scheme.symmetric,
+        act_order=scheme.act_order,
     )
-    return replace(model, config=config, packed=packed, quantization=method)
-
-
-def _of_tensors(config: Mapping[str, Any], tensors: Shapes, derive: Derive) -> Model:
-    how = config.get("quantization_config")
-    if isinstance(how, Mapping):
-        packed = derive_packed(config, tensors, derive)
-        return Model(config, packed, str(how.get("quant_method")))
-    layout = derive(config, {name: shape for name, (_, shape) in tensors.items()})
-    numbers = sum(prod(shape) for _, shape in tensors.values())
-    return Model(config, PackedModel(tensors, layout, numbers, {}), None)
+    return Model(config, packed, scheme.method, notes)
 
 
 def quantized(model: Model, method: str, group_size: int) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from dataclasses import replace
 from math import prod
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -100,7 +101,10 @@ class Reader(Protocol):
     """The packed bytes of one tensor, in the dtype in which it is written."""
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop) of the packed tensor, valid until the next call."""
+        """Bytes [start, stop) of the packed tensor, valid until the next call. Calls go front to back."""
+
+    def finish(self) -> None:
+        """Call once all bytes were read. Raises IntegrityError where they are not those that were indexed."""
 
 
 class PlainReader:
@@ -129,31 +133,37 @@ class PlainReader:
         return chunk
 
     def finish(self) -> None:
-        """Call once all bytes were read in order."""
         if self.record is not None:
             compare(self.file, self.record, self.crc)
 
 
 class JoinedReader:
-    """A tensor that lies in several packed blocks along one dim: one of a shard set."""
+    """A tensor that lies in several blocks along one dim: one of a shard set, or one that is padded with zeros."""
 
-    def __init__(self, sources: Sources, tensor: Tensor) -> None:
-        self.extents = tensor.extents
-        self.files = [sources.file(extent.file) for extent in tensor.extents]
-        inner = dtypes.nbytes(tensor.dtype, tensor.shape[tensor.dim + 1 :])
+    def __init__(self, sources: Sources, tensor: Tensor, dtype: str) -> None:
+        inner = dtypes.nbytes(dtype, tensor.shape[tensor.dim + 1 :])
         self.row = inner * tensor.shape[tensor.dim]
-        self.bounds = [(e.start * inner, (e.stop or 0) * inner) for e in self.extents]
+        self.bounds = [(e.start * inner, (e.stop or 0) * inner) for e in tensor.extents]
+        runs: dict[tuple[str, Record | None], _Run] = {}
+        self.blocks = [_open_block(sources, tensor, extent, dtype, runs) for extent in tensor.extents]
+        self.runs = tuple(runs.values())
+        self.last: tuple[int, bytes] = (-1, b"")
+        """A short row that the next call needs as well, so that no byte is read twice."""
 
     def read(self, start: int, stop: int) -> memoryview:
         if self.row >= CHUNK:
             return self._within_rows(start, stop)
         first, last = start // self.row, -(-stop // self.row)
-        columns = [(self._column(i, first, last), high - low) for i, (low, high) in enumerate(self.bounds)]
-        rows = b"".join(
+        kept = self.last[1] if self.last[0] == first else b""
+        begin = first + 1 if kept else first
+        columns = [(self._column(i, begin, last), high - low) for i, (low, high) in enumerate(self.bounds)]
+        own = (
             column[row * width : (row + 1) * width]
-            for row in range(last - first)
+            for row in range(last - begin)
             for column, width in columns
         )
+        rows = b"".join((kept, *own))
+        self.last = last - 1, rows[len(rows) - self.row :]
         return memoryview(rows)[start - first * self.row : stop - first * self.row]
 
     def _within_rows(self, start: int, stop: int) -> memoryview:
@@ -161,19 +171,146 @@ class JoinedReader:
         out = memoryview(bytearray(stop - start))
         for row in range(start // self.row, -(-stop // self.row)):
             base = row * self.row - start  # where the row begins in `out`
-            for extent, file, (low, high) in zip(self.extents, self.files, self.bounds, strict=True):
+            for block, (low, high) in zip(self.blocks, self.bounds, strict=True):
                 a, b = max(low, -base), min(high, len(out) - base)
                 if a < b:
-                    at = extent.offset + row * (high - low) + a - low
-                    file.read_into(out[base + a : base + b], at)
+                    block.read_into(out[base + a : base + b], row * (high - low) + a - low)
         return out
 
     def _column(self, number: int, first: int, last: int) -> memoryview:
         """Rows [first, last) of one block."""
         low, high = self.bounds[number]
         column = memoryview(bytearray((last - first) * (high - low)))
-        self.files[number].read_into(column, self.extents[number].offset + first * (high - low))
+        if column:
+            self.blocks[number].read_into(column, first * (high - low))
         return column
+
+    def finish(self) -> None:
+        for run in self.runs:
+            run.finish()
+
+
+class _Run:
+    """What the blocks of a tensor lie in, read front to back. Sums its record's crc32 as far as bytes come in order."""
+
+    def __init__(self, sources: Sources, path: str, record: Record | None, start: int, stop: int) -> None:
+        self.sources, self.path, self.record = sources, path, record
+        self.file = sources.file(path)
+        self.ahead = self.file.stretch(start, stop)
+        self.summed, self.crc = record.start if record is not None else -1, 0
+
+    def read_into(self, into: memoryview, offset: int) -> None:
+        self.ahead.read_into(into, offset)
+        if offset == self.summed:
+            self.crc = crc32(into, self.crc)
+            self.summed += len(into)
+
+    def finish(self) -> None:
+        if self.record is None:
+            return
+        if self.summed == self.record.stop:
+            compare(self.file, self.record, self.crc)
+        else:  # other tensors have a part of the record, or the blocks lie across each other
+            self.sources.check_record(self.path, self.record)
+
+
+class _Block(Protocol):
+    """One block of a tensor."""
+
+    def read_into(self, into: memoryview, start: int) -> None:
+        """Fill `into`, which is zeros, with the bytes of the packed block from `start` on."""
+
+
+class _Zeros:
+    def read_into(self, into: memoryview, start: int) -> None:
+        pass
+
+
+class _Rows:
+    """A block whose rows lie in a file one behind the other, or `pitch` bytes apart."""
+
+    def __init__(self, run: _Run, offset: int, width: int, pitch: int) -> None:
+        self.run, self.offset, self.width, self.pitch = run, offset, width, pitch
+
+    def read_into(self, into: memoryview, start: int) -> None:
+        if self.pitch == self.width:
+            self.run.read_into(into, self.offset + start)
+            return
+        done = 0
+        while done < len(into):
+            row, at = divmod(start + done, self.width)
+            count = min(self.width - at, len(into) - done)
+            self.run.read_into(into[done : done + count], self.offset + row * self.pitch + at)
+            done += count
+
+
+class _Gathered:
+    def __init__(self, reader: GatheredReader) -> None:
+        self.reader = reader
+
+    def read_into(self, into: memoryview, start: int) -> None:
+        into[:] = self.reader.read(start, start + len(into))
+
+
+def _open_block(
+    sources: Sources,
+    tensor: Tensor,
+    extent: Extent,
+    dtype: str,
+    runs: dict[tuple[str, Record | None], _Run],
+) -> _Block:
+    """The reader of one extent of a tensor; `runs` holds those that its extents share."""
+    dim = tensor.dim
+    shape = (*tensor.shape[:dim], (extent.stop or 0) - extent.start, *tensor.shape[dim + 1 :])
+    if not extent.file or not prod(shape):
+        return _Zeros()
+    width = dtypes.nbytes(tensor.dtype, shape[dim:])
+    pitch = width if extent.strides is None else _pitch(extent.strides, shape, dim, tensor.dtype)
+    if pitch is None or extent.big_endian or dtype != tensor.dtype:
+        alone = replace(extent, start=0, stop=None)
+        return _Gathered(GatheredReader(sources, replace(tensor, shape=shape, extents=(alone,)), dtype))
+    key = extent.file, extent.record
+    if key not in runs:
+        start, stop = _reach(tensor, extent)
+        runs[key] = _Run(sources, extent.file, extent.record, start, stop)
+    return _Rows(runs[key], extent.offset, width, pitch or width)
+
+
+def _pitch(strides: tuple[int, ...], shape: tuple[int, ...], dim: int, dtype: str) -> int | None:
+    """Bytes from row to row, a row being what lies behind `dim`; 0 where there is but one; None where rows are not
+    packed, or not evenly spaced."""
+    step = 1
+    for size, stride in zip(reversed(shape[dim:]), reversed(strides[dim:]), strict=True):
+        if size > 1 and stride != step:
+            return None
+        step *= size
+    pitch = 0
+    for size, stride in zip(reversed(shape[:dim]), reversed(strides[:dim]), strict=True):
+        if size > 1:
+            if pitch and stride != step:
+                return None
+            pitch = pitch or stride
+            step = stride * size
+    return pitch * dtypes.BITS[dtype] // 8
+
+
+def _reach(tensor: Tensor, extent: Extent) -> tuple[int, int]:
+    """Bytes [start, stop) of the file in which the blocks of a tensor lie that share a run with this one."""
+    starts, stops = [], []
+    for each in tensor.extents:
+        if (each.file, each.record) == (extent.file, extent.record):
+            shape = (
+                *tensor.shape[: tensor.dim],
+                (each.stop or 0) - each.start,
+                *tensor.shape[tensor.dim + 1 :],
+            )
+            starts.append(each.offset)
+            if each.strides is None:
+                stops.append(each.offset + dtypes.nbytes(tensor.dtype, shape))
+            else:
+                last = sum((size - 1) * stride for size, stride in zip(shape, each.strides, strict=True))
+                stops.append(each.offset + (last + 1) * dtypes.BITS[tensor.dtype] // 8)
+    return min(starts), max(stops)
 
 
 class GatheredReader:
@@ -202,6 +339,9 @@ class GatheredReader:
             with np.errstate(over="ignore"):  # beyond the range becomes inf, as in torch
                 found = found.view(source).astype(target)
         return memoryview(found.view("u1"))  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        pass  # its record was checked before
 
 
 def _elements(sources: Sources, extent: Extent, tensor: Tensor, itemsize: int) -> np.ndarray[Any, Any]:
@@ -255,7 +395,7 @@ def open_reader(sources: Sources, tensor: Tensor, dtype: str) -> Reader:
     """The reader for a tensor that is to be written as `dtype`."""
     extent = tensor.extents[0]
     if len(tensor.extents) > 1:
-        return JoinedReader(sources, tensor)
+        return JoinedReader(sources, tensor, dtype)
     if tensor.nbytes and (extent.strides is not None or extent.big_endian or dtype != tensor.dtype):
         return GatheredReader(sources, tensor, dtype)
     return PlainReader(sources, tensor)

@@ -26,13 +26,15 @@ def copy_side_files(
 ) -> list[SideFile]:
     """Copy them into `staging` and give their digests.
 
-    config.json is rewritten only where it would be wrong: when tensors are cast to `dtype`, or when it names no
-    dtype and `name_dtype` asks for one (engines then guess float32, or the dtype of the first tensor they meet).
+    config.json is rewritten only where it would be wrong: when the index's is another, when tensors are cast to
+    `dtype`, or when it names no dtype and `name_dtype` asks for one (engines then guess float32, or the dtype of the
+    first tensor they meet).
     """
     found = []
     for name in index.side_files:
-        if name == CONFIG and (dtype is not None or (name_dtype and not _named(index))):
-            data = _config(index, dtype)
+        misnamed = dtype is not None or (name_dtype and not _named(index))
+        if name == CONFIG and (misnamed or index.edited):
+            data = _config(index, dtype, misnamed)
             staging.write(name, data)
             found.append(SideFile(name, len(data), f"sha256:{hashlib.sha256(data).hexdigest()}"))
         else:
@@ -83,14 +85,14 @@ def _named(index: Index) -> bool:
     return bool(index.config.get("dtype") or index.config.get("torch_dtype"))
 
 
-def _config(index: Index, dtype: str | None) -> bytes:
-    """config.json with the dtype of most of the weights' bytes."""
+def _config(index: Index, dtype: str | None, misnamed: bool) -> bytes:
+    """The index's config.json; where `misnamed`, with the dtype of most of the weights' bytes."""
     sizes: Counter[str] = Counter()
     for tensor in index.tensors.values():
         if tensor.dtype in CASTABLE:
             sizes[target_dtype(tensor, dtype)] += tensor.nbytes
     config = dict(index.config)
-    if sizes:
+    if sizes and misnamed:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = TORCH[sizes.most_common(1)[0][0]]
     return (json.dumps(config, indent=2) + "\n").encode()

@@ -6,9 +6,10 @@ transformers and torch are needed for this alone, and are imported when it is as
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from shardprep_runtime import dtypes
 from shardprep_runtime.errors import UnsupportedError, quote
@@ -18,7 +19,10 @@ from .shrink import shrink
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["Shapes", "build", "default_config", "shapes_of", "shrink"]
+__all__ = ["Shapes", "bare", "build", "default_config", "quiet", "shapes_of", "shrink"]
+
+NOISY: Final = ("torchao", "torch.utils._pytree")
+"""Loggers that complain, where torchao is installed, of kernels that are not for this machine."""
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """Name of a checkpoint's tensor -> its dtype and shape."""
@@ -79,6 +83,28 @@ def build(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "float32") -
     return model
 
 
+def bare(config: Mapping[str, Any]) -> PreTrainedModel:
+    """A causal language model of this config in float32 whose parameters have no memory; its buffers are computed.
+
+    Raises UnsupportedError where transformers has none, or cannot build it.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = _build(config, dtype=torch.float32, causal=True)
+    for parameter in model.parameters():
+        # as from_pretrained tells its initialization what is loaded: it leaves these alone
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()  # type: ignore[no-untyped-call]
+    model.train(False)
+    return model
+
+
 def class_of(model_type: str) -> type[PreTrainedModel]:
     """transformers' class of the language models of this type."""
     import transformers
@@ -92,16 +118,17 @@ def class_of(model_type: str) -> type[PreTrainedModel]:
     raise UnsupportedError(f"transformers has no language model of type {quote(model_type)}")
 
 
-def _build(config: Mapping[str, Any], *, dtype: Any) -> PreTrainedModel:
+def _build(config: Mapping[str, Any], *, dtype: Any, causal: bool = False) -> PreTrainedModel:
     import transformers
     from transformers.initialization import meta_device_safe_creation_ops
 
     parsed = _parse(config)
+    kinds: tuple[Any, ...] = (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM)
     auto: Any
-    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM):
+    for auto in kinds[:1] if causal else kinds:
         if type(parsed) in auto._model_mapping:
             try:
-                with _quiet(), meta_device_safe_creation_ops():
+                with quiet(), meta_device_safe_creation_ops():
                     model: PreTrainedModel = auto.from_config(
                         parsed, dtype=dtype, attn_implementation="eager"
                     )
@@ -110,15 +137,16 @@ def _build(config: Mapping[str, Any], *, dtype: Any) -> PreTrainedModel:
                 raise UnsupportedError(
                     f"transformers cannot build a {parsed.model_type} of this config: {type(error).__name__}: {error}"
                 ) from None
-    raise UnsupportedError(f"transformers has no language model of type {quote(parsed.model_type)}")
+    kind = "causal language model" if causal else "language model"
+    raise UnsupportedError(f"transformers has no {kind} of type {quote(parsed.model_type)}")
 
 
 def _parse(config: Mapping[str, Any]) -> PreTrainedConfig:
     kind = _mapping()(config.get("model_type"))
     fields = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
     try:
-        with _quiet():
-            found: PreTrainedConfig = kind.from_dict(fields)
+        with quiet():
+            found: PreTrainedConfig = kind.from_dict(_floats(fields))
             return found
     except Exception as error:  # noqa: BLE001 - its validators raise classes of their own
         raise UnsupportedError(
@@ -126,8 +154,19 @@ def _parse(config: Mapping[str, Any]) -> PreTrainedConfig:
         ) from None
 
 
+def _floats(value: Any) -> Any:
+    """A config with the floats that JSON has not, which transformers writes as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _floats(each) for key, each in value.items()}
+    return [_floats(each) for each in value] if isinstance(value, list) else value
+
+
 def _mapping() -> Any:
     """model_type -> transformers' config class."""
+    for noisy in NOISY:
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         import torch  # noqa: F401 - transformers without it builds nothing
         from transformers import CONFIG_MAPPING
@@ -146,17 +185,20 @@ def _mapping() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' warnings about a config that we made from our user."""
+def quiet() -> Iterator[None]:
+    """Keep transformers' warnings about what we made, and its progress bars, from our user."""
     import transformers
 
-    logging: Any = transformers.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    own: Any = transformers.logging
+    level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
+    own.set_verbosity_error()
+    own.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        own.set_verbosity(level)
+        if bars:
+            own.enable_progress_bar()
 
 
 def _dtype(config: Mapping[str, Any]) -> Any:

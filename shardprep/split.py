@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from shardprep_runtime import __version__
 from shardprep_runtime import manifest as manifests
-from shardprep_runtime.errors import InputError, quote
+from shardprep_runtime.errors import FormatError, InputError, quote
 from shardprep_runtime.grid import Stages, check_stage_needs, check_stages, even_stages
-from shardprep_runtime.manifest import Entry, Form, Manifest, Part, SideFile
+from shardprep_runtime.manifest import (
+    Entry,
+    Form,
+    Manifest,
+    Part,
+    Quantization,
+    QuantizationReport,
+    SideFile,
+)
 from shardprep_runtime.remote import DEFAULT_REVISION, check_revision
 from shardprep_runtime.store import Access, is_uri
 
 from .conduct import Conduct
 from .index import Index, LeftOut
-from .layout import ModelLayout, derive_layout, normalize
+from .layout import ModelLayout, Scheme, normalize
+from .layout.quantization import spell
+from .model import lay_out_index, read_legacy
 from .plan import Plan, plan_split, settle_aliases, uncollected
 from .publish import StoreStaging
 from .side_files import copy_side_files
 from .source import Source, open_source, read_checkpoint
+from .source.checkpoint import read_json
 from .staging import Destination, Staging, Written
 from .write import carry_out, fingerprint
 
@@ -93,15 +106,11 @@ def split(
                 raise InputError(
                     f"{quote(source)}: a shard set already; it serves every size that divides its grain"
                 )
-            if not index.config:
-                raise InputError(
-                    f"{quote(source)}: no config.json, which says what architecture the tensors belong to"
-                )
-            layout = derive_layout(
-                index.config,
-                {name: tensor.shape for name, tensor in index.tensors.items()},
-                allow_generic=allow_generic,
-            )
+            packed = lay_out_index(index, allow_generic=allow_generic)
+            layout = packed.layout
+            packed.check_grain(tensor_parallel_size)
+            index = _spelled(index, packed.scheme)
+            summary = _summary(index)
             chosen = _stages(layout, pipeline_parallel_size, stages)
             plan = plan_split(
                 index,
@@ -149,12 +158,22 @@ def split(
                     opened,
                     grain=tensor_parallel_size,
                     stages=chosen,
+                    quantization=_quantization(packed.scheme, summary, side_files),
                 )
             )
             manifests.parse(raw)  # what no reader would take must not be published
             staging.complete(manifests.FILE_NAME, raw)
     digest = manifests.digest_of(raw)
     return _report(plan, index, layout, destination, tensor_parallel_size, chosen, digest)
+
+
+def _spelled(index: Index, scheme: Scheme | None) -> Index:
+    """The index with a config.json that says how it is quantized, where only an older tool's file beside it did."""
+    legacy = read_legacy(index)
+    if scheme is None or legacy is None:
+        return index
+    how = spell(scheme, legacy=legacy, head="lm_head.qweight" in index.tensors)
+    return replace(index, config={**index.config, "quantization_config": how}, edited=True)
 
 
 def _stages(
@@ -185,6 +204,7 @@ def _manifest(
     *,
     grain: int,
     stages: Stages | None,
+    quantization: Quantization | None,
 ) -> Manifest:
     tensors = {}
     for move in plan.moves:
@@ -226,9 +246,40 @@ def _manifest(
             for part, done in zip(plan.parts, written, strict=True)
         ),
         side_files=tuple(side_files),
+        quantization=quantization,
         experts=layout.experts,
         engines=layout.engines,
         stage_needs=layout.stage_needs,
+    )
+
+
+def _summary(index: Index) -> Mapping[str, Any]:
+    """What the report of `shardprep quantize` beside the weights says in short; empty where there is none."""
+    name = manifests.QUANTIZATION_REPORT
+    found = read_json(index.folder, name).get("summary", {}) if name in index.side_files else {}
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise FormatError(f"{index.folder.where(name)}: a number in its summary is not finite") from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{index.folder.where(name)}: summary is {quote(found)}, expected an object")
+    return found
+
+
+def _quantization(
+    scheme: Scheme | None, summary: Mapping[str, Any], side_files: Sequence[SideFile]
+) -> Quantization | None:
+    if scheme is None:
+        return None
+    report = next((side for side in side_files if side.path == manifests.QUANTIZATION_REPORT), None)
+    return Quantization(
+        scheme.method,
+        scheme.bits,
+        scheme.group,
+        scheme.symmetric,
+        scheme.act_order,
+        scheme.format,
+        None if report is None else QuantizationReport(report.digest, summary),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -262,8 +263,7 @@ class _Run:
         reader = open_reader(self.sources, move.tensor, move.dtype)
         if not self._kernel_copy(move, reader, writers):
             self._copy(move, reader, writers)
-        if isinstance(reader, PlainReader):
-            reader.finish()
+        reader.finish()
         self.outputs.done([(piece, writers[id(piece)].finish()) for piece in todo])
 
     def _writer(self, piece: PlannedPiece) -> _PieceWriter:
@@ -351,6 +351,8 @@ def fingerprint(plan: Plan, index: Index) -> str:
     for name in index.side_files:
         with index.folder.open(name) as side:
             digest.update(repr((name, side.size, side.version)).encode())
+    if index.edited:
+        digest.update(json.dumps(index.config, sort_keys=True).encode())
     # many pieces are the same block of the same form, which is told once
     known: dict[tuple[int, int], int] = {}
     for part in plan.parts:
@@ -366,6 +368,11 @@ def fingerprint(plan: Plan, index: Index) -> str:
             blocks.append(known[key])
         digest.update(repr([piece.name for piece in part.pieces]).encode())
         digest.update(repr(blocks).encode())
+    for tensor in (move.tensor for move in plan.moves):
+        if not all(
+            extent.file for extent in tensor.extents
+        ):  # padded: the form does not say where the zeros are
+            digest.update(repr((tensor.name, tensor.dim, tensor.extents)).encode())
     return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ import numpy as np
 Shapes = dict[str, tuple[int, ...]]
 Stages = list[tuple[int, int]]
 
-WIDTH = {"BF16": 2, "F16": 2, "F32": 4}
+WIDTH = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4}
 
 WHOLE: dict[str, Any] = {"cut": "whole"}
 
@@ -45,6 +45,7 @@ class Model:
     config: Mapping[str, Any]
     shapes: Shapes
     dtype: str
+    """Of all tensors but packed ones."""
     tensor_parallel_size: int
     pipeline_parallel_size: int | None = None
     block_bytes: int | None = None
@@ -116,6 +117,33 @@ def phi3() -> tuple[dict[str, Any], Shapes]:
         "model_type": "phi3",
         "dtype": "float16",
     }, fused
+
+
+def llama_gptq() -> tuple[dict[str, Any], Shapes]:
+    """A Llama in 4 bits, groups of 16: two KV heads, two groups along the input of every linear."""
+    config, shapes = llama(layers=1, hidden=32, heads=4, kv_heads=2, intermediate=32, vocabulary=7)
+    packed: Shapes = {}
+    for name, shape in shapes.items():
+        stem = name.removesuffix(".weight")
+        if not stem.endswith("_proj"):
+            packed[name] = shape
+            continue
+        out, columns = shape
+        packed |= {
+            f"{stem}.qweight": (columns // 8, out),
+            f"{stem}.qzeros": (columns // 16, out // 8),
+            f"{stem}.scales": (columns // 16, out),
+            f"{stem}.g_idx": (columns,),
+        }
+    how = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 16,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+    }
+    return {**config, "dtype": "float16", "quantization_config": how}, packed
 
 
 def mixtral() -> tuple[dict[str, Any], Shapes]:
@@ -268,6 +296,12 @@ MODELS = {
     ),
     "gpt2-tp2": Model(*gpt2(), "F32", tensor_parallel_size=2),
     "mixtral-tp2": Model(*mixtral(), "BF16", tensor_parallel_size=2),
+    "llama-gptq-tp2": Model(
+        *llama_gptq(),
+        "F16",
+        tensor_parallel_size=2,
+        others={"quantization_report.json": {"summary": {"kl": 0.0002, "perplexity": 57.9}}},
+    ),
     "experts-each-tp4": _moe(experts_each()),
     "experts-fused-tp4": _moe(experts_fused()),
 }
@@ -288,6 +322,11 @@ def tensor_bytes(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     return bytes(data)
 
 
+def dtype_of(name: str, model: Model) -> str:
+    """The dtype of one of a model's tensors."""
+    return "I32" if name.rpartition(".")[2] in ("qweight", "qzeros", "g_idx") else model.dtype
+
+
 def write_checkpoint(name: str, folder: Path) -> Path:
     """Checkpoint `name` as model.safetensors and config.json in `folder`/`name`, which is returned."""
     model, root = MODELS[name], folder / name
@@ -295,9 +334,10 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for tensor, shape in sorted(model.shapes.items()):
-        own = tensor_bytes(tensor, model.dtype, shape)
+        dtype = dtype_of(tensor, model)
+        own = tensor_bytes(tensor, dtype, shape)
         header[tensor] = {
-            "dtype": model.dtype,
+            "dtype": dtype,
             "shape": shape,
             "data_offsets": [len(data), len(data) + len(own)],
         }

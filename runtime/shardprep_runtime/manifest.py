@@ -22,6 +22,9 @@ from .header import MAX_DIMS, MAX_HEADER_BYTES, is_size, loads_strict
 
 FILE_NAME: Final = "shardprep.json"
 FORMAT: Final = "shardprep"
+QUANTIZATION_REPORT: Final = "quantization_report.json"
+"""The side file in which `shardprep quantize` says how good its result is."""
+
 VERSION: Final = 1
 """The newest manifest version that this runtime reads. It rises when an old reader would misread a new file."""
 
@@ -209,6 +212,32 @@ class SideFile:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizationReport:
+    """What measured a quantized model against the original."""
+
+    digest: str
+    """`sha256:...` of the side file QUANTIZATION_REPORT, which says all of it."""
+    summary: Mapping[str, Any]
+    """Its summary: provenance, of which nothing is required."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the linears are quantized: facts for people and engines; where tensors are cut, their forms say."""
+
+    method: str
+    bits: int
+    group_size: int | None
+    """Inputs that share a scale; None: all of a row."""
+    symmetric: bool
+    act_order: bool
+    """Whether inputs belong to groups by a permutation (g_idx); every rank then has all scales of what it has."""
+    format: str
+    """How numbers are packed."""
+    report: QuantizationReport | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a shard set holds."""
 
@@ -228,7 +257,8 @@ class Manifest:
     """Names that are not in the checkpoint, but that its config ties to a stored tensor -> that tensor."""
     parts: tuple[Part, ...]
     side_files: tuple[SideFile, ...]
-    quantization: Mapping[str, Any] | None = None
+    quantization: Quantization | None = None
+    """None: not quantized."""
     experts: int = 0
     """Routed experts of a layer; 0: none, or none that expert parallel ranks could share."""
     engines: tuple[str, ...] = ()
@@ -256,7 +286,7 @@ def dump(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "version": VERSION,
         "model": dict(manifest.model),
-        "quantization": manifest.quantization,
+        "quantization": _dump_quantization(manifest.quantization),
         "layers": manifest.layers,
         "experts": manifest.experts,
         "grain": manifest.grain,
@@ -291,6 +321,17 @@ def dump(manifest: Manifest) -> bytes:
 
 def _fields(value: Part | SideFile) -> dict[str, Any]:
     return {name: getattr(value, name) for name in value.__slots__}
+
+
+def _dump_quantization(quantization: Quantization | None) -> dict[str, Any] | None:
+    if quantization is None:
+        return None
+    names = ("method", "bits", "group_size", "symmetric", "act_order", "format")
+    found = {name: getattr(quantization, name) for name in names}
+    report = quantization.report
+    if report is not None:
+        found["report"] = {"digest": report.digest, "summary": dict(report.summary)}
+    return found
 
 
 def _dump_tensors(tensors: Mapping[str, Entry], number: Mapping[int, int]) -> dict[str, Any]:
@@ -417,6 +458,11 @@ class _Fields:
             raise ManifestError(f"{self.where}: {key!r} has the wrong type ({type(found).__name__})")
         return found
 
+    def flag(self, key: str) -> bool:
+        if not isinstance(self.value.get(key), bool):
+            raise ManifestError(f"{self.where}: {key!r} must be true or false")
+        return bool(self.value[key])
+
     def size(self, key: str, *, low: int = 0, high: int = dtypes.MAX_ELEMENTS) -> int:
         found: int = self.get(key, int)
         if not low <= found <= high:
@@ -511,9 +557,6 @@ def _parse(raw: Any) -> Manifest:
     paths = [path.casefold() for path in (*(part.path for part in parts), *(side.path for side in sides))]
     if len(set(paths)) != len(paths) or FILE_NAME in paths:
         raise ManifestError("two files have the same path")
-    quantization = top.value.get("quantization")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise ManifestError("'quantization' must be an object or null")
     return Manifest(
         model=top.get("model", dict),
         layers=layers,
@@ -525,10 +568,44 @@ def _parse(raw: Any) -> Manifest:
         tied=others[1],
         parts=parts,
         side_files=sides,
-        quantization=quantization,
+        quantization=_parse_quantization(top, sides),
         experts=experts,
         engines=engines,
         stage_needs=_parse_stage_needs(top, engines, layers),
+    )
+
+
+def _parse_quantization(top: _Fields, sides: tuple[SideFile, ...]) -> Quantization | None:
+    value = top.value.get("quantization")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ManifestError("'quantization' must be an object or null")
+    own = _Fields(value, "'quantization'")
+    for key in ("method", "format"):
+        if not re.fullmatch(r"[a-z0-9_.-]{1,64}", own.get(key, str)):
+            raise ManifestError(
+                f"'quantization': {key} {quote(value[key])} is no name: lower case, digits, _ . -"
+            )
+    group = own.get("group_size", (int, type(None)))
+    report = None
+    if value.get("report") is not None:
+        found = _Fields(own.get("report", dict), "the report of 'quantization'")
+        report = QuantizationReport(found.digest("digest"), found.get("summary", dict))
+        side = next((side for side in sides if side.path == QUANTIZATION_REPORT), None)
+        if side is None or side.digest != report.digest:
+            raise ManifestError(
+                f"the report of 'quantization' is not the side file {QUANTIZATION_REPORT}: "
+                + ("there is none" if side is None else "their digests differ")
+            )
+    return Quantization(
+        own.get("method", str),
+        own.size("bits", low=1, high=16),
+        None if group is None else own.size("group_size", low=1),
+        own.flag("symmetric"),
+        own.flag("act_order"),
+        own.get("format", str),
+        report,
     )
 
 

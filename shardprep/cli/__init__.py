@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "Show what a checkpoint or a shard set holds.",
     "plan": "Say whether a model fits given devices, and how it is best divided.",
     "convert": "Turn a checkpoint into safetensors, without running its pickle.",
+    "quantize": "Bring a checkpoint to 4 bits by GPTQ or AWQ, and measure what that costs.",
     "split": "Cut a checkpoint into a shard set for tensor x pipeline parallel workers.",
     "check-arch": "Prove by running it that an architecture's layout rules are right.",
     "push": "Put a shard set into a store; only what is missing there is sent.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from shardprep_runtime.store import Access
 
 from . import parse, render
 from .split import span
+
+if TYPE_CHECKING:
+    from shardprep.layout import Scheme
 
 
 @click.command("inspect")
@@ -79,4 +83,18 @@ def command(path: Path | str, access: Access, as_json: bool) -> None:
         f"{report.kind}, {quote(report.model_type or 'no model_type')}: {len(report.tensors)} tensors, "
         f"{report.parameters:,} parameters, {render.size(report.nbytes)} in {len(report.files)} file(s)"
     )
+    if report.quantization is not None:
+        click.echo(_quantization(report.quantization))
+    if report.unknown_quantization is not None:
+        click.echo(f"quantized in a way that is not known: {report.unknown_quantization}")
     render.notes(report.aliases, report.left_out)
+
+
+def _quantization(scheme: Scheme) -> str:
+    groups = "a scale for each row" if scheme.group is None else f"groups of {scheme.group}"
+    zeros = "symmetric" if scheme.symmetric else "with zero points"
+    order = "act-order" if scheme.act_order else "no act-order"
+    return (
+        f"quantized: {scheme.method}, {scheme.bits} bits, {groups}, {zeros}, {order} "
+        f"(packed as {quote(scheme.format)})"
+    )

@@ -85,7 +85,7 @@ def derive_layout(
     rules = _data().get(model_type) if isinstance(model_type, str) else None
     if config.get("quantization_config"):
         raise UnsupportedError(
-            "config.json: a quantized checkpoint; the layout of packed tensors is not known yet"
+            "config.json: a quantized checkpoint; the rules are those of the model before (see shardprep.layout.lay_out)"
         )
     text = config.get("text_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None

@@ -67,7 +67,7 @@ def split_again(name: str, folder: Path) -> Path:
     blocks = {} if model.block_bytes is None else {"block_bytes": model.block_bytes}
     with pytest.MonkeyPatch.context() as patch:
         if model.layouts is not None:  # no model type has such rules: they show what the format can say
-            patch.setattr("shardprep.split.derive_layout", lambda *_, **__: layout_of(model))
+            patch.setattr("shardprep.model.derive_layout", lambda *_, **__: layout_of(model))
         split(
             source,
             destination,
@@ -228,6 +228,10 @@ def spoilt(fields: Any, key: str) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("key", list(SCHEMA["properties"]))
 def test_what_the_schema_refuses_the_reader_refuses_by_name(fields: dict[str, Any], key: str) -> None:
     fields["stages"] = [[0, 1]]
+    quantized = json.loads((ROOT / "manifests/v1/llama-gptq-tp2.json").read_text("utf-8"))
+    fields["quantization"] = quantized["quantization"]
+    fields["side_files"] += [each for each in quantized["side_files"] if "quantization" in each["path"]]
+    parsed(fields)
     for what, changed in spoilt(fields, key):
         try:
             parsed(changed)

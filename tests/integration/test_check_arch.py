@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import shardprep.check.shard_set
 import shardprep.check.small
-import shardprep.split
+import shardprep.model
 from s3server import S3Server, file_name
 from shardprep.check import CheckReport, Ranks, check_arch, read_model_config
 from shardprep.cli import main
@@ -196,7 +196,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, Placed], 
             )
 
         monkeypatch.setattr(shardprep.check.small, "derive_layout", derive)
-        monkeypatch.setattr(shardprep.split, "derive_layout", derive)
+        monkeypatch.setattr(shardprep.model, "derive_layout", derive)
 
     return change
 

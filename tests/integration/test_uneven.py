@@ -108,7 +108,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         # no model type is as awkward as this
-        patch.setattr("shardprep.split.derive_layout", lambda *_, **__: layout)
+        patch.setattr("shardprep.model.derive_layout", lambda *_, **__: layout)
         split(folder / "source", folder / "set", tensor_parallel_size=GRAIN, block_bytes=4096)
     return folder / "set"
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import small_models
-from shardprep import split as splitting
+from shardprep import model as models
 from shardprep.split import split
 from shardprep.verify import verify
 from shardprep_runtime import Manifest, load, plan_view, read_manifest
@@ -188,12 +188,12 @@ def test_a_split_into_stages_that_an_engine_cannot_run_is_refused_before_anythin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
 ) -> None:
     source = small_models.write_model(tmp_path / "source")
-    real = splitting.derive_layout
+    real = models.derive_layout
 
     def with_needs(*arguments: Any, **options: Any) -> Any:
         return dataclasses.replace(real(*arguments, **options), stage_needs={"transformers": (1, 3)})
 
-    monkeypatch.setattr(splitting, "derive_layout", with_needs)
+    monkeypatch.setattr(models, "derive_layout", with_needs)
     with pytest.raises(LayoutError, match=r"transformers needs one of the layers 1, 3 .* at most 2 stages"):
         split(source, tmp_path / "set", tensor_parallel_size=2, **how)
     assert not (tmp_path / "set").exists()

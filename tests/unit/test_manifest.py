@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from shardprep_runtime import manifest as manifests
 from shardprep_runtime.cut import WHOLE, Layout, Segment
 from shardprep_runtime.errors import ManifestError
-from shardprep_runtime.manifest import Entry, Form, Manifest, Part, SideFile, digest_of, dump, parse
+from shardprep_runtime.manifest import (
+    Entry,
+    Form,
+    Manifest,
+    Part,
+    Quantization,
+    QuantizationReport,
+    SideFile,
+    digest_of,
+    dump,
+    parse,
+)
 
 DIGEST = "sha256:" + "0" * 64
 
@@ -46,8 +57,10 @@ def example() -> Manifest:
         aliases={"other": "embed"},
         tied={"head": "embed"},
         parts=(Part("a.safetensors", 5000, 4096, DIGEST, (0, 1), (0, 2), ("ends", "last")),),
-        side_files=(SideFile("config.json", 10, DIGEST),),
-        quantization=None,
+        side_files=(SideFile("config.json", 10, DIGEST), SideFile("quantization_report.json", 10, DIGEST)),
+        quantization=Quantization(
+            "gptq", 4, 128, True, False, "gptq", QuantizationReport(DIGEST, {"kl": 0.01})
+        ),
         experts=3,
         engines=("transformers", "vllm"),
         stage_needs={"transformers": (0, 1)},
@@ -72,6 +85,11 @@ file_names = st.text("abcXYZ0_-. ~", min_size=1, max_size=8).filter(lambda name:
 digests = st.text("0123456789abcdef", min_size=64, max_size=64).map("sha256:".__add__)
 units = st.tuples(st.integers(0, 5), st.integers(1, 4), st.sampled_from([False, True, 1, 64]))
 ENGINES = ("transformers", "vllm")
+words = st.sampled_from(["gptq", "awq", "gemm", "compressed-tensors", "pack-quantized"])
+groups = st.none() | st.integers(1, 2**20)
+quantizations = st.builds(
+    Quantization, words, st.integers(1, 16), groups, st.booleans(), st.booleans(), words
+)
 
 
 @st.composite
@@ -138,7 +156,7 @@ def whole_manifests(draw: st.DrawFn) -> Manifest:
         tied=tied,
         parts=tuple(parts),
         side_files=tuple(sides),
-        quantization=draw(st.none() | st.just({"method": "gptq"})),
+        quantization=draw(st.none() | quantizations),
         experts=experts,
         engines=ENGINES,
         stage_needs={"vllm": tuple(draw(st.sets(st.integers(0, layers - 1), min_size=1).map(sorted)))}
@@ -325,7 +343,10 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return found
 
 
-OPTIONAL = {("quantization",), ("stages",), ("stage_needs",)}
+OPTIONAL = {
+    ("quantization",), ("quantization", "report"), ("quantization", "report", "summary", "kl"),
+    ("stages",), ("stage_needs",),
+}  # fmt: skip
 PATHS = paths_of(fields())
 CHECKED = [path for path in PATHS if path and path[0] != "model"]
 
@@ -664,3 +685,15 @@ def test_a_manifest_of_more_bytes_than_any_has_is_refused_unread(tmp_path: Path)
         stream.truncate(2**40)
     with pytest.raises(ManifestError, match="1099511627776 bytes is more than"):
         manifests.read(tmp_path)
+
+
+def test_a_report_must_be_the_side_file_of_its_name() -> None:
+    found = fields()
+    found["quantization"]["report"]["digest"] = "sha256:" + "1" * 64
+    with pytest.raises(
+        ManifestError, match=r"is not the side file quantization_report\.json: their digests differ"
+    ):
+        parse_fields(found)
+    found["side_files"].pop()
+    with pytest.raises(ManifestError, match="there is none"):
+        parse_fields(found)

@@ -1,0 +1,258 @@
+"""Say by what scheme a checkpoint is quantized, from its config.json or from the files that older tools wrote beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
+
+legacy_names: Final = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ said how a checkpoint is quantized before they wrote it into config.json."""
+
+METHODS: Final = ("awq", "gptq", "fp8", "mxfp4", "compressed-tensors", "modelopt")
+
+FORMATS: Final = {
+    "awq": "gemm", "gptq": "gptq", "fp8": "fp8", "mxfp4": "mxfp4", "compressed-tensors": "pack-quantized",
+    "modelopt": "modelopt",
+}  # fmt: skip
+"""Method -> how its numbers are packed where nothing is said."""
+
+PACKINGS: Final = {
+    "gptq": ("gptq", "gptq_v2"),
+    "awq": ("gemm",),
+}
+"""Method -> the packings that are known; others lie in the order of one kernel, or one card."""
+
+BITS: Final = {"gptq": (2, 4, 8), "awq": (4,), "compressed-tensors": (2, 4, 8)}
+"""Method -> bits of a number of which whole ones fill a word of 32."""
+
+NESTED: Final = "text_config"
+"""Where the config of a model that sees or hears has that of its language model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the linears of a checkpoint are quantized."""
+
+    method: str
+    bits: int = 4
+    group: int | None = 128
+    """Numbers of a row, along the input, that share a scale; None: the whole row."""
+    symmetric: bool = True
+    act_order: bool = False
+    """Whether inputs belong to groups by a permutation (`g_idx`) instead of in runs."""
+    format: str = ""
+    """How its numbers are packed: `gptq` (zero points stored less one), `gptq_v2`, `gemm` (interleaved), ..."""
+    kept: tuple[str, ...] = ()
+    """Linears that are not quantized: names, parts of names, or patterns behind `re:`."""
+
+    def __post_init__(self) -> None:
+        if not self.format:
+            object.__setattr__(self, "format", FORMATS.get(self.method, self.method))
+
+
+def read_scheme(config: Mapping[str, Any], legacy: Mapping[str, Any] | None = None) -> Scheme | None:
+    """The scheme that config.json names, else the one that `legacy` (see `legacy_names`) does; None: not quantized.
+
+    Raises UnsupportedError for a method or a packing that is not known, LayoutError for values that make no sense.
+    """
+    text = config.get(NESTED)
+    for where in (config, text if isinstance(text, Mapping) else {}):
+        how = where.get("quantization_config") or where.get("compression_config")
+        if isinstance(how, Mapping):
+            return _scheme(how, "config.json")
+        if how:
+            raise LayoutError(
+                f"config.json: quantization_config is {quote(how)}, expected an object that says how"
+            )
+    if legacy is None or not {"bits", "w_bit"} & legacy.keys():
+        return None
+    method = legacy.get("quant_method") or ("awq" if "w_bit" in legacy else "gptq")
+    return _scheme({**legacy, "quant_method": method}, legacy_names["w_bit" in legacy])
+
+
+def spell(scheme: Scheme, *, legacy: Mapping[str, Any], head: bool = False) -> dict[str, Any]:
+    """The quantization_config that vLLM and transformers read, of a GPTQ or AWQ checkpoint that has only `legacy`.
+
+    `head` says that the lm_head is quantized too, which engines do not expect unless they are told.
+    """
+    size = -1 if scheme.group is None else scheme.group
+    found: dict[str, Any] = {"quant_method": scheme.method, "bits": scheme.bits, "group_size": size}
+    if scheme.method == "awq":
+        kept = legacy.get("modules_to_not_convert")
+        found |= {
+            "zero_point": not scheme.symmetric,
+            "version": scheme.format,
+            "modules_to_not_convert": kept,
+        }
+    else:
+        found |= {"desc_act": scheme.act_order, "sym": scheme.symmetric, "checkpoint_format": scheme.format}
+        also = ("damp_percent", "static_groups", "true_sequential", "dynamic", "meta")
+        found |= {key: legacy[key] for key in also if legacy.get(key) is not None}
+    return found | ({"lm_head": True} if head else {})
+
+
+def check_method(method: object) -> str:
+    """`method` where its tensors are known. Raises UnsupportedError otherwise."""
+    if method not in METHODS:
+        raise UnsupportedError(
+            f"config.json: quantized by {quote(method)}; known are {', '.join(METHODS[:-1])} and {METHODS[-1]}"
+        )
+    return str(method)
+
+
+def _scheme(how: Mapping[str, Any], file: str) -> Scheme:
+    match check_method(how.get("quant_method")):
+        case "gptq":
+            found = _gptq(how, file)
+        case "awq":
+            found = _awq(how, file)
+        case "compressed-tensors":
+            found = _compressed(how, file)
+        case "fp8":
+            group = _group(_last(how.get("weight_block_size")), file)
+            found = Scheme("fp8", 8, group, kept=_names(how, "modules_to_not_convert", file))
+        case "mxfp4":
+            found = Scheme("mxfp4", 4, 32, kept=_names(how, "modules_to_not_convert", file))
+        case _:
+            four = "4" in str(how.get("quant_algo") or how.get("quantization") or "FP4")
+            found = Scheme(
+                "modelopt", 4 if four else 8, 16 if four else None, kept=_names(how, "ignore", file)
+            )
+    sizes = BITS.get(found.method)
+    if sizes is not None and found.bits not in sizes:
+        if found.bits == 3:
+            raise UnsupportedError(
+                f"{file}: a quantization of 3 bits, of which none fill a word of 32; expected "
+                f"{_or(sizes)}; quantize the original to 4"
+            )
+        raise LayoutError(f"{file}: a quantization of {found.bits} bits; expected {_or(sizes)}")
+    packings = PACKINGS.get(found.method)
+    if packings is not None and found.format not in packings:
+        raise UnsupportedError(
+            f"{file}: {found.method} weights packed as {quote(found.format)}, the order of one kernel; expected "
+            f"{_or(packings)}; convert it with the tool that made it, or quantize the original"
+        )
+    return found
+
+
+def _gptq(how: Mapping[str, Any], file: str) -> Scheme:
+    packing = how.get("checkpoint_format") or how.get("format") or "gptq"
+    if how.get("is_marlin_format"):
+        packing = "marlin"
+    kept = list(_names(how, "modules_to_not_convert", file))
+    dynamic = how.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping):
+        raise LayoutError(f"{file}: dynamic is {quote(dynamic)}, expected an object of patterns")
+    for (
+        pattern,
+        other,
+    ) in dynamic.items():  # GPTQModel: `-:pattern` is left alone, `+:pattern` quantized otherwise
+        if pattern.startswith("-:"):
+            kept.append(f"re:{pattern[2:]}")
+            continue
+        for key in ("bits", "group_size", "desc_act", "sym"):
+            if isinstance(other, Mapping) and other.get(key, how.get(key)) != how.get(key):
+                raise UnsupportedError(
+                    f"{file}: {quote(pattern)} is quantized with {key} {quote(other[key])}, the rest with "
+                    f"{quote(how.get(key))}; expected one scheme for all"
+                )
+    return Scheme(
+        "gptq",
+        _int(how, "bits", 4, file),
+        _group(how.get("group_size"), file),
+        _bool(how, "sym", True, file),
+        _bool(how, "desc_act", False, file),
+        str(packing).lower(),
+        tuple(kept),
+    )
+
+
+def _awq(how: Mapping[str, Any], file: str) -> Scheme:
+    bits, group = ("w_bit", "q_group_size") if "w_bit" in how else ("bits", "group_size")
+    return Scheme(
+        "awq",
+        _int(how, bits, 4, file),
+        _group(how.get(group), file),
+        not _bool(how, "zero_point", True, file),
+        False,
+        str(how.get("version") or how.get("format") or "gemm").lower(),
+        _names(how, "modules_to_not_convert", file),
+    )
+
+
+def _compressed(how: Mapping[str, Any], file: str) -> Scheme:
+    groups = how.get("config_groups") or {}
+    if not isinstance(groups, Mapping) or not all(isinstance(each, Mapping) for each in groups.values()):
+        raise LayoutError(f"{file}: config_groups is {quote(groups)}, expected an object of objects")
+    packing = str(how.get("format") or "pack-quantized")
+    found = []
+    for each in groups.values():
+        weights = each.get("weights")
+        if not isinstance(weights, Mapping):
+            continue
+        order = weights.get("actorder")
+        found.append(
+            Scheme(
+                "compressed-tensors",
+                _int(weights, "num_bits", 4, file),
+                _group(weights.get("group_size") or _last(weights.get("block_structure")), file),
+                _bool(weights, "symmetric", True, file),
+                order is True or str(order).lower() in ("group", "dynamic"),
+                str(each.get("format") or packing),
+                _names(how, "ignore", file),
+            )
+        )
+    for other in found[1:]:
+        if other != found[0]:
+            raise UnsupportedError(
+                f"{file}: config_groups of {len(found)} schemes, such as {found[0].bits} and {other.bits} bits; "
+                "expected one scheme for all linears"
+            )
+    return found[0] if found else Scheme("compressed-tensors", group=None, format=packing)
+
+
+def _int(how: Mapping[str, Any], key: str, default: int, file: str) -> int:
+    value = how.get(key)
+    if value is None:
+        return default
+    if type(value) is not int:
+        raise LayoutError(f"{file}: {key} is {quote(value)}, expected an integer")
+    return value
+
+
+def _bool(how: Mapping[str, Any], key: str, default: bool, file: str) -> bool:
+    value = how.get(key)
+    if value is None:
+        return default
+    if type(value) is not bool:
+        raise LayoutError(f"{file}: {key} is {quote(value)}, expected true or false")
+    return value
+
+
+def _group(value: object, file: str) -> int | None:
+    if value is None or value == -1:
+        return None
+    if type(value) is not int or value < 1:
+        raise LayoutError(
+            f"{file}: groups of {quote(value)} numbers; expected at least 1, or -1 for a whole row"
+        )
+    return value
+
+
+def _last(block: object) -> object:
+    """The inputs of a block of rows x inputs."""
+    return block[-1] if isinstance(block, list) and block else None
+
+
+def _names(how: Mapping[str, Any], key: str, file: str) -> tuple[str, ...]:
+    value = how.get(key) or ()
+    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+        raise LayoutError(f"{file}: {key} must be a list of names: what is not quantized")
+    return tuple(value)
+
+
+def _or(values: tuple[object, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(map(str, values[:-1])), str(values[-1]))))

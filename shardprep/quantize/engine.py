@@ -1,0 +1,111 @@
+"""Run an engine in a process of its own, hear how far it is, and end it with this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from shardprep_runtime.errors import InputError, ProblemError, UnsupportedError, quote
+
+from .engines.main import ENGINES, Job
+
+START: Final = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); from engines.main import main; "
+    "sys.path.pop(0); sys.exit(main(sys.argv[1:]))"
+)
+"""What an interpreter that may not have shardprep runs: the folder of engines is a package by itself."""
+
+
+class EngineError(ProblemError):
+    """An engine failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A library that quantizes, and the interpreter that has it."""
+
+    name: str
+    python: Path = Path(sys.executable)
+
+    def __post_init__(self) -> None:
+        if self.name not in ENGINES:
+            raise InputError(f"no engine {quote(self.name)}; known are {', '.join(ENGINES)}")
+        if not self.python.is_file() or not os.access(self.python, os.X_OK):
+            raise InputError(f"{quote(self.python)}: no such interpreter; --engine-python names a python")
+
+    def check(self, job: Job) -> Mapping[str, Any]:
+        """What would run this job. Raises UnsupportedError where it cannot, with what to do."""
+        found: Mapping[str, Any] = {}
+        for event in self._events("check", job, Path(job.work, "check.log")):
+            if event["event"] == "checked":
+                found = event
+        if found.get("problem"):
+            raise UnsupportedError(f"engine {self.name}: {found['problem']}")
+        return found
+
+    def run(self, job: Job, hear: Callable[[Mapping[str, Any]], None]) -> None:
+        """Quantize; each event is given to `hear`. Raises EngineError where it fails."""
+        for event in self._events("run", job, Path(job.work, "engine.log")):
+            hear(event)
+
+    def _events(self, action: str, job: Job, log: Path) -> Iterator[Mapping[str, Any]]:
+        """The events of one run, in order; the process ends before this does."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        path = log.with_suffix(".job.json")
+        path.write_text(json.dumps(asdict(job)), "utf-8")
+        command = [str(self.python), "-c", START, str(Path(__file__).parent), self.name, action, str(path)]
+        reading, writing = os.pipe()
+        command += ["--progress-fd", str(writing)]
+        with open(log, "ab") as out:
+            try:
+                process = subprocess.Popen(  # noqa: S603 - the user's own interpreter, on our file
+                    command,
+                    stdin=subprocess.PIPE,  # never written: that it breaks tells the engine that we are gone
+                    stdout=out,
+                    stderr=out,
+                    pass_fds=(writing,),
+                    env={**os.environ, "PYTHONHASHSEED": "0"},  # no order of a set may differ from run to run
+                )
+            except OSError as error:
+                os.close(reading)
+                raise InputError(f"{quote(self.python)}: cannot be run: {error.strerror}") from None
+            finally:
+                os.close(writing)
+        failure = None
+        try:
+            with os.fdopen(reading, encoding="utf-8") as lines:
+                for line in lines:
+                    event = json.loads(line)
+                    if event["event"] == "failed":
+                        failure = event["message"]
+                    else:
+                        yield event
+            code = process.wait()
+        finally:
+            assert process.stdin is not None
+            with suppress(OSError):
+                process.stdin.close()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if failure is not None or code:
+            raise EngineError(
+                f"engine {self.name}: {quote(failure or ended(code, log))}; its log is {quote(log)}"
+            )
+
+
+def ended(code: int, log: Path) -> str:
+    """How a process ended that said nothing, by its exit code and the last line of its log."""
+    if code == -9:
+        return "it was killed, most likely because memory ran out"
+    lines = log.read_bytes()[-16384:].decode("utf-8", "replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"it ended with {how}; the last that it said is: {last}"

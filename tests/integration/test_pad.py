@@ -1,0 +1,274 @@
+"""A padded checkpoint computes what the checkpoint does, whatever its files are, and is written as any other is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import golden
+import small_models
+from shardprep import skeleton
+from shardprep.check.models import forward
+from shardprep.conduct import Conduct
+from shardprep.convert import write_checkpoint
+from shardprep.index import Index
+from shardprep.pad import HARMLESS, Padding, pad_to
+from shardprep.plan import plan_convert, settle_aliases
+from shardprep.read import CHUNK
+from shardprep.source import locate, open_source, read_checkpoint
+from shardprep_runtime.errors import IntegrityError
+from shardprep_runtime.folder_store import FolderStore
+from shardprep_runtime.store import Sink
+
+ONE_PROCESS = pytest.mark.xdist_group("transformers")  # one process that has imported transformers
+
+GROUP, RANKS = 16, 2
+
+
+def padded(
+    source: Path | str,
+    destination: Path,
+    *,
+    ranks: int = RANKS,
+    group: int = GROUP,
+    skip: Sequence[str] = (),
+    dtype: str | None = None,
+    part_bytes: int = 10**9,
+    conduct: Conduct = Conduct(),  # noqa: B008 - frozen
+) -> tuple[Index, Padding]:
+    """Write the checkpoint at `source`, padded, as `shardprep quantize` stages it."""
+    with open_source(source) as opened:
+        index, padding = pad_to(
+            settle_aliases(read_checkpoint(opened)), tensor_parallel_size=ranks, group=group, skip=skip
+        )
+        plan = plan_convert(index, max_part_bytes=part_bytes, dtype=dtype, aliases=index.aliases)
+        write_checkpoint(plan, index, destination, dtype=dtype, conduct=conduct)
+    return index, padding
+
+
+# ------------------------------------------------------------------------------------------------------------- logits
+
+
+MIXERS = ("mamba", "linear_attn", "b_proj", "mixer.in_proj")
+"""What a small model has too few heads for; a large one's users leave it as it is too."""
+
+
+def small_config(model_type: str) -> dict[str, Any]:
+    """A small config of a type: 256 wide, with MLPs of 320 units and experts of 64."""
+    plans = [golden.FOLDER / engine / f"{model_type}.json" for engine in ("transformers", "vllm")]
+    plan = next((path for path in plans if path.exists()), None)
+    config = golden.read(plan).config if plan is not None else next(golden.small_configs(model_type))
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+
+
+def difference(config: Mapping[str, Any], folder: Path, dtype: str = "float64") -> float:
+    """By how much the padded model's logits differ, of the largest of the model's."""
+    model = skeleton.build(config, dtype=dtype)
+    model.save_pretrained(folder / "in")
+    index, padding = padded(folder / "in", folder / "out", ranks=2, group=128, skip=MIXERS)
+    assert padding.sizes
+    assert {
+        name: tuple(tensor.shape) for name, tensor in load_file(folder / "out/model.safetensors").items()
+    } == {name: tensor.shape for name, tensor in index.tensors.items()}
+    found = []
+    prompt = torch.randint(3, model.config.get_text_config().vocab_size, (2, 12))
+    for each in ("in", "out"):
+        loaded, told = type(model).from_pretrained(
+            folder / each, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(told.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        loaded.set_experts_implementation("eager")  # the others know no float64
+        found.append(forward(loaded.eval(), prompt))
+    before, after = found
+    assert before.abs().max() > 0.01
+    return float((before - after).abs().max() / before.abs().max())
+
+
+MORE: dict[str, dict[str, Any]] = {
+    "codegen": {"n_inner": 320},
+    "falcon": {"ffn_hidden_size": 320},
+    "gpt-sw3": {"n_inner": 320},
+    "gpt2": {"n_inner": 320},
+    "gpt_bigcode": {"n_inner": 320},
+    "gpt_neo": {"intermediate_size": 320},
+    "gptj": {"n_inner": 320},
+    "lfm2": {"block_auto_adjust_ff_dim": False},
+    "llama": {"mlp_bias": True},
+}
+"""What small configs do not say; units of 4 x the hidden size can be shared wherever heads can."""
+
+
+@ONE_PROCESS
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "gpt2",  # biased, and in x out
+        "phi3",  # gate and up in one tensor
+    ],
+)
+def test_a_padded_model_computes_what_it_did(model_type: str, tmp_path: Path) -> None:
+    # zeros change no sum, but how a library blocks a sum depends on its length
+    assert difference(small_config(model_type) | MORE.get(model_type, {}), tmp_path) < 1e-12
+
+
+@ONE_PROCESS
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(HARMLESS))
+def test_every_type_that_is_padded_computes_what_it_did(model_type: str, tmp_path: Path) -> None:
+    assert difference(small_config(model_type) | MORE.get(model_type, {}), tmp_path) < 1e-12
+
+
+@ONE_PROCESS
+@pytest.mark.slow
+def test_in_the_dtypes_of_checkpoints_it_differs_by_rounding_alone(tmp_path: Path) -> None:
+    for dtype, most in (("float32", 1e-5), ("bfloat16", 2e-2)):
+        assert difference(small_config("llama"), tmp_path / dtype, dtype) < most
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+
+CONFIG = small_models.llama_config(intermediate=72, layers=2)
+
+
+def zeros_behind(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the padded checkpoint must hold: 72 units made 96, the next multiple of 2 x 16."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if ".mlp." in name:
+            more = (0, 24) if "down" in name else (0, 0, 0, 24)
+            found[name] = torch.nn.functional.pad(tensor, more)
+    return found
+
+
+def expect(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in zeros_behind(tensors).items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert json.loads((folder / "config.json").read_text())["intermediate_size"] == 96
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_the_files_hold_the_tensors_and_zeros(kind: str, tmp_path: Path) -> None:
+    tensors = small_models.random_tensors(small_models.llama_shapes(CONFIG))
+    small_models.write_checkpoint(tmp_path / "in", tensors, CONFIG, kind=kind, shards=2)
+    index, padding = padded(tmp_path / "in", tmp_path / "out", part_bytes=20_000)
+    expect(tmp_path / "out", tensors)
+    assert padding.nbytes == 6 * 24 * 32 * 2
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG | {"intermediate_size": 96}
+    assert (tmp_path / "out" / "LICENSE").read_text() == (tmp_path / "in" / "LICENSE").read_text()
+    sizes = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]
+    assert sizes["total_size"] == index.nbytes == sum(t.nbytes for t in tensors.values()) + padding.nbytes
+
+
+def test_strided_tensors_and_parts_of_a_storage_are_padded(tmp_path: Path) -> None:
+    tensors = small_models.random_tensors(small_models.llama_shapes(CONFIG))
+    prefix = "model.layers.0.mlp"
+    own = dict(tensors)
+    own[f"{prefix}.down_proj.weight"] = tensors[f"{prefix}.down_proj.weight"].T.contiguous().T
+    own[f"{prefix}.up_proj.weight"] = torch.cat(
+        [torch.ones(3, 32).bfloat16(), tensors[f"{prefix}.up_proj.weight"]]
+    )[3:]
+    small_models.write_checkpoint(tmp_path / "in", own, CONFIG)
+    padded(tmp_path / "in", tmp_path / "out")
+    expect(tmp_path / "out", tensors)
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_tensors_are_cast_as_they_are_padded(kind: str, tmp_path: Path) -> None:
+    tensors = small_models.random_tensors(small_models.llama_shapes(CONFIG))
+    small_models.write_checkpoint(tmp_path / "in", tensors, CONFIG, kind=kind)
+    padded(tmp_path / "in", tmp_path / "out", dtype="F16")
+    expect(tmp_path / "out", {name: tensor.half() for name, tensor in tensors.items()})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float16"
+
+
+def test_rows_longer_than_what_is_read_at_a_time_are_padded(tmp_path: Path) -> None:
+    units = CHUNK // 2 + 7
+    config = small_models.llama_config(heads=2, head_dim=8, kv_heads=2, layers=1, intermediate=units)
+    tensors = small_models.random_tensors(small_models.llama_shapes(config))
+    small_models.write_checkpoint(tmp_path / "in", tensors, config)
+    index, _ = padded(tmp_path / "in", tmp_path / "out", group=8)
+    down = "model.layers.0.mlp.down_proj.weight"
+    found = load_file(tmp_path / "out" / "model.safetensors")[down]
+    assert found.shape == index.tensors[down].shape > tensors[down].shape
+    assert torch.equal(found[:, :units], tensors[down])
+    assert not found[:, units:].any()
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_a_checkpoint_in_a_store_is_read_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = small_models.random_tensors(small_models.llama_shapes(CONFIG))
+    small_models.write_checkpoint(tmp_path / "in", tensors, CONFIG, kind=kind)
+    asked = []
+
+    class Counting(FolderStore):
+        def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
+            asked.append(sink.left)
+            return super().get(key, start, sink, version=version)
+
+    monkeypatch.setattr(locate, "open_store", lambda uri, access=None: Counting(tmp_path / "in"))
+    padded(f"file://{tmp_path / 'in'}", tmp_path / "out")
+    expect(tmp_path / "out", tensors)
+    held = sum(file.stat().st_size for file in (tmp_path / "in").iterdir())
+    assert sum(asked) < 1.5 * held
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "mlp.down_proj"])
+def test_a_flipped_bit_of_a_padded_tensor_is_found(name: str, tmp_path: Path) -> None:
+    tensors = small_models.random_tensors(small_models.llama_shapes(CONFIG))
+    small_models.write_checkpoint(tmp_path / "in", tensors, CONFIG)
+    file = tmp_path / "in" / "pytorch_model.bin"
+    raw = bytearray(file.read_bytes())
+    whole = tensors[f"model.layers.1.{name}.weight"].view(torch.uint8).numpy().tobytes()
+    raw[raw.index(whole) + 100] ^= 4
+    file.write_bytes(raw)
+    with pytest.raises(IntegrityError, match="the file is damaged"):
+        padded(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_run_that_was_stopped_is_resumed_by_one_that_pads_alike(tmp_path: Path) -> None:
+    tensors = small_models.random_tensors(small_models.llama_shapes(CONFIG))
+    small_models.write_checkpoint(tmp_path / "in", tensors, CONFIG)
+    done = [0]
+
+    def fail(count: int) -> None:
+        done[0] += count
+        if done[0] > 40_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        padded(
+            tmp_path / "in",
+            tmp_path / "out",
+            part_bytes=20_000,
+            conduct=Conduct(workers=1, progress=fail),
+        )
+
+    def left(**options: Any) -> int:
+        """Bytes that the run still writes."""
+        told: list[int] = []
+        index, _ = padded(
+            tmp_path / "in",
+            tmp_path / "out",
+            part_bytes=20_000,
+            conduct=Conduct(workers=1, progress=told.append),
+            **options,
+        )
+        assert sum(told) == index.nbytes
+        return sum(told[1:])
+
+    assert 0 < left() < sum(tensor.nbytes for tensor in tensors.values()) - 10_000
+    expect(tmp_path / "out", tensors)
