@@ -64,7 +64,9 @@ def command(*args: str | Path) -> tuple[dict[str, Any], float]:
     """Run one shardprep command; its report and the seconds it took."""
     started = time.perf_counter()
     script = Path(sys.executable).parent / "shardprep"
-    done = subprocess.run([script, *args, "--json"], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run([script, *args, "--json"], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
     return json.loads(done.stdout), time.perf_counter() - started
 
 
