@@ -14,6 +14,7 @@ from .layout import ModelLayout
 from .layout.packed import Grain
 from .memory import BYTES, Kept, read_kept, text_config
 from .model import Model
+from .pad import share_evenly
 from .weights import Census, Weights
 
 KV_BYTES: Final = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
@@ -201,8 +202,7 @@ class Search:
         lines = []
         pads = []
         for grain in unaligned.values():
-            step = grain.multiple * size
-            pads.append(-(-grain.size // step) * step)
+            pads.append(share_evenly(grain.size, grain.multiple, size))
             each, rest = divmod(grain.size, size)
             share = f"{grain.size} / {size} = {each}" + (f" rest {rest}" if rest else "")
             lines.append(

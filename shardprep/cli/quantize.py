@@ -22,7 +22,8 @@ from . import parse, render
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from shardprep.quantize.run import QuantizeReport, Watch
+    from shardprep.quantize.report import QuantizeReport
+    from shardprep.quantize.run import Watch
 
 
 @click.command("quantize")
@@ -190,8 +191,10 @@ def command(
     if group_size == 0:
         raise click.UsageError("--group-size 0: at least 1, or -1 for a whole row")
 
+    from shardprep.quantize.checks import Evaluation
     from shardprep.quantize.engine import Engine
-    from shardprep.quantize.run import Evaluation, Recipe, quantize
+    from shardprep.quantize.recipe import Recipe
+    from shardprep.quantize.run import quantize
 
     recipe = Recipe(
         method=method,

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,12 +50,17 @@ class Engine:
             raise UnsupportedError(f"engine {self.name}: {found['problem']}")
         return found
 
-    def run(self, job: Job, hear: Callable[[Mapping[str, Any]], None]) -> None:
-        """Quantize; each event is given to `hear`. Raises EngineError where it fails."""
-        for event in self._events("run", job, Path(job.work, "engine.log")):
+    def run(
+        self, job: Job, hear: Callable[[Mapping[str, Any]], None], *, inherits: Sequence[int] = ()
+    ) -> None:
+        """Quantize; each event is given to `hear`. The process `inherits` these descriptors: locks that are to be held
+        while it lives. Raises EngineError where it fails."""
+        for event in self._events("run", job, Path(job.work, "engine.log"), inherits):
             hear(event)
 
-    def _events(self, action: str, job: Job, log: Path) -> Iterator[Mapping[str, Any]]:
+    def _events(
+        self, action: str, job: Job, log: Path, inherits: Sequence[int] = ()
+    ) -> Iterator[Mapping[str, Any]]:
         """The events of one run, in order; the process ends before this does."""
         log.parent.mkdir(parents=True, exist_ok=True)
         path = log.with_suffix(".job.json")
@@ -70,7 +75,7 @@ class Engine:
                     stdin=subprocess.PIPE,  # never written: that it breaks tells the engine that we are gone
                     stdout=out,
                     stderr=out,
-                    pass_fds=(writing,),
+                    pass_fds=(writing, *inherits),
                     env={**os.environ, "PYTHONHASHSEED": "0"},  # no order of a set may differ from run to run
                 )
             except OSError as error:

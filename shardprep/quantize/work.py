@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,9 @@ from ..staging import sync_folder
 SUFFIX: Final = ".quantizing"
 JOURNAL: Final = "journal.json"
 LOCK: Final = "lock"
+
+PATIENCE: Final = 10.0
+"""Seconds in which an engine notices that nobody hears it any more."""
 
 
 class Work:
@@ -34,13 +38,9 @@ class Work:
             self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise WriteError(f"{quote(self.folder)}: cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not self._locked():
             os.close(self._lock)
-            raise InputError(
-                f"{quote(self.folder)}: another shardprep is quantizing here; wait for it"
-            ) from None
+            raise InputError(f"{quote(self.folder)}: another shardprep is quantizing here; wait for it")
         try:
             self._begin()
         except BaseException:
@@ -52,6 +52,24 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._lock)
+
+    @property
+    def lock(self) -> int:
+        """The descriptor of the lock. A process that inherits it holds the lock for as long as it lives."""
+        return self._lock
+
+    def _locked(self) -> bool:
+        """Take the lock. The engine of a run that was killed has it for a moment longer."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.1)
+            else:
+                return True
 
     def _begin(self) -> None:
         found = self.read(JOURNAL)

@@ -25,10 +25,13 @@ from shardprep.inspect import inspect
 from shardprep.layout import Scheme, read_scheme
 from shardprep.model import scheme_of
 from shardprep.packing import dequantized
-from shardprep.quantize import run
+from shardprep.quantize import checks, run
+from shardprep.quantize.checks import Evaluation
 from shardprep.quantize.engine import Engine, EngineError
 from shardprep.quantize.quality import Quality, measure
-from shardprep.quantize.run import Evaluation, QuantizeReport, Recipe, quantize
+from shardprep.quantize.recipe import Recipe
+from shardprep.quantize.report import QuantizeReport
+from shardprep.quantize.run import quantize
 from shardprep.source import open_source, read_checkpoint
 from shardprep.split import split
 from shardprep_runtime import load
@@ -117,7 +120,7 @@ def test_no_room_on_the_disk_is_refused_before_the_work(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage)
     assert "1,000 are free" in refusal(CHECKPOINT, **SMALL)
 
 
