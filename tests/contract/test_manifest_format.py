@@ -427,6 +427,7 @@ def worker_holds(shard: shardprep_runtime.Shard) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FROZEN)
 def test_every_worker_of_a_frozen_shard_set_gets_its_bytes(name: str) -> None:
     recorded = json.loads((DATA / f"{name}.shards.json").read_text("utf-8"))

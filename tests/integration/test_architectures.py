@@ -105,6 +105,7 @@ def expected(name: str, full: torch.Tensor, config: Any, tp: int, rank: int) -> 
     return full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_each_rank_holds_what_its_layers_compute_with(case: str, tmp_path: Path) -> None:
     from transformers import AutoConfig

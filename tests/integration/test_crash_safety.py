@@ -178,6 +178,7 @@ def complete(destination: Path, model: Path, command: str) -> bool:
     return found == contents(model / f"undisturbed-{command}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["convert", "split"])
 def test_a_run_that_was_interrupted_says_so_and_is_resumed(model: Path, tmp_path: Path, command: str) -> None:
     destination = tmp_path / "there"
@@ -271,6 +272,7 @@ def test_a_run_that_was_killed_between_renames_is_completed(
         assert contents(destination) == expected
 
 
+@pytest.mark.slow
 def test_what_was_partly_published_is_not_mixed_with_another_run(small: Path, tmp_path: Path) -> None:
     destination = tmp_path / "there"
     killed_in_publish(2, "split", small, destination, "-tp", 2)
@@ -321,6 +323,7 @@ def test_a_rerun_with_other_options_discards_what_was_begun(model: Path, tmp_pat
     assert not begun.items() & identities(tmp_path / "there").items()
 
 
+@pytest.mark.slow
 def test_a_rerun_of_another_command_discards_what_was_begun(model: Path, tmp_path: Path) -> None:
     killed(model, tmp_path / "there")
     assert run(*arguments("convert", model, tmp_path / "there")).returncode == 0

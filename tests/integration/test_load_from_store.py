@@ -155,6 +155,7 @@ def until_fetchers_are(count: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ equality
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", ["blocks", "headers", "off"])
 @pytest.mark.parametrize("cached", [False, True], ids=["memory", "cache"])
 @pytest.mark.parametrize("name", GRIDS)

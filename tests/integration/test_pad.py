@@ -104,6 +104,7 @@ MORE: dict[str, dict[str, Any]] = {
 """What small configs do not say; units of 4 x the hidden size can be shared wherever heads can."""
 
 
+@pytest.mark.slow
 @ONE_PROCESS
 @pytest.mark.parametrize(
     "model_type",

@@ -681,6 +681,7 @@ def run(*args: object, code: int = 0) -> str:
     return found.stdout if code == 0 else found.stderr
 
 
+@pytest.mark.slow
 def test_a_push_to_s3_puts_what_a_push_to_a_folder_puts(larger: Path, server: S3Server) -> None:
     report = json.loads(run("push", larger / "set", "s3://bucket/m", "--json"))
     assert objects(server) == expected(larger / "set")
@@ -714,6 +715,7 @@ def test_parts_are_sent_from_the_file_only_where_the_store_checks_them(
     assert kinds.count(memoryview) == (1 if checksums else len(kinds))
 
 
+@pytest.mark.slow
 def test_a_killed_push_is_resumed_and_sends_nothing_twice(larger: Path, server: S3Server) -> None:
     manifest = read_manifest(larger / "set")
     (part,) = manifest.parts

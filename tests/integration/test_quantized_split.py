@@ -152,6 +152,7 @@ def test_a_view_of_all_ranks_is_the_checkpoint_byte_for_byte(case: Case) -> None
         assert all(same_bits(shard[name], tensor) for name, tensor in case.tensors.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_what_ranks_unpack_of_their_views_is_what_is_unpacked_of_the_checkpoint(
     case: Case, size: int

@@ -105,6 +105,7 @@ def test_the_server_sends_the_tensors_once_and_little_else(
     assert found.nbytes < server.stats()["sent"] <= found.nbytes + described + beside
 
 
+@pytest.mark.slow
 def test_a_pickle_of_700_tensors_far_away_is_indexed_in_seconds(server: S3Server, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     torch.save({f"t{i}": torch.full((2000,), i) for i in range(700)}, tmp_path / "source/model.pt")

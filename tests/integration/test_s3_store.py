@@ -128,6 +128,7 @@ def test_without_a_prefix_keys_are_those_of_the_bucket(server: S3Server, transfe
         assert "at-the-root" not in server.objects(BUCKET)
 
 
+@pytest.mark.slow
 def test_everything_works_over_tls(
     secure: S3Server, transfer: Transfer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, large: bytes
 ) -> None:

@@ -304,6 +304,7 @@ def test_the_same_split_twice_at_a_time_is_refused(model: Path, server: S3Server
     assert objects(server) == contents(model / "store")
 
 
+@pytest.mark.slow
 def test_a_store_that_is_lost_midway_fails_the_split_and_the_rerun_completes_it(
     model: Path, server: S3Server, scratch: Path
 ) -> None:

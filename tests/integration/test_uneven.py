@@ -168,6 +168,7 @@ def test_every_rank_of_every_grid_gets_its_slices_from_a_folder(shards: Path, io
             check(shard, **grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [0, 2**40])
 def test_reading_row_by_row_and_reading_what_lies_between_give_the_same(
     shards: Path, monkeypatch: pytest.MonkeyPatch, wide: int
@@ -191,6 +192,7 @@ def test_a_read_that_is_cut_short_is_finished(shards: Path, monkeypatch: pytest.
             check(shard, **grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True], ids=["memory", "cache"])
 def test_they_arrive_from_a_store(shards: Path, tmp_path: Path, cached: bool) -> None:
     store = make_store(shards, tmp_path / "store")

@@ -45,6 +45,7 @@ OTHERWISE_CUT: dict[tuple[str, str], str] = {
 """(model type, names) of which our view for transformers holds more than it reads -> why."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES["vllm"])
 def test_a_view_for_vllm_holds_the_blocks_that_its_loaders_read(model_type: str) -> None:
     """Of other sizes too, from which no rule was inferred."""
