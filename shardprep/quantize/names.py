@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from .. import skeleton
@@ -21,9 +21,19 @@ PARTS: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_pr
 """What an expert's part of a fused tensor is called once it is alone, in the order in which they are fused."""
 
 
-def rename_as_source(made: Index, source: Index) -> Index:
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What transformers calls the tensors of a checkpoint."""
+
+    modules: Mapping[str, str]
+    """Module, as an engine names it -> the same module in the checkpoint."""
+    unknown: tuple[str, ...]
+    """Tensors that transformers does not load, and no engine keeps: heads that predict further tokens, old buffers."""
+
+
+def rename_as_source(made: Index, source: Index, names_of_source: Names) -> Index:
     """The index of what was made, with the source's names. Those that neither has stay as they are."""
-    known = _stems(source)
+    known = names_of_source.modules
     names = {name: _renamed(name, known) for name in made.tensors}
     tensors = {new: replace(made.tensors[name], name=new) for name, new in names.items()}
     for name in source.tensors:
@@ -61,8 +71,8 @@ def _renamed(name: str, known: Mapping[str, str]) -> str:
     return f"{known[stem]}.{field}" if stem in known else name
 
 
-def _stems(source: Index) -> dict[str, str]:
-    """Module, as an engine names it -> the same module in the checkpoint, by transformers' own rules of loading it."""
+def names_of(source: Index) -> Names:
+    """The names of a checkpoint's tensors, by transformers' own rules of loading it; from headers alone."""
     from transformers import core_model_loading as loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -72,9 +82,11 @@ def _stems(source: Index) -> dict[str, str]:
     renamings = [each for each in mapping if isinstance(each, loading.WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, loading.WeightConverter)]
     found = {}
+    unknown = []
     for name in source.tensors:
         key, pattern = loading.rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if key not in state:
+            unknown.append(name)
             continue
         stem = name.rpartition(".")[0]
         if pattern is None:
@@ -82,7 +94,7 @@ def _stems(source: Index) -> dict[str, str]:
         else:
             for part in _alone(name, key, pattern, converters):
                 found[part] = stem
-    return found
+    return Names(found, tuple(unknown))
 
 
 def _alone(name: str, key: str, pattern: str, converters: list[Any]) -> Iterator[str]:

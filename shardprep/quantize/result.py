@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shardprep_runtime.dtypes import TORCH
-from shardprep_runtime.errors import ProblemError, quote
+from shardprep_runtime.errors import InputError, ProblemError, quote
 
 from ..index import Index
 from ..layout import Scheme, normalize
@@ -36,8 +36,9 @@ class Made:
     """Modules with matrices that are not, by their whole names: engines take a part of one for all names that have it."""
 
 
-def check_made(made: Index, source: Index, asked: Scheme) -> Made:
-    """What was made, if it is all of what was asked for. Raises ProblemError for anything else."""
+def check_made(made: Index, source: Index, asked: Scheme, *, without: Collection[str] = ()) -> Made:
+    """What was made, if it is all of what was asked for, but for what no engine keeps. Raises ProblemError for anything
+    else."""
     where = made.folder.where()
     scheme = scheme_of(made)
     if scheme is None:
@@ -59,7 +60,7 @@ def check_made(made: Index, source: Index, asked: Scheme) -> Made:
         for name in wanted
         if name.rpartition(".")[2] in PARTS and f"{name.rpartition('.')[0]}.0." in apart
     }
-    for name in sorted(source.tensors.keys() - stands_for - fused):
+    for name in sorted(source.tensors.keys() - stands_for - fused - set(without)):
         raise ProblemError(f"{where}: the engine left out {quote(name)}")
     for name in sorted(stands_for - wanted):
         if normalize(name)[2] is None or not fused:
@@ -70,7 +71,10 @@ def check_made(made: Index, source: Index, asked: Scheme) -> Made:
                 f"{where}: {quote(name)} is {list(made.tensors[name].shape)}, in the source "
                 f"{list(source.tensors[name].shape)}"
             )
-    lay_out_index(made)  # refuses what could not be split, sizes that contradict each other too
+    try:
+        lay_out_index(made)
+    except InputError as error:  # what could not be split, and sizes that contradict each other
+        raise ProblemError(f"{where}: the engine made what cannot be used: {error}") from None
     _check_scales(made)
     kept = (
         name.removesuffix(".weight")

@@ -44,7 +44,7 @@ from .checks import (
 )
 from .engine import Engine
 from .engines.main import Job
-from .names import rename_as_source
+from .names import Names, names_of, rename_as_source
 from .quality import measure
 from .recipe import CLASSIC, Recipe, settle
 from .report import QuantizeReport, about, as_told
@@ -124,6 +124,7 @@ def quantize(
         if not evaluation.skip:
             heldout = draw_heldout(evaluation, calibration, beside, length, recipe.column)
             check_measurable(index, heldout, recipe.device)
+        names = names_of(index)
         work = work or destination.with_name(destination.name + SUFFIX)
         check_room(destination, work, expected)
         job = job_of(recipe, beside, work, engine)
@@ -149,7 +150,11 @@ def quantize(
             padding=padding,
             source_bytes=index.nbytes - padding.nbytes,
             nbytes=expected.result,
-            notes=tuple(dict.fromkeys((*calibration.notes, *heldout.notes, *checked.get("notes", ())))),
+            notes=tuple(
+                dict.fromkeys(
+                    (*_left_out(names), *calibration.notes, *heldout.notes, *checked.get("notes", ()))
+                )
+            ),
         )
         if dry_run:
             return report
@@ -157,8 +162,8 @@ def quantize(
         held = stack.enter_context(Work(work, mark, warn=conduct.warn))
         made = _make(held, index, folder, job, calibration, engine, conduct, watch)
         made_index = settle_aliases(read_checkpoint(stack.enter_context(open_source(made))))
-        made_index = rename_as_source(made_index, index)
-        found = check_made(made_index, index, scheme)
+        made_index = rename_as_source(made_index, index, names)
+        found = check_made(made_index, index, scheme, without=names.unknown)
         measured = None
         if not evaluation.skip:
             watch.stage("measuring")
@@ -228,6 +233,16 @@ def fingerprint(index: Index, recipe: Recipe, report: QuantizeReport, engine: En
     asked = {**asdict(recipe), "calibration": report.calibration["digest"], "tensor_parallel_size": None}
     digest.update(json.dumps([asked, engine.name, dict(report.versions)], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _left_out(names: Names) -> list[str]:
+    """A note of the tensors that the result will not have."""
+    if not names.unknown:
+        return []
+    return [
+        f"left out, since transformers loads no such tensor: {quote(names.unknown[0])}"
+        + (f" and {len(names.unknown) - 1} more" if len(names.unknown) > 1 else "")
+    ]
 
 
 def _make(

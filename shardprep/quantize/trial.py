@@ -18,7 +18,7 @@ from ..shrink import Sizes, shrink
 from ..source import open_source, read_checkpoint
 from .engine import Engine
 from .engines.main import Job
-from .names import rename_as_source
+from .names import names_of, rename_as_source
 from .result import check_made
 
 SIZES: Final = Sizes(heads=8, kv_heads=4, head_dim=32, intermediate=320, expert=64, layers=2, vocabulary=288)
@@ -62,7 +62,8 @@ def try_out(config: Mapping[str, Any], tokenizer: Path, job: Job, engine: Engine
         engine.run(trial, lambda _: None)
         with open_source(folder / "source") as before, open_source(folder / "made") as after:
             source = settle_aliases(read_checkpoint(before))
-            check_made(rename_as_source(read_checkpoint(after), source), source, asked)
+            names = names_of(source)
+            check_made(rename_as_source(read_checkpoint(after), source, names), source, asked)
     except ProblemError as error:
         raise UnsupportedError(
             f"a small random {model_type} could not be quantized so: {str(error).partition('; its log is')[0]}; "

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 
 import quantized_models
 import small_models
+from shardprep import skeleton
 from shardprep.convert import convert
 from shardprep.inspect import inspect
 from shardprep.layout import Scheme, read_scheme
@@ -32,6 +32,7 @@ from shardprep.quantize.quality import Quality, measure
 from shardprep.quantize.recipe import Recipe
 from shardprep.quantize.report import QuantizeReport
 from shardprep.quantize.run import quantize
+from shardprep.quantize.trial import SIZES
 from shardprep.source import open_source, read_checkpoint
 from shardprep.split import split
 from shardprep_runtime import load
@@ -292,6 +293,62 @@ def test_what_is_skipped_stays_as_it_was(safe: Path, tmp_path: Path) -> None:
     assert all(torch.equal(after[name], before[name]) for name in kept)
 
 
+def random_model(folder: Path, model_type: str, **changes: Any) -> Path:
+    """A small random checkpoint as transformers writes it, whose linears divide into groups of 32."""
+    config = skeleton.shrink(skeleton.default_config(model_type), SIZES)
+    model = skeleton.build({**config, **changes}, dtype="bfloat16")
+    with skeleton.quiet():
+        model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(CHECKPOINT / name, folder / name)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "linear"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.7.w2.qweight"),
+        ("phi3", "model.layers.1.mlp.gate_up_proj.qweight"),
+    ],
+)
+def test_linears_have_the_names_that_the_source_gave_them(
+    tmp_path: Path, model_type: str, linear: str
+) -> None:
+    """And hold what belongs there: with the parts of experts or fused linears exchanged the model would be another."""
+    source = random_model(tmp_path / "source", model_type, vocab_size=2048)
+    recipe = Recipe("gptq", group_size=32, tensor_parallel_size=2, **SMALL)
+    report = quantize(source, tmp_path / "out", recipe, evaluation=Evaluation(skip=True))
+    with open_source(source) as before, open_source(tmp_path / "out") as after:
+        stems = {name.rpartition(".")[0] for name in read_checkpoint(before).tensors}
+        assert {name.rpartition(".")[0] for name in read_checkpoint(after).tensors} == stems
+        assert linear in read_checkpoint(after).tensors
+    was, became = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in dequantized(became, report.scheme).items():
+        assert (weight.float() - was[name].float()).norm() < 0.3 * was[name].float().norm(), name
+    split(tmp_path / "out", tmp_path / "shards", tensor_parallel_size=2)
+
+
+@pytest.mark.slow
+def test_a_dry_run_tries_the_engine_and_writes_nothing(tmp_path: Path) -> None:
+    recipe = Recipe("gptq", group_size=32, tensor_parallel_size=4, **SMALL)
+    report = quantize(CHECKPOINT, tmp_path / "out", recipe, dry_run=True)
+    assert report.forecast.quantized == 42 and report.resumes and not report.files
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_the_engine_cannot_do_shows_before_the_work(tmp_path: Path) -> None:
+    """GPTQModel 7.6's AWQ of Phi-3, whose parts it takes apart and does not find again."""
+    source = random_model(tmp_path / "source", "phi3", vocab_size=2048)
+    recipe = Recipe("awq", group_size=32, **SMALL)
+    with pytest.raises(
+        UnsupportedError, match="a small random phi3 could not be quantized so: engine gptqmodel"
+    ):
+        quantize(source, tmp_path / "out", recipe, trial=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 # --------------------------------------------------------------------------------------------------- killed and resumed
 
 
@@ -324,7 +381,6 @@ def test_a_run_that_is_killed_at_any_layer_goes_on_there_to_the_same_bytes(
     first = random.randrange(1, 4)
     killed(command, first)
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.safetensors"))
-    time.sleep(0.5)  # the engine ends itself once nobody hears it
     second = random.randrange(first + 1, 6)
     said = killed(command, second)
     begun = int(said.partition("quantizing: layer ")[2].split()[0])
@@ -335,6 +391,34 @@ def test_a_run_that_is_killed_at_any_layer_goes_on_there_to_the_same_bytes(
     assert not work.exists()
     for path in folder.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_a_model_type_that_the_engine_would_not_resume_is_resumed_all_the_same(tmp_path: Path) -> None:
+    source = random_model(
+        tmp_path / "source", "qwen2", vocab_size=2048, num_hidden_layers=4, layer_types=None
+    )
+    options = [
+        "--method",
+        "gptq",
+        "--group-size",
+        "32",
+        "--samples",
+        "16",
+        "--sequence-length",
+        "64",
+        "--no-evaluate",
+    ]
+    for name in ("whole", "resumed"):
+        command = [SHARDPREP, "quantize", str(source), str(tmp_path / name), *options]
+        if name == "resumed":
+            killed(command, 3)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        begun = int(done.stderr.partition("quantizing: layer ")[2].split()[0])
+        assert (begun == 0) == (name == "whole")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "resumed" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.slow
