@@ -267,7 +267,7 @@ def test_padding_lets_more_ranks_share_it_and_changes_nothing(tmp_path: Path) ->
     config = small_models.llama_config(intermediate=160, heads=8, kv_heads=8, head_dim=16, vocab=2048)
     source = with_tokenizer(tmp_path / "odd", config)
     recipe = Recipe("gptq", group_size=32, tensor_parallel_size=4, pad_to_tp=4, **SMALL)
-    report = quantize(source, tmp_path / "padded", recipe)
+    report = quantize(source, tmp_path / "padded", recipe, evaluation=Evaluation(skip=True))
     assert report.padding.sizes == {"intermediate_size": (160, 256)}
     made = dequantized(load_file(tmp_path / "padded" / "model.safetensors"), report.scheme)
     down = made["model.layers.0.mlp.down_proj.weight"]
@@ -281,7 +281,8 @@ def test_what_is_skipped_stays_as_it_was(safe: Path, tmp_path: Path) -> None:
     recipe = Recipe(
         "gptq", group_size=32, skip=("mlp.down_proj", "re:.*layers\\.0\\.self_attn\\.q_proj"), **SMALL
     )
-    report = quantize(safe, tmp_path / "out", recipe, evaluation=Evaluation(skip=True))
+    # a store, from which it is staged first
+    report = quantize(f"file://{safe}", tmp_path / "out", recipe, evaluation=Evaluation(skip=True))
     assert not report.resumes and report.quality is None
     before, after = load_file(safe / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     kept = [name for name in after if name.endswith("down_proj.weight")]
