@@ -84,11 +84,15 @@ def _compare(
     asked += ["--calibration", str(chosen.calibration)] if chosen.calibration else []
     shardprep = str(Path(sys.executable).with_name("shardprep"))
     ways: dict[str, Callable[[], Mapping[str, float]]] = {
-        "**shardprep quantize**": lambda: _timed([shardprep, "quantize", str(source), str(out), *asked])
+        "**shardprep quantize**": lambda: _timed(
+            folder, [shardprep, "quantize", str(source), str(out), *asked]
+        )
     }
     for name, settings in _settings(method, group).items():
         command = [sys.executable, "-c", LIBRARY, str(source), str(out), str(folder / "ids.jsonl")]
-        ways[name] = lambda command=command, settings=settings: _timed([*command, json.dumps(settings)])  # type: ignore[misc]
+        ways[name] = lambda command=command, settings=settings: _timed(
+            folder, [*command, json.dumps(settings)]
+        )  # type: ignore[misc]
     ways["round to nearest"] = lambda: _round(source, out, method, group)
     found: dict[str, tuple[Quality, Mapping[str, float]]] = {}
     for name, way in ways.items():
@@ -129,14 +133,14 @@ def _settings(method: str, group: int) -> dict[str, dict[str, Any]]:
     return {"library, the same settings": own, "library, in bfloat16": {**own, "dtype": "bfloat16"}}
 
 
-def _timed(command: list[str]) -> dict[str, float]:
-    """Run a command; the time it took, by the clock and of the CPU."""
+def _timed(folder: Path, command: list[str]) -> dict[str, float]:
+    """Run a command, where it may leave what it likes; the time it took, by the clock and of the CPU."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_OFFLINE": "1"}
     if (os.cpu_count() or 1) < 4:
         env["GPTQMODEL_CPU_WORKERS"] = "2"  # it asks two threads of a pool that has one otherwise
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, cwd=folder)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

@@ -65,13 +65,15 @@ class Engine:
         log.parent.mkdir(parents=True, exist_ok=True)
         path = log.with_suffix(".job.json")
         path.write_text(json.dumps(asdict(job)), "utf-8")
-        command = [str(self.python), "-c", START, str(Path(__file__).parent), self.name, action, str(path)]
+        command = [str(self.python.absolute()), "-c", START, str(Path(__file__).parent.absolute())]
+        command += [self.name, action, str(path.absolute())]
         reading, writing = os.pipe()
         command += ["--progress-fd", str(writing)]
         with open(log, "ab") as out:
             try:
                 process = subprocess.Popen(  # noqa: S603 - the user's own interpreter, on our file
                     command,
+                    cwd=log.parent,  # where it may leave what it likes: GPTQModel makes a folder of logs
                     stdin=subprocess.PIPE,  # never written: that it breaks tells the engine that we are gone
                     stdout=out,
                     stderr=out,

@@ -125,7 +125,7 @@ def quantize(
             heldout = draw_heldout(evaluation, calibration, beside, length, recipe.column)
             check_measurable(index, heldout, recipe.device)
         names = names_of(index)
-        work = work or destination.with_name(destination.name + SUFFIX)
+        work = (work or destination.with_name(destination.name + SUFFIX)).absolute()
         check_room(destination, work, expected)
         job = job_of(recipe, beside, work, engine)
         checked = engine.check(replace(job, work=str(beside)))

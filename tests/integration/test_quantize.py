@@ -423,7 +423,11 @@ def test_a_model_type_that_the_engine_would_not_resume_is_resumed_all_the_same(t
 
 
 @pytest.mark.slow
-def test_a_result_that_is_too_bad_is_not_published(safe: Path, tmp_path: Path) -> None:
+def test_a_result_that_is_too_bad_is_not_published(
+    safe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # GPTQModel writes logs where it is run
     recipe = Recipe("gptq", group_size=32, **SMALL)
     seen: list[str] = []
     with pytest.raises(ProblemError, match=r"above --max-kl 1e-09; nothing was written"):
@@ -435,6 +439,7 @@ def test_a_result_that_is_too_bad_is_not_published(safe: Path, tmp_path: Path) -
         safe, tmp_path / "out", recipe, evaluation=Evaluation(max_kl=1.0), watch=run.Watch(stage=seen.append)
     )
     assert seen == ["measuring", "writing"]
+    assert list(Path().iterdir()) == []
     assert report.quality is not None and report.quality.kl == told["summary"]["kl"]
 
 
