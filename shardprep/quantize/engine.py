@@ -27,6 +27,14 @@ class EngineError(ProblemError):
     """An engine failed."""
 
 
+MEMORY: Final = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(2**17),
+    "MALLOC_TRIM_THRESHOLD_": str(2**17),
+}
+"""So that glibc gives back what a layer took: otherwise its heap grows by most of each layer, up to the whole model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A library that quantizes, and the interpreter that has it."""
@@ -78,7 +86,11 @@ class Engine:
                     stdout=out,
                     stderr=out,
                     pass_fds=(writing, *inherits),
-                    env={**os.environ, "PYTHONHASHSEED": "0"},  # no order of a set may differ from run to run
+                    env={
+                        **MEMORY,
+                        **os.environ,
+                        "PYTHONHASHSEED": "0",
+                    },  # no set's order may differ between runs
                 )
             except OSError as error:
                 os.close(reading)

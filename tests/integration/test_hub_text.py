@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 
 from shardprep.quantize.calibration import read_calibration
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers, too")]
 
 COMMIT = "c0ffee" * 6 + "c0de"
 LLAMA = Path(__file__).parent.parent / "data" / "tiny-llama"

@@ -21,7 +21,7 @@ from shardprep_runtime.errors import IntegrityError
 from shardprep_runtime.folder_store import FolderStore
 from shardprep_runtime.store import Sink
 
-ONE_PROCESS = pytest.mark.xdist_group("transformers")  # one process that has imported transformers
+ONE_PROCESS = pytest.mark.xdist_group("transformers, too")  # one process that has imported transformers
 
 # ------------------------------------------------------------------------------------------------------------- logits
 

@@ -40,7 +40,7 @@ from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError
 from shardprep_runtime.manifest import Quantization
 
 CHECKPOINT = Path(__file__).parent.parent / "data" / "tiny-llama"
-ONE_PROCESS = pytest.mark.xdist_group("transformers")  # one process that has imported transformers
+ONE_PROCESS = pytest.mark.xdist_group("transformers, too")  # one process that has imported transformers
 
 GROUP = 32
 FORMATS: dict[str, tuple[Scheme, dict[str, Any]]] = {
