@@ -23,11 +23,11 @@ from shardprep_runtime.errors import FormatError, InputError, UnsupportedError, 
 
 from .. import skeleton
 from ..index import Index, Tensor
-from ..layout.quantization import Scheme, legacy_names, read_scheme
+from ..layout.quantization import Scheme
+from ..model import scheme_of
 from ..packing import FIELDS, PACKED, dequantize
 from ..read import Sources, open_reader
 from ..source import open_source, read_checkpoint
-from ..source.checkpoint import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -539,8 +539,7 @@ def _unpacked_shape(fields: Mapping[str, Tensor], scheme: Scheme) -> tuple[int, 
 
 def _scheme(index: Index) -> Scheme | None:
     """How a checkpoint is quantized; None where it is not. Raises UnsupportedError for what cannot be dequantized."""
-    legacy = next((name for name in legacy_names if index.folder.has(name)), None)
-    scheme = read_scheme(index.config, None if legacy is None else read_json(index.folder, legacy))
+    scheme = scheme_of(index)
     if scheme is not None and (
         scheme.method not in PACKED
         or (scheme.method == "compressed-tensors" and scheme.format != "pack-quantized")

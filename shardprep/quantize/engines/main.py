@@ -1,7 +1,7 @@
 """Run one engine on one job: `ENGINE check|run JOB --progress-fd N`, in a process that its parent outlives.
 
 What it finds and how far it is goes out as lines of JSON on the descriptor; stdout and stderr are the library's to
-fill. Standard library only: it runs in environments where shardprep is not installed.
+fill. Importing it needs the standard library only: it runs in environments where shardprep is not installed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import random
 import sys
 import threading
 import traceback
@@ -126,6 +127,16 @@ def _end_with_parent() -> None:
     while os.read(0, 4096):
         pass
     os._exit(PARENT_GONE)
+
+
+def sow(seed: int) -> None:
+    """Seed every source of chance that a library may draw from."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def missing(package: str, error: ImportError) -> str:

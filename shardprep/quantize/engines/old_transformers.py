@@ -61,6 +61,15 @@ def link(source: str, folder: Path) -> tuple[str, ...]:
     return notes
 
 
+def readable(source: str, folder: Path, transformers: str) -> str:
+    """The source, or, for an old transformers, `folder` with links to its files and a config.json that it can read."""
+    if not is_old(transformers):
+        return source
+    for note in link(source, folder):
+        print(f"config.json: {note}", flush=True)
+    return str(folder)
+
+
 def respell(source: str, destination: str, dtype: str) -> None:
     """Give the checkpoint that a library wrote the source's own config, as it was spelled, with how it is quantized."""
     path = Path(destination, "config.json")

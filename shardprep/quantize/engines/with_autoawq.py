@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import re
 import shutil
 import sys
@@ -17,8 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .main import Job, Tell, missing
-from .old_transformers import is_old, link, respell, spell
+from .main import Job, Tell, missing, sow
+from .old_transformers import is_old, readable, respell, spell
 
 OUTPUTS = 64
 """The output size of each linear must be a multiple of this (awq/quantize/quantizer.py, _compute_best_clip)."""
@@ -68,20 +67,12 @@ def check(job: Job) -> dict[str, Any]:
 def run(job: Job, tell: Tell) -> None:
     _prepare(job)
     tell("stage", name="loading")
-    import numpy
     import torch
     import transformers
     from awq import AutoAWQForCausalLM
 
-    random.seed(job.seed)
-    numpy.random.seed(job.seed)
-    torch.manual_seed(job.seed)
-    source = job.source
-    if is_old(transformers.__version__):
-        folder = Path(job.work, "source")
-        for note in link(job.source, folder):
-            print(f"config.json: {note}", flush=True)
-        source = str(folder)
+    sow(job.seed)
+    source = readable(job.source, Path(job.work, "source"), transformers.__version__)
     model = AutoAWQForCausalLM.from_pretrained(
         source, torch_dtype=getattr(torch, job.dtype), trust_remote_code=False, device_map=None
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import random
 import re
 import shutil
 import sys
@@ -16,8 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .main import Job, Tell, missing
-from .old_transformers import is_old, link, respell, spell
+from .main import Job, Tell, missing, sow
+from .old_transformers import is_old, readable, respell, spell
 
 
 def check(job: Job) -> dict[str, Any]:
@@ -60,20 +59,12 @@ def check(job: Job) -> dict[str, Any]:
 def run(job: Job, tell: Tell) -> None:
     _prepare()
     tell("stage", name="loading")
-    import numpy
     import torch
     import transformers
     from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
 
-    random.seed(job.seed)
-    numpy.random.seed(job.seed)
-    torch.manual_seed(job.seed)
-    source = job.source
-    if is_old(transformers.__version__):
-        folder = Path(job.work, "source")
-        for note in link(job.source, folder):
-            print(f"config.json: {note}", flush=True)
-        source = str(folder)
+    sow(job.seed)
+    source = readable(job.source, Path(job.work, "source"), transformers.__version__)
     model = AutoGPTQForCausalLM.from_pretrained(
         source,
         BaseQuantizeConfig(

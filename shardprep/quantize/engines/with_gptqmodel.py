@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import platform
-import random
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .main import Job, Tell, missing
+from .main import Job, Tell, missing, sow
 
 RESUMED = ("llama", "qwen3_moe")
 """Model types whose runs GPTQModel 7.6 itself continues (looper/gptq_checkpoint.py)."""
@@ -69,15 +68,12 @@ def run(job: Job, tell: Tell) -> None:
 def _quantize(job: Job, tell: Tell) -> None:
     _prepare()
     tell("stage", name="loading")
-    import numpy
     import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from gptqmodel.looper.checkpoint_store import CheckpointConfig
     from gptqmodel.quantization.config import FORMAT, METHOD
 
-    random.seed(job.seed)
-    numpy.random.seed(job.seed)
-    torch.manual_seed(job.seed)
+    sow(job.seed)
     work = Path(job.work)
     config = QuantizeConfig(
         bits=job.bits,

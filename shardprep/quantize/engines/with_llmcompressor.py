@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import random
 import re
 import shutil
 import sys
@@ -16,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from typing import Any
 
-from .main import Job, Tell, missing
+from .main import Job, Tell, missing, sow
 
 
 def check(job: Job) -> dict[str, Any]:
@@ -58,14 +57,11 @@ def check(job: Job) -> dict[str, Any]:
 def run(job: Job, tell: Tell) -> None:
     _prepare(job)
     tell("stage", name="loading")
-    import numpy
     import torch
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    random.seed(job.seed)
-    numpy.random.seed(job.seed)
-    torch.manual_seed(job.seed)
+    sow(job.seed)
     model = AutoModelForCausalLM.from_pretrained(
         job.source, dtype=getattr(torch, job.dtype), local_files_only=True
     )
