@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from shardprep_runtime.dtypes import nbytes
@@ -107,3 +108,14 @@ class Index:
     def nbytes(self) -> int:
         """Bytes of all tensors, tied ones once."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """A sort key that puts layer 2 before layer 10."""
+    return tuple(map(_natural_word, name.split(".")))
+
+
+@lru_cache(maxsize=4096)
+def _natural_word(word: str) -> tuple[bool, int, str]:
+    number = word.isascii() and word.isdigit() and len(word) < 19
+    return (True, int(word), word) if number else (False, 0, word)

@@ -13,11 +13,10 @@ from shardprep_runtime.errors import InputError
 from shardprep_runtime.manifest import Part
 from shardprep_runtime.store import Access
 
-from .index import Index, LeftOut, SourceFile, Tensor
+from .index import Index, LeftOut, SourceFile, Tensor, natural
 from .layout import Scheme
 from .layout.packed import unpack
 from .model import scheme_of
-from .plan import natural
 from .source import open_source, read_checkpoint
 
 

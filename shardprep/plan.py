@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import groupby
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Final, NamedTuple
@@ -19,7 +18,7 @@ from shardprep_runtime.manifest import PLACEMENTS, Form, Layer
 from shardprep_runtime.parts import part_metadata, piece_block, piece_texts
 from shardprep_runtime.view import order
 
-from .index import Index, Tensor
+from .index import Index, Tensor, natural
 from .layout import ModelLayout, known_types, ties_head
 
 DIGEST_HEX: Final = 64
@@ -394,14 +393,3 @@ def check_cast(dtype: str) -> str:
     if dtype not in CASTABLE:
         raise UnsupportedError(f"cannot cast to {quote(dtype)}; known are {', '.join(CASTABLE)}")
     return dtype
-
-
-def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """A sort key that puts layer 2 before layer 10."""
-    return tuple(map(_natural_word, name.split(".")))
-
-
-@lru_cache(maxsize=4096)
-def _natural_word(word: str) -> tuple[bool, int, str]:
-    number = word.isascii() and word.isdigit() and len(word) < 19
-    return (True, int(word), word) if number else (False, 0, word)

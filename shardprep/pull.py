@@ -7,50 +7,43 @@ that are whole get their names, the side files come, and the manifest last.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from shardprep_runtime import environment
 from shardprep_runtime import manifest as manifests
-from shardprep_runtime.errors import InputError, IntegrityError, ManifestError, WriteError, quote
-from shardprep_runtime.fetch import TRIES, WORKERS, Arrival, Fetch, open_arrivals, plan_runs
+from shardprep_runtime.errors import InputError, IntegrityError, WriteError, quote
+from shardprep_runtime.fetch import WORKERS, Arrival, Fetch, open_arrivals, plan_runs
 from shardprep_runtime.filesystem import file_system
 from shardprep_runtime.landing import ABSENT, DOUBTED, HEADER, LANDED, VERIFIED, Landing, land_in_file
 from shardprep_runtime.load import SPARSE, Shard
-from shardprep_runtime.manifest import Manifest, Part, SideFile
+from shardprep_runtime.manifest import Manifest, Part
 from shardprep_runtime.parts import OpenPart, open_part
 from shardprep_runtime.remote import DEFAULT_REVISION, blob_key, read_manifest
-from shardprep_runtime.store import Access, Store, open_store, read, where
+from shardprep_runtime.side_files import (
+    MAP,
+    SIDE_BY_SIDE,
+    alone,
+    fetch_side_file,
+    finish,
+    is_here,
+    make_folder,
+    prepare,
+    write_small,
+)
+from shardprep_runtime.store import Access, Store, open_store
 from shardprep_runtime.view import View, plan_view
 
 from .conduct import Conduct
-from .staging import sync_folder
-
-MARKER: Final = ".shardprep-pull"
-"""Holds the digest of the manifest that is being pulled, until the manifest itself is there."""
-
-NEW: Final = f"{MARKER}-new"
-"""A small file that is being written; one at a time."""
-
-MAP: Final = f"{SPARSE}.landed"
-"""What the name of a part's map ends in."""
-
-SIDE_BY_SIDE: Final = 4
-"""Side files that are fetched at a time, beside the parts."""
 
 SMALL: Final = 32 * 2**20
 """Side files up to this size are held in memory until the parts are there; nothing gets its name before."""
-
-MAX_SIDE_FILE: Final = 2**30
-"""A larger side file is refused before it is fetched: they are read whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +77,7 @@ def pull(
     stages: Sequence[Sequence[int]] | None = None,
     engine: str = manifests.TORCH,
     manifest_digest: str | None = None,
+    weights: bool = True,
     access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> PullReport:
@@ -91,6 +85,7 @@ def pull(
 
     rank   of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone, as
            `engine` asks for them, are pulled; None: everything
+    weights  False: side files and the manifest alone, which is what an engine is started with
     Every block is checked against its digest as it lands. What an earlier run, or one for another rank, has brought
     is checked and kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later,
     in which case the same call resumes.
@@ -111,29 +106,24 @@ def pull(
                 stages=stages,
                 engine=engine,
             )
-        _make(destination)
-        with _alone(destination):
-            _prepare(destination, digest, manifest)
-        parts = manifest.parts if view is None else view.parts
-        sides = [side for side in manifest.side_files if not _is_here(destination, side)]
+        make_folder(destination)
+        with alone(destination):
+            prepare(destination, digest, manifest)
+        parts = () if not weights else manifest.parts if view is None else view.parts
+        sides = [side for side in manifest.side_files if not is_here(destination, side)]
         small = [side for side in sides if side.size <= SMALL]
         with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="shardprep-side") as pool:
-            early = {side: pool.submit(_fetch_side_file, store, side) for side in small}
+            early = {side: pool.submit(fetch_side_file, store, side) for side in small}
             try:
                 wanted, fetched, whole = _bring(store, destination, manifest, parts, view, conduct)
                 for side in sides:
-                    data = early[side].result() if side in early else _fetch_side_file(store, side)
-                    with _alone(destination):
-                        _write(destination / side.path, data)
+                    data = early[side].result() if side in early else fetch_side_file(store, side)
+                    with alone(destination):
+                        write_small(destination / side.path, data)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        sync_folder(destination)
-        with _alone(destination):
-            # last: a folder that has a manifest is complete
-            _write(destination / manifests.FILE_NAME, raw)
-            sync_folder(destination)
-            (destination / MARKER).unlink(missing_ok=True)
+        finish(destination, raw)
     return PullReport(
         source=store.uri,
         revision=revision,
@@ -145,57 +135,6 @@ def pull(
         parts=tuple((part.path, part.path in whole) for part in parts),
         seconds=time.monotonic() - began,
     )
-
-
-def _make(destination: Path) -> None:
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(
-            f"{quote(destination)}: exists and is no folder; choose another destination"
-        ) from None
-    except OSError as error:
-        raise WriteError(f"{quote(destination)}: cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Others who pull into the folder wait until this is done: it looks at names, and makes or changes them."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):  # a file system without such locks: two pulls at once may fetch a block twice
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _prepare(destination: Path, digest: str, manifest: Manifest) -> None:
-    """Prove that the folder is empty, or one that a pull of this very manifest has begun or finished."""
-    there = {entry.name for entry in destination.iterdir()} - {NEW}
-    found = None
-    if manifests.FILE_NAME in there:
-        found = manifests.digest_of((destination / manifests.FILE_NAME).read_bytes())
-    elif MARKER in there:
-        found = (destination / MARKER).read_text("ascii", "replace").strip()
-    if found not in (None, digest):
-        raise InputError(
-            f"{quote(destination)}: holds another manifest ({quote(found)}) than the one to be pulled ({digest}); "
-            "choose an empty or new folder"
-        )
-    own = {MARKER, manifests.FILE_NAME} | {
-        name
-        for each in (*(part.path for part in manifest.parts), *(side.path for side in manifest.side_files))
-        for name in (each.partition("/")[0], each + SPARSE, each + MAP)
-    }
-    foreign = there - own
-    if foreign or (there and found is None):
-        what = quote(min(foreign or there))
-        raise InputError(
-            f"{quote(destination)}: holds {what}; nothing is overwritten: choose an empty or new folder"
-        )
-    if found is None:
-        _write(destination / MARKER, f"{digest}\n".encode())
 
 
 def _bring(
@@ -210,7 +149,7 @@ def _bring(
     landings: list[tuple[Part, str, Landing]] = []
     there: list[Part] = []
     try:
-        with _alone(folder):
+        with alone(folder):
             for part in parts:
                 path = folder / (part.path + SPARSE)
                 if (folder / part.path).exists():
@@ -279,7 +218,7 @@ def _ranges(
             for part in there:
                 yield part, part.header_size, part.size
             return
-        shard = Shard(view, [*(arrival.part for arrival in arrivals), *opened])
+        shard = Shard(view, [*(arrival.part for arrival in arrivals), *opened], manifest)
         for each, piece, start, stop in shard.ranges():
             whose = of_part.get(each.part.path, each.part)
             yield whose, piece.span.start + start, piece.span.start + stop
@@ -303,54 +242,12 @@ def _publish(folder: Path, arrival: Arrival) -> bool:
     path = folder / arrival.part.part.path
     if not all(arrival.landing.state(len(arrival.blocks))):
         return False
-    with _alone(folder):
+    with alone(folder):
         # somebody who pulls another rank into this folder may have been first
         with suppress(FileNotFoundError):
             path.with_name(path.name + SPARSE).rename(path)
         path.with_name(path.name + MAP).unlink(missing_ok=True)
     return True
-
-
-def _is_here(folder: Path, side: SideFile) -> bool:
-    """Whether the very side file lies in the folder."""
-    path = folder / side.path
-    return (
-        path.is_file()
-        and path.stat().st_size == side.size
-        and manifests.digest_of(path.read_bytes()) == side.digest
-    )
-
-
-def _fetch_side_file(store: Store, side: SideFile) -> bytes:
-    """A side file's bytes. Raises IntegrityError where the store's is not what it should be."""
-    if side.size > MAX_SIDE_FILE:
-        raise ManifestError(
-            f"{quote(side.path)}: a side file of {side.size} bytes; expected at most {MAX_SIDE_FILE}"
-        )
-    key = blob_key(side.digest)
-    for _ in range(TRIES):
-        raw = read(store, key, 0, side.size)
-        if manifests.digest_of(raw) == side.digest:
-            return raw
-    raise IntegrityError(
-        f"{where(store, key)}: does not match its digest in the manifest ({quote(side.path)}), {TRIES} times: "
-        "the copy that lies there is damaged; put it there again"
-    )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a small file whole: a temporary name, fsync, rename. The caller is alone in the folder."""
-    temporary = path.with_name(NEW)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(f"{quote(path)}: cannot be written: {error.strerror}") from None
 
 
 def choose_rank(

@@ -29,7 +29,7 @@ from shardprep_runtime.store import Access, is_uri
 from .conduct import Conduct
 from .index import Index, LeftOut
 from .layout import ModelLayout, Scheme, normalize
-from .layout.quantization import spell
+from .layout.quantization import spell, with_lists
 from .model import lay_out_index, read_legacy
 from .plan import Plan, plan_split, settle_aliases, uncollected
 from .publish import StoreStaging
@@ -168,12 +168,20 @@ def split(
 
 
 def _spelled(index: Index, scheme: Scheme | None) -> Index:
-    """The index with a config.json that says how it is quantized, where only an older tool's file beside it did."""
-    legacy = read_legacy(index)
-    if scheme is None or legacy is None:
+    """The index with a config.json that says how it is quantized, also where only an older tool's file beside it did,
+    and lists what is: parts lie apart from it, and an engine cannot look into them."""
+    if scheme is None:
         return index
-    how = spell(scheme, legacy=legacy, head="lm_head.qweight" in index.tensors)
-    return replace(index, config={**index.config, "quantization_config": how}, edited=True)
+    legacy = read_legacy(index)
+    how = index.config.get("quantization_config")
+    if legacy is not None:
+        how = spell(scheme, legacy=legacy, head="lm_head.qweight" in index.tensors)
+    if not isinstance(how, Mapping):  # a model that sees, whose language model's config says it
+        return index
+    listed = with_lists(how, {name: tensor.shape for name, tensor in index.tensors.items()})
+    if listed == index.config.get("quantization_config"):
+        return index
+    return replace(index, config={**index.config, "quantization_config": listed}, edited=True)
 
 
 def _stages(

@@ -26,6 +26,7 @@ from shardprep_runtime.errors import (
     WriteError,
     quote,
 )
+from shardprep_runtime.filesystem import sync_folder
 from shardprep_runtime.header import read_header
 from shardprep_runtime.manifest import digest_of
 
@@ -250,12 +251,3 @@ class Staging:
         # not there: renamed by an earlier run, where `finished` has found it
         with contextlib.suppress(FileNotFoundError):
             (self.folder / name).rename(self.destination / name)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -47,6 +47,16 @@ def world_size() -> int | None:
     return _number("WORLD_SIZE")
 
 
+def vllm_layer_partition() -> str | None:
+    """VLLM_PP_LAYER_PARTITION: by it vLLM deals layers out to stages, their counts with commas between."""
+    return os.environ.get("VLLM_PP_LAYER_PARTITION") or None
+
+
+def vllm_plugins() -> str | None:
+    """VLLM_PLUGINS: the plugins that vLLM may load; None: all."""
+    return os.environ.get("VLLM_PLUGINS")
+
+
 def _number(name: str) -> int | None:
     given = os.environ.get(name)
     if given is None:

@@ -71,3 +71,12 @@ def file_system(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> s
         if fields.split()[2] == wanted:
             found = rest.split()[0]  # the last one covers those before it
     return found
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

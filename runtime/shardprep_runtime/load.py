@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -52,8 +52,9 @@ class Shard(Mapping[str, "torch.Tensor"]):
     `verify="blocks"`, match their digests); whoever asks earlier waits.
     """
 
-    def __init__(self, view: View, parts: Sequence[OpenPart]) -> None:
+    def __init__(self, view: View, parts: Sequence[OpenPart], manifest: Manifest) -> None:
         self.view = view
+        self.manifest = manifest
         self._parts = tuple(parts)
         self._closed = False
         self._fetch: Fetch | None = None
@@ -305,6 +306,7 @@ def load(
     expert_parallel_size: int = 1,
     stages: Sequence[Sequence[int]] | None = None,
     engine: str = TORCH,
+    also: Collection[str] = (),
     verify: Verify = "blocks",
     manifest_digest: str | None = None,
     workers: int | None = None,
@@ -320,6 +322,7 @@ def load(
     expert_parallel_size  groups of a stage's tensor ranks that share its experts; divides tensor_parallel_size
     stages          layers [start, stop) of each pipeline stage; default: those of the split, else even ones
     engine          whose way of cutting to follow where engines differ: torch, transformers or vllm
+    also            tensors to load whatever their stage
     verify          "blocks": every block of the view is checked before this returns (from a store: before a tensor
                     is handed out); "headers": the headers, and with them sizes, shapes and places, are; "off": sizes
                     and places only, no digest
@@ -361,6 +364,7 @@ def load(
             expert_parallel_size=expert_parallel_size,
             stages=stages,
             engine=engine,
+            also=also,
         )
         if is_uri(source):
             keys = [blob_key(part.digest) for part in view.parts]
@@ -427,7 +431,7 @@ def _fetched(
     arrivals = open_arrivals(store, landings, manifest, check_digest=verify != "off", workers=workers)
     shard = None
     try:
-        shard = Shard(view, [arrival.part for arrival in arrivals])
+        shard = Shard(view, [arrival.part for arrival in arrivals], manifest)
         crew: Crew | None = None
         if processes > 1:
             from .helper import HelperProcesses  # imports what speaks S3, which most loads do not need
@@ -452,7 +456,7 @@ def _mapped(folder: Path, view: View, manifest: Manifest, *, verify: Verify, wor
             parts.append(found)
             if landed is not None:
                 maps[found] = landed
-        shard = Shard(view, parts)
+        shard = Shard(view, parts, manifest)
         for part_, numbered in [(part, Numbered(part)) for part in maps]:
             _check_there(shard, part_, numbered, maps[part_])
         shard._read_exactly()

@@ -5,7 +5,7 @@ Arithmetic over the manifest alone: a view that the layout rules do not allow is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -92,13 +92,15 @@ def plan_view(
     expert_parallel_size: int = 1,
     stages: Sequence[Sequence[int]] | None = None,
     engine: str = TORCH,
+    also: Collection[str] = (),
 ) -> View:
     """The view of `rank` in a grid of `tensor_parallel_size` x `pipeline_parallel_size` workers.
 
     `stages` gives the layers [start, stop) of each stage; without it a set that was split for as many stages uses
     those, any other number is made by `grid.even_stages`. `expert_parallel_size` groups of the tensor ranks share the
     experts. `engine` says who asks, where engines cut a tensor differently (vLLM pads a vocabulary, say): one of the
-    manifest's, or torch, which asks for every tensor as it is stored.
+    manifest's, or torch, which asks for every tensor as it is stored. `also` names tensors that belong to the view
+    whatever their stage: some models of vLLM have an embedding or a head in every stage.
     Raises LayoutError for a grid, rank, stages or engine that the manifest does not allow.
     """
     chosen = choose_stages(manifest, pipeline_parallel_size=pipeline_parallel_size, stages=stages)
@@ -122,7 +124,10 @@ def plan_view(
     needed: dict[tuple[int, int], set[Layer]] = {}
     for name, entry, run in lines_of(manifest.tensors):
         form, layer, expert = entry
-        if not (layers[0] <= layer < layers[1] if isinstance(layer, int) else layer in placements):
+        if (
+            not (layers[0] <= layer < layers[1] if isinstance(layer, int) else layer in placements)
+            and name not in also
+        ):
             continue
         of_expert = run is not None or expert is not None
         if own is not None and expert is not None and not own[0] <= expert < own[1]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "revisions": "List the revisions in a store.",
     "prune": "Remove from a store what no revision needs.",
     "pull": "Bring a shard set, or one rank's share of it, from a store.",
+    "vllm": "Serve a shard set with vLLM: each rank loads its own share alone.",
     "verify": "Check a shard set, every byte of it.",
     "export": "Restore the checkpoint from a shard set, bit for bit.",
 }

@@ -35,6 +35,7 @@ from . import parse, render
     help="Pull this rank's share alone.  [default: RANK, as torchrun sets it, where -tp, -pp or --stages is given]",
 )
 @click.option("--all", "everything", is_flag=True, help="Pull all of it.")
+@click.option("--no-weights", is_flag=True, help="Pull the side files and the manifest alone.")
 @click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
 @parse.connections_option
 @parse.access_options
@@ -50,6 +51,7 @@ def command(
     engine: str | None,
     rank: int | None,
     everything: bool,
+    no_weights: bool,
     manifest_digest: str | None,
     max_workers: int | None,
     access: Access,
@@ -65,7 +67,7 @@ def command(
 
     rank = choose_rank(
         rank,
-        everything=everything,
+        everything=everything or no_weights,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=len(stages) if stages else pipeline_parallel_size,
         expert_parallel_size=expert_parallel_size,
@@ -84,11 +86,15 @@ def command(
             stages=stages,
             engine=engine or TORCH,
             manifest_digest=manifest_digest,
+            weights=not no_weights,
             access=access,
             conduct=conduct,
         )
     if as_json:
         render.print_json(report)
+        return
+    if no_weights:
+        click.echo(f"side files alone, manifest {report.manifest_digest} in {quote(report.destination)}")
         return
     what = "all of it" if report.rank is None else f"rank {report.rank}"
     whole = sum(whole for _, whole in report.parts)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
+
+from ..index import natural
+
+PACKED: Final = re.compile(r"\.(qweight|weight_packed)$")
+"""What the name of a quantized linear's numbers ends in."""
 
 legacy_names: Final = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ said how a checkpoint is quantized before they wrote it into config.json."""
@@ -92,6 +98,51 @@ def spell(scheme: Scheme, *, legacy: Mapping[str, Any], head: bool = False) -> d
         also = ("damp_percent", "static_groups", "true_sequential", "dynamic", "meta")
         found |= {key: legacy[key] for key in also if legacy.get(key) is not None}
     return found | ({"lm_head": True} if head else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """What is quantized in a checkpoint and what is not, by the names of its tensors."""
+
+    count: int
+    """Linears that are quantized."""
+    linears: tuple[str, ...]
+    """What they are called: within a layer where all layers have the same, else each by its whole name."""
+    kept: tuple[str, ...]
+    """Modules with matrices that are not, by their whole names: engines take a part of one for all names that have it."""
+
+
+def list_modules(shapes: Mapping[str, Sequence[int]]) -> Modules:
+    """What is quantized among tensors of these names and shapes."""
+    packed = {PACKED.sub("", name) for name in shapes if PACKED.search(name)}
+    layers: dict[str, set[str]] = {}
+    for name in packed:
+        layer, _, rest = re.sub(r"^(.*?\.\d+)\.", r"\1 ", name).partition(" ")
+        layers.setdefault(layer, set()).add(rest)
+    kinds = {frozenset(each) for each in layers.values()}
+    linears = next(iter(kinds)) if len(kinds) == 1 and "" not in next(iter(kinds)) else packed
+    kept = (
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) >= 2
+    )
+    return Modules(len(packed), tuple(sorted(linears, key=natural)), tuple(sorted(kept, key=natural)))
+
+
+def with_lists(how: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """A quantization_config of GPTQ or AWQ with explicit lists of what is quantized and what is not, where it has none.
+
+    vLLM and transformers guess from names, or from the files' headers, where nothing is listed, and guess wrong where
+    the files are not there.
+    """
+    found, modules = dict(how), list_modules(shapes)
+    if modules.count and not found.get("dynamic"):  # which says it in its own way
+        if found.get("quant_method") == "gptq" and not found.get("modules_in_block_to_quantize"):
+            # optimum sums the lists up and asks how names end, vLLM what is in a name
+            found["modules_in_block_to_quantize"] = [list(modules.linears)]
+        if found.get("quant_method") in ("gptq", "awq") and not found.get("modules_to_not_convert"):
+            found["modules_to_not_convert"] = list(modules.kept)
+    return found
 
 
 def check_method(method: object) -> str:

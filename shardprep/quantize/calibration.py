@@ -40,9 +40,9 @@ from shardprep_runtime.errors import (
     WriteError,
     quote,
 )
+from shardprep_runtime.filesystem import sync_folder
 
 from ..files import open_regular
-from ..staging import sync_folder
 
 CORPUS: Final = Path(__file__).with_name("corpus") / "corpus.jsonl"
 HUB: Final = "hf://datasets/"

@@ -12,12 +12,11 @@ from shardprep_runtime.errors import InputError, ProblemError, quote
 
 from ..index import Index
 from ..layout import Scheme, normalize
+from ..layout.quantization import PACKED, Modules, list_modules, with_lists
 from ..model import lay_out_index, scheme_of
-from ..plan import natural
 from ..read import Sources, numpy_dtype, open_reader
 from .names import PARTS
 
-PACKED: Final = re.compile(r"\.(qweight|weight_packed)$")
 FIELDS: Final = re.compile(
     r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_zero_point|weight_g_idx|weight_shape)$"
 )
@@ -28,12 +27,7 @@ class Made:
     """What an engine made of a checkpoint."""
 
     scheme: Scheme
-    quantized: int
-    """Linears that are quantized."""
-    linears: tuple[str, ...]
-    """What they are called: within a layer where all layers have the same, else each by its whole name."""
-    kept: tuple[str, ...]
-    """Modules with matrices that are not, by their whole names: engines take a part of one for all names that have it."""
+    modules: Modules
 
 
 def check_made(made: Index, source: Index, asked: Scheme, *, without: Collection[str] = ()) -> Made:
@@ -76,23 +70,7 @@ def check_made(made: Index, source: Index, asked: Scheme, *, without: Collection
     except InputError as error:  # what could not be split, and sizes that contradict each other
         raise ProblemError(f"{where}: the engine made what cannot be used: {error}") from None
     _check_scales(made)
-    kept = (
-        name.removesuffix(".weight")
-        for name in plain
-        if name.endswith(".weight") and len(made.tensors[name].shape) >= 2
-    )
-    return Made(scheme, len(packed), _called(packed), tuple(sorted(kept, key=natural)))
-
-
-def _called(packed: set[str]) -> tuple[str, ...]:
-    layers: dict[str, set[str]] = {}
-    for name in packed:
-        layer, _, rest = re.sub(r"^(.*?\.\d+)\.", r"\1 ", name.removesuffix(".weight")).partition(" ")
-        layers.setdefault(layer, set()).add(rest)
-    kinds = {frozenset(each) for each in layers.values()}
-    if len(kinds) == 1 and "" not in next(iter(kinds)):
-        return tuple(sorted(next(iter(kinds)), key=natural))
-    return tuple(sorted((name.removesuffix(".weight") for name in packed), key=natural))
+    return Made(scheme, list_modules({name: tensor.shape for name, tensor in made.tensors.items()}))
 
 
 def _path(name: str) -> str:
@@ -119,11 +97,7 @@ def _check_scales(made: Index) -> None:
 
 
 def configured(config: Mapping[str, Any], made: Index, found: Made, dtype: str) -> dict[str, Any]:
-    """The source's config.json with how it is quantized, and explicit lists of what is and what is not.
-
-    vLLM and transformers guess from names where nothing is listed, and guess wrong where parts of a checkpoint are
-    moved.
-    """
+    """The source's config.json with how it is quantized, and explicit lists of what is and what is not."""
     how = {
         key: value
         for key, value in made.config["quantization_config"].items()
@@ -133,11 +107,9 @@ def configured(config: Mapping[str, Any], made: Index, found: Made, dtype: str) 
     if isinstance(meta, Mapping) and isinstance(meta.get("quantizer"), list):
         how["meta"] = {"quantizer": meta["quantizer"]}
     scheme = found.scheme
-    if scheme.method == "gptq":
-        # optimum sums the lists up and asks how names end, vLLM what is in a name
-        how["modules_in_block_to_quantize"] = [list(found.linears)]
-    if scheme.method in ("gptq", "awq"):
-        how["modules_to_not_convert"] = list(found.kept)
+    for key in ("modules_in_block_to_quantize", "modules_to_not_convert"):
+        how.pop(key, None)
+    how = with_lists(how, {name: tensor.shape for name, tensor in made.tensors.items()})
     if scheme.method == "awq":
         how |= {"zero_point": not scheme.symmetric, "version": "gemm"}
     result = {**config, "quantization_config": how}

@@ -19,6 +19,7 @@ from typing import Any
 
 from shardprep_runtime import __version__
 from shardprep_runtime.errors import ProblemError, quote
+from shardprep_runtime.filesystem import sync_folder
 from shardprep_runtime.manifest import QUANTIZATION_REPORT
 from shardprep_runtime.store import Access
 
@@ -29,7 +30,6 @@ from ..model import model_of
 from ..pad import Padding, pad_to
 from ..plan import plan_convert, settle_aliases
 from ..source import open_source, read_checkpoint
-from ..staging import sync_folder
 from .calibration import Tokens, read_calibration, write_tokens
 from .checks import (
     Evaluation,
@@ -172,8 +172,8 @@ def quantize(
             )
         report = replace(
             report,
-            quantized=found.quantized,
-            kept=found.kept,
+            quantized=found.modules.count,
+            kept=found.modules.kept,
             nbytes=made_index.nbytes,
             quality=measured,
             measured={} if evaluation.skip else about(heldout, evaluation),

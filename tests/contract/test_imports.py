@@ -37,6 +37,10 @@ with shardprep_runtime.load({path!r}, tensor_parallel_size=2, rank=1, verify={ve
 """
 
 
+OF_ENGINES = {"shardprep_runtime.shardtensor", "shardprep_runtime.vllm_loader"}
+"""Modules that import torch, or an engine: nothing imports them before it has that."""
+
+
 def run(code: str) -> str:
     """What `code` prints in a Python of its own that knows nothing of this one, warnings being errors."""
     done = subprocess.run(
@@ -66,7 +70,9 @@ def test_the_runtime_is_standard_library_alone() -> None:
 
 def test_every_module_of_the_runtime_is_standard_library_alone() -> None:
     modules = [
-        f"shardprep_runtime.{module.name}" for module in pkgutil.iter_modules(shardprep_runtime.__path__)
+        f"shardprep_runtime.{module.name}"
+        for module in pkgutil.iter_modules(shardprep_runtime.__path__)
+        if f"shardprep_runtime.{module.name}" not in OF_ENGINES
     ]
     assert "shardprep_runtime.tensors" in modules
     assert imported_by("import " + ", ".join(modules)) == {"shardprep_runtime"}
@@ -245,6 +251,7 @@ def all_modules() -> str:
         module.name
         for package in (shardprep_runtime, shardprep)
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        if module.name not in OF_ENGINES
     ]
     assert "shardprep.source.torch_zip" in names
     return "import shardprep_runtime, shardprep\n" + "\n".join(f"import {name}" for name in names)
@@ -423,6 +430,7 @@ SURFACE: dict[str, list[str]] = {
         "--stages",
         "--rank",
         "--all",
+        "--no-weights",
         "--manifest-digest",
         *ACCESS,
         "--max-workers",
@@ -430,6 +438,18 @@ SURFACE: dict[str, list[str]] = {
     ],
     "revisions": ["STORE", *ACCESS, "--json"],
     "prune": ["STORE", "--grace", "--delete-revision", "--dry-run", *ACCESS, "--json"],
+    "vllm": [
+        "SOURCE",
+        "ARGUMENTS",
+        "--revision",
+        "--manifest-digest",
+        "--verify",
+        "--folder",
+        "--no-prefetch",
+        *ACCESS,
+        "--dry-run",
+        "--json",
+    ],
     "verify": ["SHARD_SET", "--fast", "--manifest-digest", "--max-workers", "--json"],
     "export": ["SHARD_SET", "DESTINATION", "--max-part-size", "--max-workers", "--json"],
 }

@@ -52,8 +52,8 @@ def made(source: Index, tmp_path: Path) -> Callable[..., Index]:
 
 def test_what_is_whole_is_taken(made: Callable[..., Index], source: Index) -> None:
     found = check_made(made(), source, SCHEME)
-    assert found.quantized == 2 * 7
-    assert found.linears == (
+    assert found.modules.count == 2 * 7
+    assert found.modules.linears == (
         "mlp.down_proj",
         "mlp.gate_proj",
         "mlp.up_proj",
@@ -62,7 +62,7 @@ def test_what_is_whole_is_taken(made: Callable[..., Index], source: Index) -> No
         "self_attn.q_proj",
         "self_attn.v_proj",
     )
-    assert found.kept == ("lm_head", "model.embed_tokens")
+    assert found.modules.kept == ("lm_head", "model.embed_tokens")
 
 
 def test_the_config_says_what_is_quantized_and_what_is_not(made: Callable[..., Index], source: Index) -> None:
@@ -83,8 +83,8 @@ def test_where_layers_differ_every_linear_is_named(made: Callable[..., Index], s
         tensors[f"{stem}.weight"] = torch.zeros(32, 64)
 
     found = check_made(made(leave_one_alone), source, SCHEME)
-    assert "model.layers.0.mlp.down_proj" in found.linears
-    assert "model.layers.1.mlp.down_proj" in found.kept
+    assert "model.layers.0.mlp.down_proj" in found.modules.linears
+    assert "model.layers.1.mlp.down_proj" in found.modules.kept
 
 
 @pytest.mark.parametrize(

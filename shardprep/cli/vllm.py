@@ -1,0 +1,81 @@
+"""shardprep vllm"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+from shardprep_runtime.errors import quote
+from shardprep_runtime.load import Verify
+from shardprep_runtime.store import Access
+
+from . import parse, render
+
+
+@click.command("vllm")
+@click.argument("source", type=parse.STORE)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- ARGUMENTS OF VLLM SERVE]")
+@parse.revision_option
+@click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
+@click.option(
+    "--verify",
+    type=click.Choice(["blocks", "headers", "off"]),
+    default="blocks",
+    show_default=True,
+    help="What each rank checks of its own weights.",
+)
+@click.option(
+    "--folder",
+    type=parse.PATH,
+    help="Where config, tokenizer and manifest of a store's shard set are put.  [default: in the cache]",
+)
+@click.option(
+    "--no-prefetch", is_flag=True, help="Do not fetch this host's shards while vLLM starts; its ranks will."
+)
+@parse.access_options
+@click.option("--dry-run", is_flag=True, help="Print the command of vLLM instead of running it.")
+@parse.json_option
+def command(
+    source: Path | str,
+    arguments: tuple[str, ...],
+    revision: str,
+    manifest_digest: str | None,
+    verify: Verify,
+    folder: Path | None,
+    no_prefetch: bool,
+    access: Access,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Serve the shard set at SOURCE (s3://bucket/prefix, or a folder) with vLLM: each rank loads its own share alone.
+
+    Fetches the config, the tokenizer and the manifest, begins to fetch the shards of this host's ranks, and becomes
+    `vllm serve`, with what stands behind -- as its further options:
+
+        shardprep vllm s3://bucket/llama-70b -- --tensor-parallel-size 4 --port 8000
+
+    Sizes that the shard set does not serve are refused before vLLM is started.
+    """
+    from shardprep.serve_vllm import become_vllm, prepare_vllm
+
+    launch = prepare_vllm(
+        source,
+        arguments,
+        folder=folder,
+        revision=revision,
+        manifest_digest=manifest_digest,
+        verify=verify,
+        prefetch=not no_prefetch,
+        access=access,
+    )
+    if dry_run or as_json:
+        if as_json:
+            render.print_json(launch)
+        else:
+            click.echo(shlex.join(launch.command))
+        return
+    ranks = f"; fetching ranks {', '.join(map(str, launch.ranks))}" if launch.ranks else ""
+    click.echo(f"manifest {launch.manifest_digest} in {quote(launch.folder)}{ranks}", err=True)
+    become_vllm(launch)
