@@ -306,7 +306,7 @@ def load(
     expert_parallel_size: int = 1,
     stages: Sequence[Sequence[int]] | None = None,
     engine: str = TORCH,
-    also: Collection[str] = (),
+    tensors: Collection[str] | None = None,
     verify: Verify = "blocks",
     manifest_digest: str | None = None,
     workers: int | None = None,
@@ -322,7 +322,7 @@ def load(
     expert_parallel_size  groups of a stage's tensor ranks that share its experts; divides tensor_parallel_size
     stages          layers [start, stop) of each pipeline stage; default: those of the split, else even ones
     engine          whose way of cutting to follow where engines differ: torch, transformers or vllm
-    also            tensors to load whatever their stage
+    tensors         these alone, whatever their stage; default: all that belong to the rank
     verify          "blocks": every block of the view is checked before this returns (from a store: before a tensor
                     is handed out); "headers": the headers, and with them sizes, shapes and places, are; "off": sizes
                     and places only, no digest
@@ -364,7 +364,7 @@ def load(
             expert_parallel_size=expert_parallel_size,
             stages=stages,
             engine=engine,
-            also=also,
+            tensors=tensors,
         )
         if is_uri(source):
             keys = [blob_key(part.digest) for part in view.parts]

@@ -8,11 +8,14 @@ reads what the rank does not hold gets an error. Imports torch: nothing imports 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from math import prod
 from typing import Any, Final
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from .dtypes import TORCH
 from .errors import LayoutError, quote
 from .load import Shard
 from .manifest import Form, Manifest
@@ -90,6 +93,34 @@ class ShardTensor(torch.Tensor):
         raise LayoutError(_refusal(asked, str(function)))
 
 
+class AwaitedTensor(torch.Tensor):
+    """A tensor that is not brought before anybody touches it: then `bring` gives it, and stands in its place."""
+
+    bring: Callable[[], torch.Tensor]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], dtype: torch.dtype, bring: Callable[[], torch.Tensor]
+    ) -> AwaitedTensor:
+        made: AwaitedTensor = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype)
+        made.bring = bring
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"AwaitedTensor({list(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, named = tree_map_only(
+            AwaitedTensor, lambda each: each.bring(), (tuple(args), dict(kwargs or {}))
+        )
+        return function(*args, **named)
+
+
 def shard_tensor(name: str, view: TensorView, local: torch.Tensor) -> torch.Tensor:
     """The tensor `name` of the checkpoint as the rank with this view of it, which is `local`, can give it."""
     form: Form = view.form
@@ -114,14 +145,31 @@ def shard_tensor(name: str, view: TensorView, local: torch.Tensor) -> torch.Tens
     )
 
 
-def shard_tensors(shard: Shard, manifest: Manifest) -> Iterator[tuple[str, torch.Tensor]]:
+def shard_tensors(
+    shard: Shard, manifest: Manifest, more: Callable[[str], Shard] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of what `shard` holds, under all names that the checkpoint has for it, in a forward pass's order.
 
-    Those of other ranks alone are not there.
+    Those of other ranks alone are not there, but for tensors outside of the layers where `more` is given, which loads
+    one of them: some models have an embedding or a head in stages that never use it. It is called if it is touched.
     """
     for name, tensor in shard.iter_tensors():
         if name not in manifest.tied:  # which the checkpoint does not have
             yield name, shard_tensor(name, shard.describe(name), tensor)
+    if more is None:
+        return
+    for name, (form, layer, _) in manifest.tensors.items():
+        if isinstance(layer, str) and name not in shard:
+            aliases = [alias for alias, stored in manifest.aliases.items() if stored == name]
+            dtype, shape = getattr(torch, TORCH[form.dtype]), form.shape
+            bring = cache(partial(_bring, name, more))
+            for each in (name, *aliases):
+                yield each, AwaitedTensor(shape, dtype, bring)
+
+
+def _bring(name: str, more: Callable[[str], Shard]) -> torch.Tensor:
+    with more(name) as shard:
+        return shard_tensor(name, shard.describe(name), shard[name])
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic

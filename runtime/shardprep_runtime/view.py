@@ -92,15 +92,15 @@ def plan_view(
     expert_parallel_size: int = 1,
     stages: Sequence[Sequence[int]] | None = None,
     engine: str = TORCH,
-    also: Collection[str] = (),
+    tensors: Collection[str] | None = None,
 ) -> View:
     """The view of `rank` in a grid of `tensor_parallel_size` x `pipeline_parallel_size` workers.
 
     `stages` gives the layers [start, stop) of each stage; without it a set that was split for as many stages uses
     those, any other number is made by `grid.even_stages`. `expert_parallel_size` groups of the tensor ranks share the
     experts. `engine` says who asks, where engines cut a tensor differently (vLLM pads a vocabulary, say): one of the
-    manifest's, or torch, which asks for every tensor as it is stored. `also` names tensors that belong to the view
-    whatever their stage: some models of vLLM have an embedding or a head in every stage.
+    manifest's, or torch, which asks for every tensor as it is stored. `tensors` names those that the view is to have,
+    whatever their stage, and no others.
     Raises LayoutError for a grid, rank, stages or engine that the manifest does not allow.
     """
     chosen = choose_stages(manifest, pipeline_parallel_size=pipeline_parallel_size, stages=stages)
@@ -124,10 +124,10 @@ def plan_view(
     needed: dict[tuple[int, int], set[Layer]] = {}
     for name, entry, run in lines_of(manifest.tensors):
         form, layer, expert = entry
-        if (
-            not (layers[0] <= layer < layers[1] if isinstance(layer, int) else layer in placements)
-            and name not in also
-        ):
+        if tensors is not None:
+            if name not in tensors:
+                continue
+        elif not (layers[0] <= layer < layers[1] if isinstance(layer, int) else layer in placements):
             continue
         of_expert = run is not None or expert is not None
         if own is not None and expert is not None and not own[0] <= expert < own[1]:
@@ -153,10 +153,10 @@ def plan_view(
                 raise LayoutError(f"{quote(name)}: {error}") from None
         found.layers.add(layer)
         lines.append((name, run, layer, found))
-    tensors: dict[str, TensorView] = {}
+    found_tensors: dict[str, TensorView] = {}
     for name, run, layer, each in sorted(lines, key=lambda line: order(line[2], manifest.layers)):
         for own_name in (name,) if run is None else names_of(name, run):
-            tensors[own_name] = TensorView(
+            found_tensors[own_name] = TensorView(
                 own_name, each.form, layer, each.shape, each.takes, each.stripes, each.experts
             )
     for found in known.values():
@@ -170,11 +170,11 @@ def plan_view(
         ep_rank=ep_rank,
         engine=engine,
         layers=layers,
-        tensors=tensors,
+        tensors=found_tensors,
         names={
             alias: name
             for alias, name in (*manifest.aliases.items(), *manifest.tied.items())
-            if name in tensors
+            if name in found_tensors
         },
         parts=tuple(part for part in manifest.parts if holds(part, needed.get(part.ranks, set()))),
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from shardprep_runtime.cut import Layout, Segment, takes
 from shardprep_runtime.errors import LayoutError
 from shardprep_runtime.manifest import Form
-from shardprep_runtime.shardtensor import ShardTensor, shard_tensor
+from shardprep_runtime.shardtensor import AwaitedTensor, ShardTensor, shard_tensor
 from shardprep_runtime.view import TensorView
 
 View = Callable[[torch.Tensor], torch.Tensor]
@@ -229,3 +229,19 @@ def test_whatever_needs_more_than_the_rank_holds_raises(use: Callable[[torch.Ten
 
 def test_a_tensor_that_is_held_whole_is_plain() -> None:
     assert type(held(ROWS, Layout(None, ()), size=3, rank=1)) is torch.Tensor
+
+
+def test_what_is_awaited_comes_when_it_is_touched_and_not_before() -> None:
+    brought = []
+
+    def bring() -> torch.Tensor:
+        brought.append(1)
+        return shard_of_rows()
+
+    awaited = AwaitedTensor(ROWS.shape, ROWS.dtype, bring)
+    assert awaited.shape == ROWS.shape and awaited.dtype == ROWS.dtype and awaited.dim() == 2
+    assert not brought
+    assert torch.equal(torch.empty(2, 4, dtype=torch.int64).copy_(awaited.narrow(0, 2, 2)), ROWS[2:4])
+    assert brought
+    with pytest.raises(LayoutError, match=r"of which this rank has \[2:4, 0:4\]"):
+        torch.empty(6, 4, dtype=torch.int64).copy_(awaited)
