@@ -20,7 +20,10 @@ import pytest
 from shardprep_runtime import load, prefetch
 from shardprep_runtime.errors import IntegrityError, MissingError, ShardprepError
 from shardprep_runtime.folder_store import FolderStore
+from shardprep_runtime.grid import Grid
 from shardprep_runtime.manifest import digest_of
+from shardprep_runtime.manifest import read as read_manifest
+from shardprep_runtime.prefetch_command import Prefetching, fetch, ranks_of_node
 from shardprep_runtime.remote import blob_key
 from stores import CountingStore, make_store
 
@@ -42,7 +45,10 @@ def store(tmp_path: Path) -> Path:
 @pytest.fixture
 def counted(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingStore]:
     found = CountingStore(FolderStore(store))
-    monkeypatch.setattr(importlib.import_module("shardprep_runtime.load"), "open_store", lambda *_: found)
+    for module in ("load", "prefetch_command"):
+        monkeypatch.setattr(
+            importlib.import_module(f"shardprep_runtime.{module}"), "open_store", lambda *_: found
+        )
     yield found
 
 
@@ -68,11 +74,12 @@ def until(ready: Any) -> None:
         time.sleep(0.01)
 
 
-def fetched(cache: Path) -> bool:
-    """Whether everything that the grid needs is in the cache: the store is not asked."""
+def fetched(cache: Path, *, rank: int = 1) -> bool:
+    """Whether everything that a rank needs is in the cache: the store is not asked."""
     digest = digest_of((SHARDS / "shardprep.json").read_bytes())
+    grid = {**GRID, "rank": rank}
     try:
-        with load("file:///nowhere", cache=cache, manifest_digest=digest, **GRID) as shard:
+        with load("file:///nowhere", cache=cache, manifest_digest=digest, **grid) as shard:
             shard.wait()
             return shard.bytes_fetched == 0
     except ShardprepError:
@@ -179,6 +186,24 @@ def test_without_a_rank_it_fetches_for_rank_0(store: Path, tmp_path: Path) -> No
         (["STORE", "--stages", "0-"], 2, "is no list of stages"),
         (["STORE", "--revision", "v9"], 1, "no revision v9; there are main"),
         (["STORE", "-tp", "x"], 2, "invalid int value"),
+        (["STORE", "-tp", 2, "--stay", "--", "true"], 2, "--stay is for a fetch without a command"),
+        (["STORE", "-tp", 2, "--ranks", "0-2"], 2, "rank 2 is not in a grid of 1 x 2"),
+        (["STORE", "-tp", 2, "--ranks", "1-0"], 2, "1-0 is no list of ranks; write each once: 0-3"),
+        (["STORE", "-tp", 2, "--ranks", "0,0-1"], 2, "0,0-1 is no list of ranks"),
+        (["STORE", "-tp", 2, "--ranks", ""], 2, "is no list of ranks"),
+        (["STORE", "-tp", 2, "--ranks", "0", "--rank", 0], 2, "say the same thing; give one of them"),
+        (["STORE", "-tp", 2, "--nnodes", 2], 2, "--nnodes and --node-rank go together"),
+        (["STORE", "-tp", 2, "--node-rank", 0], 2, "--nnodes and --node-rank go together"),
+        (
+            ["STORE", "-tp", 2, "--nnodes", 3, "--node-rank", 0],
+            2,
+            "3 nodes cannot share 2 ranks evenly (1 x 2",
+        ),
+        (
+            ["STORE", "-tp", 2, "--nnodes", 2, "--node-rank", 2],
+            2,
+            "node rank 2: of 2 nodes they go from 0 to 1",
+        ),
         ([], 2, "the following arguments are required: source"),
     ],
 )
@@ -186,10 +211,127 @@ def test_what_cannot_be_fetched_is_said(
     store: Path, tmp_path: Path, args: list[object], code: int, words: str
 ) -> None:
     args = [f"file://{store}" if arg == "STORE" else arg for arg in args]
-    found = run(*args, *(["--cache", tmp_path / "cache"] if args else []))
+    found = run(*args[:1], *(["--cache", tmp_path / "cache"] if args else []), *args[1:])
     assert found.returncode == code
     assert words in found.stderr
     assert found.stdout == ""
+
+
+def test_it_ends_when_it_is_asked_to_as_the_first_process_of_a_container_must(
+    store: Path, tmp_path: Path
+) -> None:
+    """The kernel drops a signal to a container's first process for which that has set no handler."""
+    code = SLOW.format(tests=str(Path(__file__).parents[1]), store=str(store), delay=30)
+    options = ["file:///x", "-tp", "2", "--rank", "1", "--cache", str(tmp_path / "c")]
+    with subprocess.Popen([sys.executable, "-c", code, *options], stderr=subprocess.PIPE) as process:
+        until((tmp_path / "c").exists)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sidecar_stays_when_all_is_here_and_ends_well_when_it_is_asked_to(
+    store: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    options = [f"file://{store}", "-tp", "2", "--rank", "1", "--cache", str(tmp_path / "c"), "--stay"]
+    with subprocess.Popen([*COMMAND, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith(b"rank 1: ")
+        assert fetched(tmp_path / "c")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(number)
+        assert process.wait(10) == 0
+        assert process.stderr.read() == b""
+
+
+def test_a_sidecar_whose_fetch_fails_ends_so_that_it_is_started_again(tmp_path: Path) -> None:
+    assert run("file:///no-store", "--cache", tmp_path / "c", "--stay").returncode == 1
+
+
+# ------------------------------------------------------------------------------------------------- all ranks of a host
+
+
+@pytest.mark.parametrize(
+    "said", [["--ranks", "0-3"], ["--ranks", "0,1,2-3"], ["--nnodes", 1, "--node-rank", 0]]
+)
+def test_one_process_fetches_for_all_ranks_of_its_host(
+    store: Path, tmp_path: Path, said: list[object]
+) -> None:
+    cache = tmp_path / "cache"
+    found = run(f"file://{store}", "-tp", 4, *said, "--cache", cache, "--json")
+    assert (found.returncode, found.stderr) == (0, "")
+    reports = json.loads(found.stdout)
+    assert [each["rank"] for each in reports] == [0, 1, 2, 3]
+    digest = digest_of((SHARDS / "shardprep.json").read_bytes())
+    for report in reports:
+        with load(
+            "file:///nowhere",
+            cache=cache,
+            manifest_digest=digest,
+            tensor_parallel_size=4,
+            rank=report["rank"],
+        ) as shard:
+            shard.wait()
+            assert (shard.nbytes, shard.bytes_fetched) == (report["nbytes"], 0)
+    found = run(f"file://{store}", "-tp", 4, *said, "--cache", cache)
+    assert [line.partition(":")[0] for line in found.stdout.splitlines()] == [f"rank {n}" for n in range(4)]
+    assert all(line.endswith(" 0 of them fetched") for line in found.stdout.splitlines())
+
+
+def test_bytes_that_several_ranks_need_are_fetched_once(counted: CountingStore, tmp_path: Path) -> None:
+    fetch(
+        Prefetching(source="file:///x", ranks=(0, 1, 2, 3), tensor_parallel_size=4, cache=str(tmp_path / "c"))
+    )
+    asked = [(each.key, each.start) for each in counted.requests if each.key.startswith("blobs/")]
+    assert len(asked) == len(set(asked))
+    stored = {blob_key(part.digest): part.size for part in read_manifest(SHARDS).parts}
+    assert {key: counted.received[key] for key in stored} == stored
+
+
+def test_a_host_fetches_for_its_own_ranks_and_no_others(store: Path, tmp_path: Path) -> None:
+    for node in range(2):
+        cache = tmp_path / str(node)
+        found = run(f"file://{store}", "-tp", 2, "--nnodes", 2, "--node-rank", node, "--cache", cache)
+        assert found.stdout.startswith(f"rank {node}: ")
+        assert fetched(cache, rank=node)
+        assert not fetched(cache, rank=1 - node)
+
+
+def test_hosts_share_the_ranks_as_vllm_deals_them_out() -> None:
+    assert [ranks_of_node(Grid(4, 2), 2, node) for node in range(2)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert [ranks_of_node(Grid(4, 1), 2, node) for node in range(2)] == [(0, 1), (2, 3)]
+    assert ranks_of_node(Grid(2, 3), 1, 0) == (0, 1, 2, 3, 4, 5)
+
+
+def test_all_ranks_are_of_one_revision_though_a_push_moves_it_meanwhile(
+    counted: CountingStore, tmp_path: Path
+) -> None:
+    """The manifest is read once: a rank that asked again could be given another."""
+    fetch(Prefetching(source="file:///x", ranks=(0, 1), tensor_parallel_size=2, cache=str(tmp_path / "c")))
+    assert [each.key for each in counted.requests].count("manifests/main.json") == 1
+
+
+def test_a_host_whose_cache_cannot_hold_all_its_ranks_is_refused(store: Path, tmp_path: Path) -> None:
+    run(f"file://{store}", "-tp", 4, "--rank", 0, "--cache", tmp_path / "one")
+    room = sum(file.stat().st_blocks * 512 for file in (tmp_path / "one/blobs").iterdir())
+    found = run(
+        f"file://{store}", "-tp", 4, "--ranks", "0-3", "--cache", tmp_path / "all",
+        env={"SHARDPREP_CACHE_SIZE": str(room)},
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert "do not fit into the cache" in found.stderr
+
+
+def test_a_rank_that_fails_fails_the_host(counted: CountingStore, tmp_path: Path) -> None:
+    with load(SHARDS, **GRID) as expected:
+        part, piece, start, _ = next(each for each in expected.ranges() if each[0].part.ranks == (1, 2))
+    counted.corrupt(blob_key(part.part.digest), piece.span.start + start)
+    wanted = Prefetching(source="file:///x", ranks=(0, 1), tensor_parallel_size=2, cache=str(tmp_path / "c"))
+    with pytest.raises(IntegrityError):
+        fetch(wanted)
 
 
 # --------------------------------------------------------------------------------------------------------- with command
@@ -288,14 +430,14 @@ from shardprep_runtime.folder_store import FolderStore
 from shardprep_runtime.prefetch_command import main
 from stores import CountingStore
 store = CountingStore(FolderStore(Path({store!r})))
-store.delay(0.5)
+store.delay({delay})
 importlib.import_module("shardprep_runtime.load").open_store = lambda *_: store
 sys.exit(main())
 """
 
 
 def test_who_reads_what_the_command_prints_does_not_wait_for_the_fetch(store: Path, tmp_path: Path) -> None:
-    code = SLOW.format(tests=str(Path(__file__).parents[1]), store=str(store))
+    code = SLOW.format(tests=str(Path(__file__).parents[1]), store=str(store), delay=0.5)
     command = [
         sys.executable,
         "-c",
@@ -332,3 +474,19 @@ def test_a_worker_that_is_run_so_has_its_shard(store: Path, tmp_path: Path) -> N
     with load(SHARDS, **GRID) as expected:
         digest = hashlib.sha256(b"".join(expected.memory(name) for name in expected.view.tensors))
     assert found.stdout == f"{digest.hexdigest()}\n"
+
+
+BESIDE = """
+import os, sys
+from shardprep_runtime.prefetch_command import Prefetching, fetch_beside
+fetch_beside(Prefetching(source=sys.argv[1], ranks=(0, 1), tensor_parallel_size=2, cache=sys.argv[2]))
+os.execvp("sh", ["sh", "-c", "echo became; exec cat"])
+"""
+
+
+def test_a_program_becomes_another_while_the_fetch_for_its_ranks_goes_on(store: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BESIDE, f"file://{store}", str(tmp_path / "c")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"became\n"
+        until(lambda: all(fetched(tmp_path / "c", rank=rank) for rank in range(2)))
