@@ -134,6 +134,15 @@ class Shard(Mapping[str, "torch.Tensor"]):
             raise KeyError(name)
         return stored
 
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that is not kept: one that is joined is joined anew each time, unless `[name]` was asked for."""
+        stored = self._stored(name)
+        tensor = self._tensors.get(stored)
+        if tensor is None:
+            found = self._memory.get(stored)
+            tensor = tensor_of(self.view.tensors[stored], found if found is not None else self._make(stored))
+        return tensor
+
     # ------------------------------------------------------------------------------------------- bytes and tensors
     def memory(self, name: str) -> memoryview:
         """The packed bytes of a tensor, without torch. Of the mapping itself unless the tensor had to be joined."""
@@ -194,11 +203,8 @@ class Shard(Mapping[str, "torch.Tensor"]):
         aliases: dict[str, list[str]] = {}
         for alias, name in self.view.names.items():
             aliases.setdefault(name, []).append(alias)
-        for name, view in self.view.tensors.items():
-            tensor = self._tensors.get(name)
-            if tensor is None:
-                found = self._memory.get(name)
-                tensor = tensor_of(view, found if found is not None else self._make(name))
+        for name in self.view.tensors:
+            tensor = self.read(name)
             for each in (name, *aliases.get(name, ())):
                 yield each, tensor
 

@@ -6,6 +6,7 @@ anything outside gets an error that says so. Wrong weights never load.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -125,14 +126,29 @@ class ShardSlice:
         )
 
 
+class _Reader(threading.local):
+    """Gives a tensor for several slices of it, and keeps of each thread none but the last: whoever copies them to a
+    device needs no second copy of the shard in memory.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.name = ""
+        self.tensor: torch.Tensor | None = None
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if self.name != name or self.tensor is None:
+            self.tensor = None  # before there is another
+            self.name, self.tensor = name, self.shard.read(name)
+        return self.tensor
+
+
 def shard_slices(shard: Shard, manifest: Manifest) -> Mapping[str, ShardSlice]:
     """Every tensor of the checkpoint by name, as `shard` holds it; what it does not hold is there and raises when read."""
-    found = {}
+    found, read = {}, _Reader(shard)
     for name, entry in manifest.tensors.items():
         if name in shard.view.tensors:
-            found[name] = ShardSlice(
-                name, entry.form, shard.view.tensors[name], partial(shard.__getitem__, name)
-            )
+            found[name] = ShardSlice(name, entry.form, shard.view.tensors[name], partial(read, name))
         else:
             found[name] = ShardSlice(name, entry.form, None, None)
     return found

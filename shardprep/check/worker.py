@@ -14,12 +14,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shardprep_runtime.errors import LayoutError
+from shardprep_runtime.transformers_state import check_loaded, transformers_state
 
 from .models import answers, model_class
 from .processes import Answer, Job
@@ -188,24 +189,21 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _source(job: Job, rank: int) -> Iterator[Mapping[str, Any]]:
     """Name -> slice of every tensor of the checkpoint, as this rank has it."""
-    import shardprep_runtime
-    from shardprep_runtime.shardview import shard_slices
-
     if job.shard_set is None:
         from safetensors import safe_open
 
         with safe_open(Path(job.checkpoint) / "model.safetensors", "pt") as opened:
             yield {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         return
-    with shardprep_runtime.load(
+    state = transformers_state(
         job.shard_set,
         rank=rank,
         tensor_parallel_size=job.size,
         expert_parallel_size=job.expert_parallel_size,
-        engine="transformers",
         verify="headers",
-    ) as shard:
-        yield shard_slices(shard, shardprep_runtime.read_manifest(job.shard_set))
+    )
+    with contextlib.closing(state):
+        yield state
 
 
 def _distribute(job: Job, tensors: Mapping[str, Any]) -> PreTrainedModel:
@@ -242,9 +240,7 @@ def _distribute(job: Job, tensors: Mapping[str, Any]) -> PreTrainedModel:
     )
     info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), loading)
     info = type(model)._finalize_model_loading(model, loading, info)
-    missing: Sequence[str] = sorted({*info.missing_keys, *info.unexpected_keys})
-    if missing:
-        raise LayoutError(f"transformers' loader and the checkpoint differ in {', '.join(missing[:3])}")
+    check_loaded(info.to_dict())
     found: PreTrainedModel = model
     return found
 

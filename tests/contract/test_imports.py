@@ -37,7 +37,7 @@ with shardprep_runtime.load({path!r}, tensor_parallel_size=2, rank=1, verify={ve
 """
 
 
-OF_ENGINES = {"shardprep_runtime.shardtensor", "shardprep_runtime.vllm_loader"}
+OF_ENGINES = {f"shardprep_runtime.{name}" for name in ("ray_llm", "shardtensor", "vllm_loader")}
 """Modules that import torch, or an engine: nothing imports them before it has that."""
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from shardprep.layout import derive_layout
 from shardprep.index import natural
+from shardprep.layout import derive_layout
 from shardprep.skeleton import shapes_of
 from shardprep.weights import Census
 from shardprep_runtime import dtypes
