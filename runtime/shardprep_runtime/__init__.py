@@ -15,6 +15,7 @@ from .manifest import Manifest
 from .manifest import read as read_manifest
 from .prefetch import Prefetch, prefetch
 from .store import Access
+from .transformers_state import transformers_state
 from .view import View, plan_view
 
 __version__ = "0.1.0"
@@ -33,4 +34,5 @@ __all__ = [
     "plan_view",
     "prefetch",
     "read_manifest",
+    "transformers_state",
 ]

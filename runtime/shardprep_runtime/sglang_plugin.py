@@ -63,4 +63,4 @@ def weights(original: Callable[..., Weights], loader: Any, model_config: Any, mo
         tensor_parallel_size=here.tp_size,
         engine=ENGINE if here.tp_size > 1 else TORCH,
     ) as shard:
-        yield from shard_tensors(shard, shard.manifest)
+        yield from shard_tensors(shard)

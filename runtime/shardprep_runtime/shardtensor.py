@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from .dtypes import TORCH
 from .errors import LayoutError, quote
 from .load import Shard
-from .manifest import Form, Manifest
+from .manifest import Form
 from .shardview import runs_of
 from .view import TensorView
 
@@ -146,13 +146,14 @@ def shard_tensor(name: str, view: TensorView, local: torch.Tensor) -> torch.Tens
 
 
 def shard_tensors(
-    shard: Shard, manifest: Manifest, more: Callable[[str], Shard] | None = None
+    shard: Shard, more: Callable[[str], Shard] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of what `shard` holds, under all names that the checkpoint has for it, in a forward pass's order.
 
     Those of other ranks alone are not there, but for tensors outside of the layers where `more` is given, which loads
     one of them: some models have an embedding or a head in stages that never use it. It is called if it is touched.
     """
+    manifest = shard.manifest
     for name, tensor in shard.iter_tensors():
         if name not in manifest.tied:  # which the checkpoint does not have
             yield name, shard_tensor(name, shard.describe(name), tensor)

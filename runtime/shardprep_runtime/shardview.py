@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .errors import LayoutError, quote
-from .manifest import Form, Manifest
+from .manifest import Form
 from .view import TensorView
 
 if TYPE_CHECKING:
@@ -143,10 +143,10 @@ class _Reader(threading.local):
         return self.tensor
 
 
-def shard_slices(shard: Shard, manifest: Manifest) -> Mapping[str, ShardSlice]:
+def shard_slices(shard: Shard) -> Mapping[str, ShardSlice]:
     """Every tensor of the checkpoint by name, as `shard` holds it; what it does not hold is there and raises when read."""
     found, read = {}, _Reader(shard)
-    for name, entry in manifest.tensors.items():
+    for name, entry in shard.manifest.tensors.items():
         if name in shard.view.tensors:
             found[name] = ShardSlice(name, entry.form, shard.view.tensors[name], partial(read, name))
         else:

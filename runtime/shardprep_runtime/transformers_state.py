@@ -42,7 +42,7 @@ class TransformersState(Mapping[str, ShardSlice]):
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self._slices = shard_slices(shard, shard.manifest)
+        self._slices = shard_slices(shard)
         self._asked = self._checked = False
 
     def from_pretrained(self, model_class: Any, **options: Any) -> Any:

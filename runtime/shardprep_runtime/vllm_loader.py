@@ -83,7 +83,7 @@ class ShardprepLoader(BaseModelLoader):
 
         with load_own() as shard:
             more = load_more if grid.pipeline_parallel_size > 1 else None
-            loaded = model.load_weights(shard_tensors(shard, manifest, more))  # type: ignore[operator]
+            loaded = model.load_weights(shard_tensors(shard, more))  # type: ignore[operator]
             self._check_filled(model, model_config, loaded)
             logger.info(
                 "shardprep: rank %d of %d: %d tensors, %d bytes of %d kept, %d read, %d of them fetched by this "

@@ -20,9 +20,26 @@ from . import parse, render
 def command(
     shard_set: Path, fast: bool, manifest_digest: str | None, max_workers: int | None, as_json: bool
 ) -> None:
-    """Check SHARD_SET: complete, consistent, and every byte the one that was split."""
+    """Check SHARD_SET: complete, consistent, and every byte the one that was split.
+
+    A folder that `export --format vllm-sharded-state` wrote is checked against its record, whose digest it is then
+    that --manifest-digest means.
+    """
+    from shardprep.sharded_state import is_sharded_state, verify_record
     from shardprep.verify import verify
 
+    if is_sharded_state(shard_set):
+        found = verify_record(shard_set, fast=fast, record_digest=manifest_digest)
+        if as_json:
+            render.print_json(found)
+            return
+        what = "sizes and headers" if fast else render.size(found.nbytes)
+        grid = f"-tp {found.tensor_parallel_size} -pp {found.pipeline_parallel_size}"
+        click.echo(
+            f"{quote(shard_set)}: sound: {found.files} sharded_state files of vLLM {quote(found.vllm)}, {grid}, {what}"
+        )
+        click.echo(f"record {found.record_digest}")
+        return
     report = verify(shard_set, fast=fast, manifest_digest=manifest_digest, workers=max_workers)
     if as_json:
         render.print_json(report)

@@ -56,7 +56,8 @@ def command(
 
         shardprep vllm s3://bucket/llama-70b -- --tensor-parallel-size 4 --port 8000
 
-    Sizes that the shard set does not serve are refused before vLLM is started.
+    Sizes that the shard set does not serve are refused before vLLM is started. SOURCE may also be what `shardprep export
+    --format vllm-sharded-state` wrote: whether its files are this vLLM's and of these sizes is checked, which vLLM does not.
     """
     from shardprep.serve_vllm import become_vllm, prepare_vllm
 
@@ -77,5 +78,5 @@ def command(
             click.echo(shlex.join(launch.command))
         return
     ranks = f"; fetching ranks {', '.join(map(str, launch.ranks))}" if launch.ranks else ""
-    click.echo(f"manifest {launch.manifest_digest} in {quote(launch.folder)}{ranks}", err=True)
+    click.echo(f"manifest {launch.manifest_digest} in {quote(launch.folder or source)}{ranks}", err=True)
     become_vllm(launch)

@@ -440,7 +440,7 @@ SURFACE: dict[str, list[str]] = {
     "prune": ["STORE", "--grace", "--delete-revision", "--dry-run", *ACCESS, "--json"],
     "vllm": [
         "SOURCE",
-        "ARGUMENTS",
+        "[-- ARGUMENTS OF VLLM SERVE]",
         "--revision",
         "--manifest-digest",
         "--verify",
@@ -451,7 +451,18 @@ SURFACE: dict[str, list[str]] = {
         "--json",
     ],
     "verify": ["SHARD_SET", "--fast", "--manifest-digest", "--max-workers", "--json"],
-    "export": ["SHARD_SET", "DESTINATION", "--max-part-size", "--max-workers", "--json"],
+    "export": [
+        "SHARD_SET",
+        "DESTINATION",
+        "--format",
+        "-tp/--tensor-parallel-size",
+        "-pp/--pipeline-parallel-size",
+        "-ep/--expert-parallel-size",
+        "--dtype",
+        "--max-part-size",
+        "--max-workers",
+        "--json",
+    ],
 }
 """Scripts are written against these. Adding is free; a name that goes or changes breaks somebody."""
 

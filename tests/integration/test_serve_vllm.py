@@ -16,6 +16,7 @@ import pytest
 
 import shardprep_runtime
 from shardprep.serve_vllm import Sizes, prepare_vllm, read_sizes
+from shardprep.sharded_state import RECORD, Record, StateFile, dump_record
 from shardprep.split import split
 from shardprep_runtime.engines import find_shard_set, read_options
 from shardprep_runtime.errors import InputError, LayoutError, ManifestError
@@ -190,3 +191,61 @@ def test_without_vllm_it_says_where_it_belongs(
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "install shardprep where vLLM is" in errors
+
+
+# ---------------------------------------------------------------------------------------------- exported sharded_state
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the record of an export for vLLM 0.32.0 at TP 2, on a host that has that version."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    record = Record(
+        vllm="0.32.0+cpu",
+        torch="2.13.0",
+        shardprep="0.1.0",
+        architecture="LlamaForCausalLM",
+        quantization=None,
+        tensor_parallel_size=2,
+        pipeline_parallel_size=1,
+        expert_parallel=False,
+        dtype="bfloat16",
+        manifest_digest="sha256:" + "0" * 64,
+        files=(StateFile("model-rank-0-part-0.safetensors", 8, "sha256:" + "0" * 64, 0, 0),),
+        side_files=(),
+    )
+    (folder / RECORD).write_bytes(dump_record(record))
+    install(tmp_path / "site", "0.32.0")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    return folder
+
+
+def install(site: Path, version: str) -> None:
+    """As far as a package's metadata says it."""
+    (site / "vllm.dist-info").mkdir(parents=True, exist_ok=True)
+    (site / "vllm.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+
+
+def test_exported_files_are_served_by_vllms_own_formats(host: Path, exported: Path) -> None:
+    launch = prepare_vllm(exported, ["-tp", "2"])
+    assert option(launch.command, "--load-format") == "sharded_state"
+    assert launch.command[2] == str(exported) and launch.ranks == ()
+    remote = prepare_vllm(f"file://{exported}", ["-tp", "2"])
+    assert option(remote.command, "--load-format") == "runai_streamer_sharded"
+    assert remote.command[2] == f"file://{exported}"
+    assert remote.manifest_digest == launch.manifest_digest == digest_of((exported / RECORD).read_bytes())
+
+
+def test_exported_files_are_refused_where_vllm_would_load_them_wrong(host: Path, exported: Path) -> None:
+    for arguments, message in (
+        (["-tp", "4"], "tensor parallel size 2 and pipeline parallel size 1, not 4 and 1"),
+        (["-tp", "2", "--enable-expert-parallel"], "without --enable-expert-parallel"),
+    ):
+        with pytest.raises(LayoutError, match=message):
+            prepare_vllm(exported, arguments)
+    with pytest.raises(ManifestError, match="the digest of its record is"):
+        prepare_vllm(exported, ["-tp", "2"], manifest_digest="sha256:" + "1" * 64)
+    install(host / "site", "0.33.0")
+    with pytest.raises(LayoutError, match=r"files are vLLM 0\.32\.0\+cpu's, and this is vLLM 0\.33\.0"):
+        prepare_vllm(exported, ["-tp", "2"])

@@ -147,12 +147,11 @@ def test_a_slice_is_the_full_tensors_or_an_error_never_anything_else(data: st.Da
 def test_the_slices_of_a_shard_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     write_model(tmp_path / "in", phi3_config(), kind="safetensors")
     split(tmp_path / "in", tmp_path / "shards", tensor_parallel_size=2)
-    manifest = shardprep_runtime.read_manifest(tmp_path / "shards")
     given = 0
     with safe_open(tmp_path / "in" / "model.safetensors", "pt") as original:
         for rank in range(2):
             with shardprep_runtime.load(tmp_path / "shards", rank=rank, tensor_parallel_size=2) as shard:
-                found = shard_slices(shard, manifest)
+                found = shard_slices(shard)
                 assert found.keys() == set(original.keys())
                 for name, view in shard.view.tensors.items():
                     theirs = original.get_slice(name)
@@ -169,7 +168,7 @@ def test_a_tensor_of_another_stage_is_there_and_raises_when_it_is_read(tmp_path:
     write_model(tmp_path / "in", kind="safetensors")
     split(tmp_path / "in", tmp_path / "shards", tensor_parallel_size=1)
     with shardprep_runtime.load(tmp_path / "shards", rank=1, pipeline_parallel_size=2) as shard:
-        found = shard_slices(shard, shardprep_runtime.read_manifest(tmp_path / "shards"))
+        found = shard_slices(shard)
         assert found["model.embed_tokens.weight"].get_shape() == [50, 32]
         with pytest.raises(LayoutError, match="nothing of it belongs to this rank"):
             found["model.embed_tokens.weight"][...]
