@@ -150,11 +150,15 @@ def answers(model: Any, tokenizer: Any) -> tuple[Any, list[int]]:
     return logits, tokens[0, ids.shape[1] :].tolist()
 
 
-def prove(report: Report, checkpoint: Path, shards: Path, grids: dict[tuple[int, int], Any]) -> None:
+def prove(
+    report: Report, checkpoint: Path, shards: Path, grids: dict[tuple[int, int], Any], cache: Path
+) -> None:
     """Compare what the shards compute with what transformers computes from the original checkpoint."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import shardprep_runtime
 
     # torch says that no process group is initialized: there is one process
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -185,6 +189,19 @@ def prove(report: Report, checkpoint: Path, shards: Path, grids: dict[tuple[int,
         "from_pretrained_equal",
         torch.equal(own_logits, logits) and own_tokens == tokens,
         "transformers.from_pretrained reads the shard set's folder as it is: the same",
+    )
+    with shardprep_runtime.transformers_state(STORE, cache=cache) as state:
+        started = state.from_pretrained(
+            AutoModelForCausalLM,
+            config=AutoConfig.from_pretrained(shards),
+            generation_config=original.generation_config,
+            dtype=torch.float32,
+        )
+    own_logits, own_tokens = answers(started, tokenizer)
+    report.claim(
+        "transformers_state_equal",
+        torch.equal(own_logits, logits) and own_tokens == tokens,
+        "transformers started from S3 by transformers_state: the same",
     )
     report.claim(
         "dcp_equal",
@@ -381,7 +398,7 @@ def run(report: Report, checkpoint: Path, work: Path, server: S3Server) -> None:
     )
     report.line()
     report.line("The proof")
-    prove(report, checkpoint, work / "shards", grids)
+    prove(report, checkpoint, work / "shards", grids, work / "cache-transformers")
     command("export", work / "shards", work / "exported")
     checked, seconds = command("check-arch", checkpoint, "-tp", "4", "-pp", "2")
     report.line()
