@@ -1,8 +1,9 @@
 """Say which indices of which checkpoint tensor each rank of vLLM reads, by asking vLLM's own weight loaders.
 
-vLLM's model of a rank is built with faked ranks, and its `load_weights` is handed tensors without data that tick off
-what is read of them. Runs in an environment with vLLM (scripts/trace_vllm makes it); requests come as lines of JSON on
-standard input, answers leave as such. Each is served by a forked process, for vLLM's registries remember.
+vLLM's model of a rank is built (shardprep.vllm_ranks), and its `load_weights` is handed tensors without data that tick
+off what is read of them. Runs in an environment with vLLM and shardprep (scripts/make_vllm makes it); requests come as
+lines of JSON on standard input, answers leave as such. Each is served by a forked process, for vLLM's registries
+remember.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import resource
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -33,17 +34,15 @@ os.environ |= {
 }
 
 import torch
-import vllm.distributed.parallel_state as groups
 from vllm import triton_utils
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention.mla_attention import MLACommonImpl
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
-from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import set_default_torch_dtype
+
+from shardprep.vllm_ranks import as_rank, build_config, build_model, current
 
 aten = torch.ops.aten
 Block = list[list[int]]
@@ -192,43 +191,6 @@ def _runs(line: torch.Tensor) -> list[list[int]]:
     return [list(each) for each in zip(starts, stops, strict=True)]
 
 
-@contextlib.contextmanager
-def faked(tp: int, tp_size: int, pp: int, pp_size: int) -> Iterator[None]:
-    """The groups of a process alone say that it is rank `tp` of `tp_size` of stage `pp` of `pp_size`."""
-    sizes = {"_TP": (tp, tp_size), "_EP": (tp, tp_size), "_PP": (pp, pp_size)}
-    kept = []
-    for name, (rank, size) in sizes.items():
-        group = getattr(groups, name)
-        if group is not None:
-            kept.append((group, group.rank_in_group, group.world_size, group.ranks, group.rank))
-            group.rank_in_group, group.world_size, group.ranks, group.rank = (
-                rank,
-                size,
-                list(range(size)),
-                rank,
-            )
-    try:
-        yield
-    finally:
-        for group, *was in kept:
-            group.rank_in_group, group.world_size, group.ranks, group.rank = was
-
-
-def configure(folder: str, overrides: Mapping[str, Any]) -> VllmConfig:
-    found = EngineArgs(
-        model=folder,
-        dtype="bfloat16",
-        enforce_eager=True,
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        **overrides,
-    ).create_engine_config()
-    with set_current_vllm_config(found):
-        groups.init_distributed_environment(1, 0, "file://" + tempfile.mktemp(), 0, "gloo")
-        groups.initialize_model_parallel(1, 1)
-    return found
-
-
 def reads_of_rank(
     config: VllmConfig,
     shapes: Mapping[str, Any],
@@ -240,18 +202,10 @@ def reads_of_rank(
     pp_size: int = 1,
 ) -> dict[str, Any]:
     """What one rank reads of each tensor, and the class of the model."""
-    parallel = config.parallel_config
-    parallel.tensor_parallel_size, parallel.pipeline_parallel_size = tp_size, pp_size
-    parallel.enable_expert_parallel = ep
-    config.compilation_config.static_forward_context.clear()
-    config.compilation_config.static_all_moe_layers.clear()
     masks = {name: torch.zeros(shape, dtype=torch.bool) for name, (_, shape) in shapes.items()}
-    with (
-        set_current_vllm_config(config),
-        faked(tp, tp_size, pp, pp_size),
-        set_default_torch_dtype(config.model_config.dtype),
-    ):
-        model = initialize_model(vllm_config=config, model_config=config.model_config)
+    rank = as_rank(tp_rank=tp, tp_size=tp_size, pp_rank=pp, pp_size=pp_size, expert_parallel=ep)
+    with rank, current(config):
+        model = build_model(config)
         model.load_weights(
             (name, Ticked(masks[name], torch.empty(shape, dtype=DTYPES[dtype], device="meta"), len(shape)))
             for name, (dtype, shape) in shapes.items()
@@ -312,7 +266,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"reads": {}, "errors": {}}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(request["config"]))
-        config = configure(folder, request.get("overrides", {}))
+        config = build_config(folder, dtype="bfloat16", load_format="dummy", **request.get("overrides", {}))
         for layout in request["layouts"]:
             try:
                 found["model"], found["reads"][layout] = _reads(config, shapes, layout)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 WEIGHTS: Final = ("weight", "qweight", "qzeros", "scales", "weight_packed", "weight_scale")
-"""What the names of parameters end in that a quantized checkpoint always has values for."""
+"""What the names of parameters end in that a checkpoint always has values for."""
 
 logger = logging.getLogger("vllm.shardprep")
 
@@ -116,13 +116,7 @@ class ShardprepLoader(BaseModelLoader):
         """Raises where a parameter that holds weights has got nothing."""
         if loaded is None:  # a model that does not say
             return
-        if model_config.quantization is None:
-            # vLLM's own check, which knows what no checkpoint has; in some versions a matter of each loader
-            check = getattr(DefaultModelLoader, "track_weights_loading", None)
-            if check is not None:
-                check(_default(self.load_config), model, loaded)
-                return
-        # of a quantized model vLLM checks nothing: some of its parameters are in no checkpoint
+        # vLLM's own check leaves out every module that is post-processed, so all linears, and quantized models
         missing = sorted(
             name
             for name, parameter in model.named_parameters()
@@ -135,6 +129,9 @@ class ShardprepLoader(BaseModelLoader):
                 + " of this rank got nothing from the shard set: it is not this model's, or this version of vLLM wants "
                 "more than the split knew; nothing may be served from it"
             )
+        check = getattr(DefaultModelLoader, "track_weights_loading", None)
+        if check is not None and model_config.quantization is None:
+            check(_default(self.load_config), model, loaded)
 
 
 def _default(load_config: LoadConfig) -> DefaultModelLoader:
