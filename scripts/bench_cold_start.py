@@ -467,14 +467,20 @@ class Bench:
         def pair(how: str, source: Path | str, **more: str) -> tuple[str, ...]:
             return self.worker("ranks", vllm=False, how=how, source=str(source), size=SIZE, **more)
 
+        def pinned(source: Path | str, of: bench_s3.Payload) -> tuple[str, ...]:
+            """Ours; the folder of side files is there before, and says which manifest it is."""
+            return pair("ours", source, side_files=str(of.folder), manifest_digest=digest(of))
+
         every = self.files(self.checkpoint)
         ways = [
             Way(OWN_TP, pair("folder", self.checkpoint), every),
             Way(AS_IS, pair("folder", shards.folder), self.files(shards.folder)),
-            Way(OURS, pair("ours", shards.folder), self.files(shards.folder)),
+            Way(OURS, pinned(shards.folder, shards), self.files(shards.folder)),
         ]
         if finer := self.shards.get(GRAIN):
-            ways.append(Way(f"{OURS}, cut for {GRAIN}", pair("ours", finer.folder), self.files(finer.folder)))
+            ways.append(
+                Way(f"{OURS}, cut for {GRAIN}", pinned(finer.folder, finer), self.files(finer.folder))
+            )
         for cold in self.chosen.states:
             title = f"{label}, disk, {'cold' if cold else 'warm'}"
             found = self.show(title, ways, cold=cold)
@@ -488,8 +494,9 @@ class Bench:
         source = f"s3://{BUCKET}/{shards.prefix}"
 
         grid = ("-tp", str(SIZE), "--ranks", f"0-{SIZE - 1}", "--engine", "transformers")
-        before = (sys.executable, "-m", "shardprep_runtime.prefetch_command", source, *grid, "--")
-        words = pair("ours", source, side_files="{work}/side-files")
+        pin = ("--manifest-digest", digest(shards))
+        before = (sys.executable, "-m", "shardprep_runtime.prefetch_command", source, *grid, *pin, "--")
+        words = pinned(source, shards)
         cut = words.index(sys.executable)
         prefetched = (*inside, *words[:cut], *before, *words[cut:])
         kept, own = self.fast / "kept", self.files(shards.folder)
@@ -551,6 +558,13 @@ class Bench:
                 f"the link needs {needs:.2f} s and there are {before:.2f} s to hide it in; fetching adds "
                 f"{fetched - cached:.2f} s to a start with a warm cache"
             )
+
+
+def digest(payload: bench_s3.Payload) -> str:
+    """Of its manifest."""
+    from shardprep_runtime import manifest as manifests
+
+    return manifests.digest_of((payload.folder / manifests.FILE_NAME).read_bytes())
 
 
 def with_cache(words: tuple[str, ...], folder: Path) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Load checkpoints with vLLM as they are, and say what it makes of them: perplexity of token ids, and greedy tokens.
 
-Runs in an environment with vLLM, which `scripts/trace_vllm` makes as .venv-vllm:
+Runs in an environment with vLLM, which `scripts/make_vllm` makes as .venv-vllm:
 
     .venv-vllm/bin/python scripts/check_vllm_quantized.py FOLDER ... --tokens held-out.jsonl
 
@@ -45,7 +45,7 @@ def main() -> int:
         import vllm
     except ImportError as error:
         print(
-            f"{sys.executable} has no vLLM ({error}): scripts/trace_vllm makes .venv-vllm, which has",
+            f"{sys.executable} has no vLLM ({error}): scripts/make_vllm makes .venv-vllm, which has",
             file=sys.stderr,
         )
         return 2

@@ -249,16 +249,8 @@ def transformers(spec: dict[str, Any]) -> None:
     if spec["how"] == "ours":
         from shardprep_runtime.transformers_state import transformers_state
 
-        folder = spec["source"]
-        if "side_files" in spec:
-            from pathlib import Path
-
-            from shardprep_runtime.side_files import fetch_side_files
-
-            folder = spec["side_files"]
-            fetch_side_files(spec["source"], Path(folder))
-        config = LlamaConfig.from_pretrained(folder)
-        with transformers_state(spec["source"]) as state:
+        config = LlamaConfig.from_pretrained(spec["side_files"])
+        with transformers_state(spec["source"], manifest_digest=spec["manifest_digest"]) as state:
             note("opened")
             model = state.from_pretrained(LlamaForCausalLM, config=config, **options)
     else:

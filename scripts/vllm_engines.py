@@ -488,6 +488,20 @@ def experts_that_are_not_whole(folder: Path) -> None:
     try_load(folder / "shards", ep=True)
 
 
+def a_weight_that_nobody_has(folder: Path) -> None:
+    import torch
+
+    from shardprep.split import split
+    from small_models import llama_config, llama_shapes
+
+    config = llama_config(heads=8, kv_heads=4, head_dim=32, vocab=259, intermediate=512)
+    shapes = dict(llama_shapes(config))
+    del shapes["model.layers.0.mlp.down_proj.weight"]
+    write(folder / "checkpoint", config, shapes, torch.bfloat16)
+    split(folder / "checkpoint", folder / "shards", tensor_parallel_size=GRAIN)
+    try_load(folder / "shards")
+
+
 def a_checkpoint_where_only_shard_sets_may_be(folder: Path) -> None:
     checkpoint, _ = make_pair(folder)
     try_load(checkpoint, extra={"drafts": False})
@@ -505,6 +519,7 @@ REFUSED: Final[Mapping[Callable[[Path], None], str]] = {
     an_option_that_is_not_known: r"InputError: .*verfy",
     an_engine_that_cuts_otherwise: r"LayoutError: .*engine",
     experts_that_are_not_whole: r"LayoutError: .*--enable-expert-parallel",
+    a_weight_that_nobody_has: r"LayoutError: .*down_proj\.weight of this rank got nothing",
     a_checkpoint_where_only_shard_sets_may_be: r"ManifestError: .*no shard set",
 }
 """What must not load -> the class of the error and words of its message."""
