@@ -231,6 +231,18 @@ def ranks(spec: dict[str, Any]) -> None:
 def transformers(spec: dict[str, Any]) -> None:
     """A rank of transformers until it has the first token."""
     rank = int(os.environ["RANK"])
+    if spec.get("begun"):
+        from shardprep_runtime import prefetch
+
+        pin, verify = spec["manifest_digest"], spec["verify"]
+        begun = prefetch(
+            spec["source"],
+            rank=rank,
+            tensor_parallel_size=spec["size"],
+            engine="transformers",
+            verify=verify,
+            manifest_digest=pin,
+        )
     import torch
     import torch.distributed
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -250,7 +262,10 @@ def transformers(spec: dict[str, Any]) -> None:
         from shardprep_runtime.transformers_state import transformers_state
 
         config = LlamaConfig.from_pretrained(spec["side_files"])
-        with transformers_state(spec["source"], manifest_digest=spec["manifest_digest"]) as state:
+        pin, verify = spec["manifest_digest"], spec["verify"]
+        source = begun if spec.get("begun") else spec["source"]
+        given = {} if spec.get("begun") else {"manifest_digest": pin, "verify": verify}
+        with transformers_state(source, **given) as state:
             note("opened")
             model = state.from_pretrained(LlamaForCausalLM, config=config, **options)
     else:
@@ -259,7 +274,7 @@ def transformers(spec: dict[str, Any]) -> None:
     note("loaded", disk=disk_read(), **SPENT)
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT]), use_cache=False).logits
-    note("first", token=int(logits[0, -1].argmax()))
+    note("first", token=int(logits[0, -1].argmax()), disk=disk_read())  # what is mapped is read by now
     torch.distributed.barrier()
     os._exit(0)
 

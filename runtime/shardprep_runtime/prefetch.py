@@ -17,7 +17,7 @@ from .store import Access
 class Prefetch:
     """A shard that is being fetched into the host's cache. Use `shard` for it in this process, `load` in others."""
 
-    def __init__(self, source: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, source: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
         self._error: BaseException | None = None
         self._shard: Shard | None = None
         self._opened = threading.Event()
@@ -27,7 +27,7 @@ class Prefetch:
         )
         self._thread.start()
 
-    def _run(self, source: str, arguments: dict[str, Any]) -> None:
+    def _run(self, source: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
         try:
             self._shard = load(source, **arguments)
             self._opened.set()
@@ -74,7 +74,7 @@ class Prefetch:
 
 
 def prefetch(
-    source: str,
+    source: str | os.PathLike[str],
     *,
     rank: int = 0,
     tensor_parallel_size: int = 1,
@@ -90,7 +90,8 @@ def prefetch(
     cache: Cache | str | os.PathLike[str] = "host",
     access: Access | None = None,
 ) -> Prefetch:
-    """Begin to fetch the shard of `rank` into the host's cache; returns at once, before any request.
+    """Begin to fetch the shard of `rank` into the host's cache; returns at once, before any request. Of a folder, begin
+    to verify it.
 
     The arguments are those of `load`; `Prefetch.shard` gives this process its shard once the imports are done. Nothing
     fails here, and a fetch that ends early leaves the rest to the next `load`.

@@ -23,6 +23,7 @@ from .errors import InputError, LayoutError, UnsupportedError, quote
 from .filesystem import Io
 from .load import Shard, Verify, load
 from .manifest import TORCH
+from .prefetch import Prefetch
 from .remote import DEFAULT_REVISION
 from .shardview import ShardSlice, shard_slices
 from .store import Access
@@ -116,7 +117,7 @@ def check_loaded(found: Mapping[str, Collection[Any]]) -> None:
 
 
 def transformers_state(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Prefetch,
     *,
     tensor_parallel_size: int | None = None,
     rank: int | None = None,
@@ -137,10 +138,14 @@ def transformers_state(
     tensor_parallel_size  default: the processes of torch.distributed, if it is initialized, else WORLD_SIZE, else 1,
                           divided by the pipeline stages
     rank                  default: torch.distributed's, else RANK, else 0
+    source                may also be what `prefetch(..., engine="transformers")` has begun before the imports, of a folder
+                          too: then verifying is over, or near it, when transformers is there. Other arguments are its
     stages                transformers gives each stage layers // size of them and the last one the rest
 
     Raises what `load` raises, and UnsupportedError for GPTQ and AWQ on several tensor ranks.
     """
+    if isinstance(source, Prefetch):
+        return _state_of(source.shard())
     own_rank, size = _place()
     if tensor_parallel_size is None:
         tensor_parallel_size, rest = divmod(size, pipeline_parallel_size)
@@ -172,17 +177,26 @@ def transformers_state(
         access=access,
         io=io,
     )
-    try:
-        quantization = shard.manifest.quantization
-        if quantization is not None and quantization.method in WHOLE and tensor_parallel_size > 1:
-            raise UnsupportedError(
-                f"{quote(quantization.method)} at tensor parallel size {tensor_parallel_size}: transformers does not cut "
-                "these linears; load on one rank, or serve the same shard set with vLLM"
-            )
-        return TransformersState(shard)
-    except BaseException:
+    return _state_of(shard)
+
+
+def _state_of(shard: Shard) -> TransformersState:
+    """The state of a shard, which it closes where it refuses."""
+    grid, quantization = shard.view.grid, shard.manifest.quantization
+    wrong: LayoutError | UnsupportedError | None = None
+    if quantization is not None and quantization.method in WHOLE and grid.tensor_parallel_size > 1:
+        wrong = UnsupportedError(
+            f"{quote(quantization.method)} at tensor parallel size {grid.tensor_parallel_size}: transformers does not cut "
+            "these linears; load on one rank, or serve the same shard set with vLLM"
+        )
+    elif grid.world_size > 1 and shard.view.engine != ENGINE:
+        wrong = LayoutError(
+            f"this shard is cut as {quote(shard.view.engine)} asks; pass engine={ENGINE!r} to what loads it"
+        )
+    if wrong is not None:
         shard.close()
-        raise
+        raise wrong
+    return TransformersState(shard)
 
 
 def _place() -> tuple[int, int]:

@@ -20,7 +20,7 @@ from s3server import S3Server
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme
 from shardprep.split import split
-from shardprep_runtime import load, read_manifest
+from shardprep_runtime import load, prefetch, read_manifest
 from shardprep_runtime.errors import InputError, IntegrityError, LayoutError
 from shardprep_runtime.transformers_state import check_loaded, transformers_state
 from stores import make_store
@@ -308,6 +308,29 @@ def test_a_state_that_nobody_read_can_be_left(case: Callable[[str], Case]) -> No
     with pytest.raises(ZeroDivisionError), transformers_state(shards) as state:
         dict(state)
         raise ZeroDivisionError
+
+
+def test_what_was_begun_before_the_imports_is_the_state(case: Callable[[str], Case], tmp_path: Path) -> None:
+    """From a folder that is verified meanwhile, and from a store; nothing is read or fetched a second time."""
+    _, shards, _ = case("llama")
+    for source in (str(shards), f"file://{make_store(shards, tmp_path / 'store')}"):
+        begun = prefetch(
+            source, rank=1, tensor_parallel_size=4, engine="transformers", cache=tmp_path / "cache"
+        )
+        with closing(transformers_state(begun)) as state:
+            assert state.shard is begun.shard()
+            assert state["lm_head.weight"][13:26].shape == (13, 64)
+            with pytest.raises(LayoutError, match="this rank"):
+                state["lm_head.weight"][0:13]
+        begun.wait()
+
+
+def test_what_was_begun_for_another_engine_is_refused(case: Callable[[str], Case]) -> None:
+    _, shards, _ = case("llama")
+    begun = prefetch(str(shards), rank=1, tensor_parallel_size=4, engine="vllm")
+    with pytest.raises(LayoutError, match="cut as vllm asks; pass engine='transformers'"):
+        transformers_state(begun)
+    begun.wait()
 
 
 def test_what_is_joined_is_not_kept_beside_what_the_model_has(case: Callable[[str], Case]) -> None:
