@@ -638,15 +638,21 @@ def figures(events: Sequence[Mapping[str, object]], boot: float) -> dict[str, fl
     stage["build"] = built - (opened or beforehand)
     slowest = max(all_of("loaded"), key=lambda event: number(event, "at"))
     section = loaded - built + (opened - beforehand if opened else 0.0)
+    # what went on while others were imported costs nothing here
+    hidden = next((event for event in all_of("grouped") if event["pid"] == slowest["pid"]), {})
     for key in ("fetch", "verify", "map"):
-        stage[key] += number(slowest, key)
-        section -= number(slowest, key)
+        seconds = number(slowest, key) - number(hidden, key)
+        stage[key] += seconds
+        section -= seconds
     stage["load/copy"] = section
     if not opened:
         stage["post-proc."] = last("processed") - loaded
         stage["warm-up"] = ready - last("processed")
     stage["first fwd"] = last("first") - ready
-    was = {event["pid"]: number(event, "disk") for event in (*all_of("grouped"), *all_of("build"))}
+    was = {
+        event["pid"]: number(event, "disk")
+        for event in (*all_of("grouped"), *all_of("build"), *all_of("begun"))
+    }
     # transformers maps what it can, which the first forward pass reads; vLLM's engine has copied all by then
     read = all_of("first" if opened else "loaded")
     disk = sum(number(event, "disk") - was[event["pid"]] for event in read)

@@ -17,13 +17,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 EVENTS = "BENCH_EVENTS"
 PROMPT = [1, 20, 300, 4000, 50, 600, 7000, 80]
-SPENT = {"map": 0.0, "verify": 0.0, "fetch": 0.0}
-"""Seconds of this process within functions of shardprep_runtime so far, none counted twice."""
+SPENT = {"fetch": 0.0, "verify": 0.0, "map": 0.0}
+"""Seconds of this process within functions of shardprep_runtime that have ended."""
+SINCE: dict[str, tuple[float, float]] = {}
+"""When those that run now began, and what `within_map` was then."""
+INSIDE = dict.fromkeys(SPENT, 0)
+"""How many threads are in them."""
+COUNTING = RLock()
 
 
 # --------------------------------------------------------------------------------------------------------------- notes
@@ -57,24 +62,38 @@ def between(owner: Any, name: str, before: Callable[[], None], after: Callable[[
     setattr(owner, name, staticmethod(outer) if static else outer)
 
 
+def spent() -> dict[str, float]:
+    """Seconds of each stage so far, none counted twice: what `load` spends otherwise than on digests is mapping."""
+    with COUNTING:
+        now, found = time.monotonic(), dict(SPENT)
+        for stage in found:  # map last
+            if stage in SINCE:
+                began, before = SINCE[stage]
+                found[stage] += now - began - (within_map(found) - before if stage == "map" else 0.0)
+        return found
+
+
+def within_map(seconds: dict[str, float]) -> float:
+    return seconds["fetch"] + seconds["verify"]
+
+
 def spend(owner: Any, name: str, stage: str) -> None:
-    """Count the seconds while any thread is in a function as a stage's, less those of other stages meanwhile."""
-    function, lock = owner.__dict__[name], Lock()
-    inside, began, others = 0, 0.0, 0.0
+    """Count the seconds while any thread is in a function as a stage's."""
+    function = owner.__dict__[name]
 
     def outer(*words: Any, **more: Any) -> Any:
-        nonlocal inside, began, others
-        with lock:
-            if inside == 0:
-                began, others = time.monotonic(), sum(SPENT.values())
-            inside += 1
+        with COUNTING:
+            if INSIDE[stage] == 0:
+                SINCE[stage] = time.monotonic(), within_map(spent())
+            INSIDE[stage] += 1
         try:
             return function(*words, **more)
         finally:
-            with lock:
-                inside -= 1
-                if inside == 0:
-                    SPENT[stage] += time.monotonic() - began - (sum(SPENT.values()) - others)
+            with COUNTING:
+                INSIDE[stage] -= 1
+                if INSIDE[stage] == 0:
+                    SPENT[stage] = spent()[stage]
+                    del SINCE[stage]
 
     setattr(owner, name, outer)
 
@@ -94,7 +113,7 @@ def in_base_loader(module: Any) -> None:
     between(
         module,
         "process_weights_after_loading",
-        lambda: note("loaded", disk=disk_read(), **SPENT),
+        lambda: note("loaded", disk=disk_read(), **spent()),
         lambda: note("processed"),
     )
 
@@ -204,8 +223,14 @@ def one(spec: dict[str, Any]) -> None:
         note("built")
         before, built = disk_read(), time.monotonic()
         load_weights(model, config)
-        note("one", disk=disk_read() - before, load=time.monotonic() - built, build=built - began, **SPENT)
+        note("one", disk=disk_read() - before, load=time.monotonic() - built, build=built - began, **so_far())
         process_weights(model, config)
+
+
+def so_far() -> dict[str, float]:
+    """What the hooks have counted: they are another copy of this module."""
+    found: dict[str, float] = sys.modules["sitecustomize"].spent()
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
@@ -234,6 +259,7 @@ def transformers(spec: dict[str, Any]) -> None:
     if spec.get("begun"):
         from shardprep_runtime import prefetch
 
+        note("begun", disk=disk_read())
         pin, verify = spec["manifest_digest"], spec["verify"]
         begun = prefetch(
             spec["source"],
@@ -257,7 +283,7 @@ def transformers(spec: dict[str, Any]) -> None:
         "distributed_config": DistributedConfig(tp_size=spec["size"]),
         "dtype": torch.bfloat16,
     }
-    note("grouped", disk=disk_read())
+    note("grouped", disk=disk_read(), **so_far())
     if spec["how"] == "ours":
         from shardprep_runtime.transformers_state import transformers_state
 
@@ -271,7 +297,7 @@ def transformers(spec: dict[str, Any]) -> None:
     else:
         note("opened")
         model = LlamaForCausalLM.from_pretrained(spec["source"], **options)
-    note("loaded", disk=disk_read(), **SPENT)
+    note("loaded", disk=disk_read(), **so_far())
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT]), use_cache=False).logits
     note("first", token=int(logits[0, -1].argmax()), disk=disk_read())  # what is mapped is read by now
@@ -283,8 +309,6 @@ STARTS = {each.__name__: each for each in (serve, vllm, one, ranks, transformers
 
 
 def main() -> None:
-    global SPENT
-    SPENT = sys.modules["sitecustomize"].SPENT if "sitecustomize" in sys.modules else SPENT  # the hooks' own
     os.dup2(2, 1)  # whatever an engine prints is no report
     STARTS[sys.argv[1]](json.loads(sys.argv[2]))
 
