@@ -347,7 +347,10 @@ def _index(source: ShardTensor, indices: Sequence[Any]) -> torch.Tensor:
         raise LayoutError(_refusal(source, "an index by several lists"))
     dim, picked = given[0][0], [int(each) % source.shape[given[0][0]] for each in given[0][1].tolist()]
     if picked and picked == list(range(picked[0], picked[0] + len(picked))):
-        return _slice(source, dim, picked[0], picked[0] + len(picked))
+        found = _slice(source, dim, picked[0], picked[0] + len(picked))
+        if isinstance(found, ShardTensor):  # torch would have made a copy, which lies otherwise than a slice
+            return ShardTensor(found.local, found.held, twin, source.origin)
+        return found
     place = {
         index: at + index - start
         for (start, stop), at in zip(source.held[dim], _places(source.held[dim]), strict=True)
