@@ -163,6 +163,7 @@ def test_views_of_a_shard_are_the_shard_of_the_views(data: st.DataObject) -> Non
             return
 
 
+@settings(deadline=None)
 @given(st.integers(0, 3), st.integers(1, 4))
 def test_experts_are_held_in_runs(first: int, count: int) -> None:
     full = torch.arange(4 * 6 * 2).view(4, 6, 2)
