@@ -607,7 +607,12 @@ def test_pushing_while_pruning_without_any_grace_leaves_every_published_blob(set
     def keep_pruning() -> None:
         try:
             while not end.is_set():
-                prune(store, grace=0)
+                try:
+                    prune(store, grace=0)
+                except StoreError as error:
+                    # a blob was put back between the listing and the question for it: refused, and nothing removed
+                    if "did not list it" not in str(error):
+                        raise
         except BaseException as error:
             errors.append(error)
             raise
