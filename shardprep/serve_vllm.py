@@ -140,9 +140,8 @@ def prepare_vllm(
                 "--folder is for the side files of a store's shard set; this one is a folder already"
             )
         folder = Path(source).resolve()
-        raw = manifests.find(folder).read_bytes()
-        digest = manifests.digest_of(raw)
-        check_sizes(manifests.read(folder, digest=manifest_digest or digest), given)
+        manifest, digest = manifests.read_named(folder, digest=manifest_digest)
+        check_sizes(manifest, given)
     options |= {"manifest_digest": digest}
     command = [*_vllm(), "serve", str(folder), "--load-format", LOAD_FORMAT]
     command += ["--model-loader-extra-config", json.dumps(options)]

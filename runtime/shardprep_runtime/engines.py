@@ -80,10 +80,8 @@ def find_shard_set(
     this is a draft model, and config.json in the folder must be that shard set's. Raises ManifestError or InputError.
     """
     if (folder / manifests.FILE_NAME).is_file():
-        raw = (folder / manifests.FILE_NAME).read_bytes()
-        digest = manifests.digest_of(raw)
         pinned = None if is_draft else options.manifest_digest
-        manifest = manifests.read(folder, digest=pinned or digest)
+        manifest, digest = manifests.read_named(folder, digest=pinned)
         _check_config(folder, manifest)
         store = None if is_draft else options.uri
         whole = all((folder / part.path).exists() for part in manifest.parts)

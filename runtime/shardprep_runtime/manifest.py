@@ -412,6 +412,11 @@ def find(path: str | os.PathLike[str]) -> Path:
 
 def read(path: str | os.PathLike[str], *, digest: str | None = None) -> Manifest:
     """The manifest at `path` (its file or folder), which must have `digest` (`sha256:...`) where one is given."""
+    return read_named(path, digest=digest)[0]
+
+
+def read_named(path: str | os.PathLike[str], *, digest: str | None = None) -> tuple[Manifest, str]:
+    """`read`, and the digest that the manifest has: by it whoever loads later loads the same."""
     file = find(path)
     where = quote(file)
     with file.open("rb") as stream:
@@ -421,11 +426,10 @@ def read(path: str | os.PathLike[str], *, digest: str | None = None) -> Manifest
                 f"{where}: {size} bytes is more than the {MAX_BYTES} that a manifest may have"
             )
         raw = stream.read(MAX_BYTES + 1)
-    if digest is not None and digest != digest_of(raw):
-        raise ManifestError(
-            f"{where}: its digest is {digest_of(raw)}, expected {quote(digest)}; do not load it"
-        )
-    return parse(raw, where=where)
+    found = digest_of(raw)
+    if digest not in (None, found):
+        raise ManifestError(f"{where}: its digest is {found}, expected {quote(digest)}; do not load it")
+    return parse(raw, where=where), found
 
 
 def parse(raw: bytes, *, where: str = FILE_NAME) -> Manifest:

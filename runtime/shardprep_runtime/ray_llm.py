@@ -170,13 +170,14 @@ def ranks_of(
 
 def prefetch_arguments(wanted: Wanted, ranks: range) -> list[str]:
     """Of `shardprep-prefetch`, for `ranks` as vLLM loads them; `wanted.folder` has the manifest that they pin."""
-    raw = (wanted.folder / manifests.FILE_NAME).read_bytes()
-    layers = manifests.parse(raw).layers
+    manifest, digest = manifests.read_named(wanted.folder)
     arguments = [wanted.uri, "--engine", "vllm", "--ranks", f"{ranks[0]}-{ranks[-1]}"]
-    arguments += ["--manifest-digest", manifests.digest_of(raw)]
+    arguments += ["--manifest-digest", digest]
     arguments += ["--tensor-parallel-size", str(wanted.tensor_parallel_size)]
     if wanted.pipeline_parallel_size > 1:
-        stages = even_stages(layers, wanted.pipeline_parallel_size)  # vLLM's, whatever the split has made
+        stages = even_stages(
+            manifest.layers, wanted.pipeline_parallel_size
+        )  # vLLM's, whatever the split has made
         arguments += ["--stages", ",".join(f"{start}-{stop - 1}" for start, stop in stages)]
     if wanted.is_expert_parallel:
         arguments += ["--expert-parallel-size", str(wanted.tensor_parallel_size)]

@@ -405,8 +405,7 @@ def _manifest_of(options: Options) -> tuple[Manifest, str]:
         with open_store(options.source, options.access) as store:
             raw, manifest = read_manifest(store, options.revision, options.manifest_digest)
         return manifest, manifests.digest_of(raw)
-    manifest = manifests.read(options.source, digest=options.manifest_digest)
-    return manifest, manifests.digest_of(manifests.find(options.source).read_bytes())
+    return manifests.read_named(options.source, digest=options.manifest_digest)
 
 
 # -------------------------------------------------------------------------------------------------------- the workers
