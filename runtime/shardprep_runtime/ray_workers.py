@@ -489,7 +489,9 @@ class Worker:
                 stack.callback(self._fetch.close)
                 self._fetch.wait()
             state = stack.enter_context(
-                transformers_state(
+                transformers_state(self._fetch)  # nothing is opened or verified a second time
+                if self._fetch is not None
+                else transformers_state(
                     options.source,
                     rank=self._rank,
                     tensor_parallel_size=options.tensor_parallel_size,
@@ -503,7 +505,7 @@ class Worker:
                 )
             )
             state.shard.wait()
-            fetched = self._fetch.bytes_fetched if self._fetch is not None else state.shard.bytes_fetched
+            fetched = state.shard.bytes_fetched
             self._end("fetch and verify")
             self._model = state.from_pretrained(
                 self._class, config=self._config, dtype=_dtype(options.dtype), **self._distributed
