@@ -10,10 +10,13 @@
         ├── IntegrityError    bytes that do not match their digest
         ├── SourceError       a source could not be read to its end, or changed while it was
         ├── WriteError        the destination could not take the bytes
-        └── StoreError        an object store refused, or could not be reached in time
-            ├── MissingError  no such object or bucket
-            ├── DeniedError   credentials are missing, expired or not allowed; the clock or the region is wrong
-            └── ConflictError a conditional put came too late: somebody else's was first
+        ├── StoreError        an object store refused, or could not be reached in time
+        │   ├── MissingError  no such object or bucket
+        │   ├── DeniedError   credentials are missing, expired or not allowed; the clock or the region is wrong
+        │   └── ConflictError a conditional put came too late: somebody else's was first
+        └── WorkerError       a worker of a split model failed
+            ├── WorkerLostError  it has ended, hangs or cannot be reached
+            └── CacheLostError   it does not hold a sequence as far as a step needs it; send the whole again
 
 A message says what is wrong, what was expected, what was found and what to do, and puts every name that came
 from a file through `quote`.
@@ -78,6 +81,24 @@ class DeniedError(StoreError):
 
 class ConflictError(StoreError):
     """A conditional put came too late."""
+
+
+class WorkerError(ProblemError):
+    """A worker of a split model failed; it says how."""
+
+
+class WorkerLostError(WorkerError):
+    """A worker has ended, hangs or cannot be reached."""
+
+    def __init__(self, message: str, *, worker: str, is_certain: bool = False) -> None:
+        super().__init__(message)
+        self.worker = worker
+        self.is_certain = is_certain
+        """Its process is known to have ended: to ask it again is no use."""
+
+
+class CacheLostError(WorkerError):
+    """A worker does not hold a sequence as far as a step needs it."""
 
 
 def quote(name: object, *, limit: int = 120) -> str:

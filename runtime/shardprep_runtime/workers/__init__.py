@@ -1,0 +1,12 @@
+"""Run a model that is split over workers: each holds one stage, a front end sends steps through them.
+
+    transport  what every way of reaching workers can do: step, health, reset, promote
+    worker     what a worker's process holds, whichever way it is reached
+    local, links, rpc, ray_actors   the ways: this process, torch.distributed, torch.distributed.rpc, Ray
+    pipeline   sends steps through the stages, and carries on when a worker is lost
+    generate   tokens from what the pipeline computes: sampling, stops, several sequences, a draft model
+    launch     starts workers on this host, and what stands in front of them
+    http_api   OpenAI's HTTP interface in front
+
+Importing this package imports none of them, nor torch.
+"""
