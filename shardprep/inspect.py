@@ -47,6 +47,8 @@ class Inspection:
     """Routed experts of a layer, by the manifest of a shard set."""
     engines: tuple[str, ...] = ()
     """Whose way of cutting views of a shard set can follow."""
+    probe: bool = False
+    """Whether the manifest of a shard set says what the model gives for fixed inputs."""
     quantization: Scheme | None = None
     """How it is quantized; None: not at all, or in a way that is not known."""
     unknown_quantization: str | None = None
@@ -89,6 +91,7 @@ def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
         grain=manifest.grain if manifest else None,
         experts=manifest.experts if manifest else 0,
         engines=(manifests.TORCH, *manifest.engines) if manifest else (),
+        probe=manifest is not None and manifest.probe is not None,
         quantization=scheme,
         unknown_quantization=unknown,
     )

@@ -45,7 +45,7 @@ from .plan import Plan, PlannedPart
 from .prune import wait_for_prunes
 from .send import CONNECTIONS, Blob, Sender, is_there, open_blob
 from .source import locate_pieces, open_parts
-from .staging import Written
+from .staging import KeyOf, Written
 
 ROUNDS: Final = 3
 """How often blobs that vanish while they are published are sent again."""
@@ -435,6 +435,10 @@ class StoreStaging:
             os.close(fd)
             raise
         self.finish(name, fd, Written(len(data), len(data), manifests.digest_of(data)))
+
+    def reopen(self) -> tuple[Store, KeyOf]:
+        self._sender.drain()
+        return open_store(self._uri, self._access), lambda file: blob_key(file.digest)
 
     def complete(self, name: str, data: bytes) -> None:
         """Publish the manifest once every blob is seen to be in the store, look again, and remove the scratch folder."""

@@ -32,6 +32,7 @@ from .layout import ModelLayout, Scheme, normalize
 from .layout.quantization import spell, with_lists
 from .model import lay_out_index, read_legacy
 from .plan import Plan, plan_split, settle_aliases, uncollected
+from .probe import check_can_probe, record_probe
 from .publish import StoreStaging
 from .side_files import copy_side_files
 from .source import Source, open_source, read_checkpoint
@@ -67,6 +68,8 @@ class SplitReport:
     """(names, with {layer} and {expert} for numbers; bytes) of the tensors that are not cut, the largest first."""
     aliases: Mapping[str, str]
     left_out: tuple[LeftOut, ...]
+    probe: bool
+    """Whether the manifest says what the model gives for fixed inputs."""
     manifest_digest: str | None
     """`sha256:...` of the manifest, the root of the chain of trust; None in a dry run."""
 
@@ -82,6 +85,7 @@ def split(
     block_bytes: int = manifests.MAX_BLOCK_BYTES,
     include_code: bool = False,
     allow_generic: bool = False,
+    probe: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
     scratch: Path | None = None,
@@ -92,6 +96,8 @@ def split(
 
     stages         layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well
     allow_generic  cut the rows of the linears of a model type that has no rules (see `generic_layout`)
+    probe          record what the model gives for fixed inputs, by which a worker proves that it serves the right stage:
+                   each layer is computed once, by transformers
     dry_run        plan and check everything, write nothing
     revision       the name under which a store publishes the set, `main` if None; `destination` must be a URI
     scratch        where parts lie on their way to a store, the system's folder for temporary files if None
@@ -127,8 +133,10 @@ def split(
             raise InputError(
                 f"{quote(destination)}: a folder has neither revisions nor scratch space; they are for a store at a URI"
             )
+        if probe:
+            check_can_probe(index.config, layout.layers)
         if dry_run:
-            return _report(plan, index, layout, destination, tensor_parallel_size, chosen, None)
+            return _report(plan, index, layout, destination, tensor_parallel_size, chosen, probe, None)
         conduct = conduct or Conduct()
         files = [*(part.path for part in plan.parts), *index.side_files, manifests.FILE_NAME]
         begun: AbstractContextManager[Destination, None]
@@ -148,23 +156,24 @@ def split(
         with begun as staging:
             side_files = copy_side_files(index, staging, dtype=None, name_dtype=True)
             written = carry_out(plan, index, staging, conduct)
-            raw = manifests.dump(
-                _manifest(
-                    plan,
-                    index,
-                    layout,
-                    written,
-                    side_files,
-                    opened,
-                    grain=tensor_parallel_size,
-                    stages=chosen,
-                    quantization=_quantization(packed.scheme, summary, side_files),
-                )
+            manifest = _manifest(
+                plan,
+                index,
+                layout,
+                written,
+                side_files,
+                opened,
+                grain=tensor_parallel_size,
+                stages=chosen,
+                quantization=_quantization(packed.scheme, summary, side_files),
             )
+            if probe:
+                manifest = replace(manifest, probe=record_probe(manifest, staging, workers=conduct.workers))
+            raw = manifests.dump(manifest)
             manifests.parse(raw)  # what no reader would take must not be published
             staging.complete(manifests.FILE_NAME, raw)
     digest = manifests.digest_of(raw)
-    return _report(plan, index, layout, destination, tensor_parallel_size, chosen, digest)
+    return _report(plan, index, layout, destination, tensor_parallel_size, chosen, probe, digest)
 
 
 def _spelled(index: Index, scheme: Scheme | None) -> Index:
@@ -298,6 +307,7 @@ def _report(
     destination: Path | str,
     grain: int,
     stages: Stages | None,
+    probe: bool,
     digest: str | None,
 ) -> SplitReport:
     rank_bytes, shared_bytes = [0] * grain, 0
@@ -325,5 +335,6 @@ def _report(
         whole=tuple(whole.most_common()),
         aliases=index.aliases,
         left_out=index.left_out,
+        probe=probe,
         manifest_digest=digest,
     )

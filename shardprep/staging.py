@@ -27,8 +27,10 @@ from shardprep_runtime.errors import (
     quote,
 )
 from shardprep_runtime.filesystem import sync_folder
+from shardprep_runtime.folder_store import FolderStore
 from shardprep_runtime.header import read_header
-from shardprep_runtime.manifest import digest_of
+from shardprep_runtime.manifest import Part, SideFile, digest_of
+from shardprep_runtime.store import Store
 
 from .files import open_regular
 from .plan import PlannedPart
@@ -48,6 +50,9 @@ class Written:
     """Bytes that `digest` is of: the header of a part, all of a side file."""
     digest: str
     """`sha256:...`"""
+
+
+KeyOf = Callable[[Part | SideFile], str]
 
 
 class Destination(Protocol):
@@ -71,6 +76,9 @@ class Destination(Protocol):
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file at once."""
+
+    def reopen(self) -> tuple[Store, KeyOf]:
+        """What was finished so far, to be read: a store, which the caller closes, and each file's key in it."""
 
     def complete(self, name: str, data: bytes) -> None:
         """Write the file that makes the others complete, once all of them are there for good."""
@@ -223,6 +231,14 @@ class Staging:
             os.close(fd)
             raise
         self.finish(name, fd, Written(len(data), len(data), digest_of(data)))
+
+    def reopen(self) -> tuple[Store, KeyOf]:
+        def key(file: Part | SideFile) -> str:
+            # there: an earlier run was killed while it renamed
+            is_published = (self.destination / file.path).exists()
+            return file.path if is_published else f"{FOLDER}/{file.path}"
+
+        return FolderStore(self.destination), key
 
     def complete(self, name: str, data: bytes) -> None:
         self.write(name, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -387,6 +387,24 @@ def load(
         folder = FolderStore(file.parent)
         return _fetched(folder, keys, view, manifest, None, verify=verify, workers=workers, processes=1)
     return _mapped(file.parent, view, manifest, verify=verify, workers=workers)
+
+
+def load_parts(
+    store: Store,
+    key: Callable[[Part], str],
+    manifest: Manifest,
+    *,
+    rank: int,
+    stages: Sequence[Sequence[int]],
+    workers: int | None = None,
+) -> Shard:
+    """The shard of `rank`, of whole tensors, of a set whose manifest has no file yet; its bytes are read into memory.
+
+    `store` has its parts under `key`; the shard closes it, or, if this fails, the caller.
+    """
+    view = plan_view(manifest, rank=rank, stages=stages)
+    keys = [key(part) for part in view.parts]
+    return _fetched(store, keys, view, manifest, None, verify="blocks", workers=workers, processes=1)
 
 
 def open_cache(cache: Cache | str | os.PathLike[str] | None) -> Cache | None:

@@ -43,6 +43,15 @@ MAX_PIECES: Final = 2**16
 MAX_EXPERTS: Final = 2**16
 MAX_TENSORS: Final = 2**21
 
+PROBE_METHOD: Final = "signs-1"
+"""Names the inputs of a probe and what is recorded of the outputs (see `probe.py`); another choice gets another name."""
+
+PROBE_POSITIONS: Final = 8
+PROBE_PROJECTIONS: Final = 8
+
+PROBE_LIMIT: Final = 1e30
+"""No number of a probe is larger."""
+
 EXPERT: Final = "{expert}"
 """Stands for the expert's number in the name of a line that lists a run of experts."""
 
@@ -238,6 +247,25 @@ class Quantization:
 
 
 @dataclass(frozen=True, slots=True)
+class Response:
+    """What the embedding, a layer or the head gives for the fixed inputs of a probe."""
+
+    noise: float
+    """By how much of its own size it changes where it is computed in bfloat16 instead of float32."""
+    positions: tuple[tuple[float, ...], ...]
+    """At each position of the inputs: the root mean square of what it gives, and projections of that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a model gives for fixed inputs, piece by piece, so that a worker of any stage can be compared with it."""
+
+    embedding: Response
+    layers: tuple[Response, ...]
+    head: Response
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What a shard set holds."""
 
@@ -265,6 +293,8 @@ class Manifest:
     """Engines whose way of asking the forms know, beside torch."""
     stage_needs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Engine -> layers, in order, of which each of its pipeline stages must hold at least one."""
+    probe: Probe | None = None
+    """None: nobody recorded one, or by a method that this runtime does not know."""
 
     @property
     def nbytes(self) -> int:
@@ -316,6 +346,8 @@ def dump(manifest: Manifest) -> bytes:
             lines.append(f"  {json.dumps(key)}: [\n{inner}\n  ]")
         else:
             lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    if manifest.probe is not None:
+        lines.append(_dump_probe(manifest.probe))
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
@@ -332,6 +364,19 @@ def _dump_quantization(quantization: Quantization | None) -> dict[str, Any] | No
     if report is not None:
         found["report"] = {"digest": report.digest, "summary": dict(report.summary)}
     return found
+
+
+def _dump_probe(probe: Probe) -> str:
+    """The field, one layer a line."""
+
+    def response(own: Response) -> str:
+        return json.dumps({"noise": own.noise, "positions": own.positions})
+
+    layers = ",\n".join(f"      {response(layer)}" for layer in probe.layers)
+    return (
+        f'  "probe": {{\n    "method": {json.dumps(PROBE_METHOD)},\n    "embedding": {response(probe.embedding)},\n'
+        f'    "layers": [\n{layers}\n    ],\n    "head": {response(probe.head)}\n  }}'
+    )
 
 
 def _dump_tensors(tensors: Mapping[str, Entry], number: Mapping[int, int]) -> dict[str, Any]:
@@ -576,6 +621,7 @@ def _parse(raw: Any) -> Manifest:
         experts=experts,
         engines=engines,
         stage_needs=_parse_stage_needs(top, engines, layers),
+        probe=_parse_probe(top, layers),
     )
 
 
@@ -611,6 +657,46 @@ def _parse_quantization(top: _Fields, sides: tuple[SideFile, ...]) -> Quantizati
         own.get("format", str),
         report,
     )
+
+
+def _parse_probe(top: _Fields, layers: int) -> Probe | None:
+    if top.value.get("probe") is None:
+        return None
+    own = _Fields(top.value["probe"], "'probe'")
+    method = own.get("method", str)
+    if not re.fullmatch(r"[a-z0-9_.-]{1,64}", method):
+        raise ManifestError(f"'probe': method {quote(method)} is no name: lower case, digits, _ . -")
+    if method != PROBE_METHOD:  # what it holds is for those who know it
+        return None
+    found = own.get("layers", list)
+    if len(found) != layers:
+        raise ManifestError(f"'probe' is of {len(found)} layers, the model has {layers}")
+    return Probe(
+        _parse_response(own.value.get("embedding"), "'probe': 'embedding'"),
+        tuple(_parse_response(each, f"'probe': layer {i}") for i, each in enumerate(found)),
+        _parse_response(own.value.get("head"), "'probe': 'head'"),
+    )
+
+
+def _parse_response(value: Any, where: str) -> Response:
+    fields = _Fields(value, where)
+    noise = fields.get("noise", (int, float))
+    rows = fields.get("positions", list)
+    if (
+        len(rows) != PROBE_POSITIONS
+        or not all(isinstance(row, list) and len(row) == 1 + PROBE_PROJECTIONS for row in rows)
+        or not all(_is_number(each) for each in (noise, *(each for row in rows for each in row)))
+        or min(noise, *(row[0] for row in rows)) < 0
+    ):
+        raise ManifestError(
+            f"{where} must have a 'noise' and {PROBE_POSITIONS} 'positions' of {1 + PROBE_PROJECTIONS} numbers each, noise "
+            f"and the first of each not negative, none beyond {PROBE_LIMIT:g}"
+        )
+    return Response(float(noise), tuple(tuple(map(float, row)) for row in rows))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= PROBE_LIMIT  # which NaN and infinity are not
 
 
 def _parse_engines(top: _Fields) -> tuple[str, ...]:

@@ -78,7 +78,8 @@ def command(path: Path | str, access: Access, as_json: bool) -> None:
             right=(3,),
         )
         dealt = f", {report.experts} experts" if report.experts else ""
-        click.echo(f"grain {report.grain}{dealt}; views for {', '.join(map(quote, report.engines))}")
+        probed = "; with a probe of each layer" if report.probe else ""
+        click.echo(f"grain {report.grain}{dealt}; views for {', '.join(map(quote, report.engines))}{probed}")
     click.echo(
         f"{report.kind}, {quote(report.model_type or 'no model_type')}: {len(report.tensors)} tensors, "
         f"{report.parameters:,} parameters, {render.size(report.nbytes)} in {len(report.files)} file(s)"

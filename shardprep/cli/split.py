@@ -60,6 +60,11 @@ WORTH_A_WORD: Final = 0.01
 @click.option(
     "--allow-generic", is_flag=True, help="Split a model type without rules: cut the rows of its linears."
 )
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Record what each layer gives for fixed inputs, so that workers can prove what they serve; needs transformers.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be written; write nothing.")
 @click.option("--revision", help="The name under which a store publishes the set.  [default: main]")
 @click.option(
@@ -84,6 +89,7 @@ def command(
     max_part_size: int,
     include_code: bool,
     allow_generic: bool,
+    probe: bool,
     dry_run: bool,
     revision: str | None,
     scratch: Path | None,
@@ -138,6 +144,7 @@ def command(
             max_part_bytes=max_part_size,
             include_code=include_code,
             allow_generic=allow_generic,
+            probe=probe,
             dry_run=dry_run,
             revision=revision,
             scratch=scratch,
@@ -177,6 +184,10 @@ def command(
         click.echo(
             f"for these devices: -tp {planned.tensor_parallel_size} --stages {written(planned)}, "
             f"room for {'any number of' if planned.tokens is None else format(planned.tokens, ',')} tokens"
+        )
+    if report.probe:
+        click.echo(
+            f"probe: what the embedding, each of the {report.layers} layers and the head give for fixed inputs"
         )
     render.notes(report.aliases, report.left_out)
     if report.manifest_digest:

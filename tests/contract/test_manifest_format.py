@@ -112,6 +112,14 @@ def as_layout(fields: Any) -> Layout:
     )
 
 
+def probe_of(layers: int) -> dict[str, Any]:
+    """The field `probe` of a manifest, as JSON."""
+    row = [0.5, -0.25, 1e-05, 0, 1.5, -2, 3.0, 0.125, -1e30]
+    response = {"noise": 0.004, "positions": [row] * 8}
+    each = [copy.deepcopy(response) for _ in range(layers + 2)]
+    return {"method": "signs-1", "embedding": each[0], "layers": each[1:-1], "head": each[-1]}
+
+
 @pytest.fixture
 def fields() -> dict[str, Any]:
     """The fields of the page's example, to be spoilt."""
@@ -141,7 +149,8 @@ def test_the_schema_is_one_and_says_what_the_reader_says() -> None:
 def test_example_manifests_are_valid_and_written_back_as_they_are(path: Path) -> None:
     raw = path.read_bytes()
     VALIDATOR.validate(json.loads(raw))
-    assert list(json.loads(raw)) == list(SCHEMA["properties"])  # the writer leaves no key out
+    # the writer leaves no key out, but for the probe that was not asked for
+    assert list(json.loads(raw)) == [key for key in SCHEMA["properties"] if key != "probe"]
     assert manifests.dump(manifests.parse(raw)) == raw
 
 
@@ -154,10 +163,32 @@ def test_frozen_manifests_are_valid_and_say_the_same_when_they_are_written_anew(
     assert manifests.parse(manifests.dump(found)) == found
 
 
+def test_a_probe_is_written_back_as_it_is_and_one_of_another_method_is_left_alone(
+    fields: dict[str, Any],
+) -> None:
+    fields["probe"] = probe_of(1)
+    VALIDATOR.validate(fields)
+    found = parsed(fields)
+    assert found.probe is not None
+    assert len(found.probe.layers) == 1
+    raw = manifests.dump(found)
+    assert json.loads(raw)["probe"] == probe_of(1)
+    assert manifests.dump(manifests.parse(raw)) == raw
+    without = copy.deepcopy(fields)
+    del without["probe"]
+    assert manifests.dump(parsed(without)) == raw[: raw.index(b',\n  "probe"')] + b"\n}\n"
+    fields["probe"] = {"method": "noise-2", "layers": "whatever it holds"}
+    VALIDATOR.validate(fields)
+    assert parsed(fields).probe is None
+    fields["probe"] = None
+    VALIDATOR.validate(fields)
+    assert parsed(fields).probe is None
+
+
 def test_rows_in_chunks_are_what_version_1_wrote_first() -> None:
     """A manifest without experts, engines and needs of stages, whose vocabulary is cut in `chunks`."""
     fields = json.loads((DATA / "llama-tied-kv2-tp4/shardprep.json").read_text("utf-8"))
-    assert fields.keys() == SCHEMA["properties"].keys() - {"experts", "engines", "stage_needs"}
+    assert fields.keys() == SCHEMA["properties"].keys() - {"experts", "engines", "stage_needs", "probe"}
     assert fields["forms"][0]["layout"] == {"cut": "chunks", "dim": 0}
     found = parsed(fields)
     assert (found.experts, found.engines, found.stage_needs) == (0, (), {})
@@ -228,11 +259,16 @@ def spoilt(fields: Any, key: str) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("key", list(SCHEMA["properties"]))
 def test_what_the_schema_refuses_the_reader_refuses_by_name(fields: dict[str, Any], key: str) -> None:
     fields["stages"] = [[0, 1]]
+    fields["probe"] = probe_of(1)
     quantized = json.loads((ROOT / "manifests/v1/llama-gptq-tp2.json").read_text("utf-8"))
     fields["quantization"] = quantized["quantization"]
     fields["side_files"] += [each for each in quantized["side_files"] if "quantization" in each["path"]]
     parsed(fields)
     for what, changed in spoilt(fields, key):
+        if re.search(r"'positions', [1-7], [1-8]", what) or re.search(
+            r"'(embedding|head)', 'positions', .", what
+        ):
+            continue  # hundreds of numbers that are as the others
         try:
             parsed(changed)
         except ManifestError as error:
@@ -247,6 +283,8 @@ def set_at(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 
     return edit
 
+
+ROWS = {"positions": [[0.0] * 9] * 8}
 
 REFUSED_BY_BOTH = [
     (set_at("version", value=2), "newer than 1"),
@@ -284,6 +322,16 @@ REFUSED_BY_BOTH = [
     (set_at("stage_needs", value={"vllm": []}), "some of the 1 layers"),
     (set_at("tensors", "model.norm.weight", value=[1, 0, [0, 0]]), "once, no digit beside it"),
     (set_at("tensors", "model.norm.weight", value=[1, 0, 1, 1]), "must be"),
+    (set_at("probe", value=[]), "must be an object"),
+    (set_at("probe", value={}), "lacks 'method'"),
+    (set_at("probe", value={"method": "Signs"}), "is no name"),
+    (set_at("probe", value={**probe_of(1), "embedding": None}), "'embedding' must be an object"),
+    (set_at("probe", value={**probe_of(1), "head": {"noise": -1e-3, **ROWS}}), "not negative"),
+    (set_at("probe", value={**probe_of(1), "head": {"noise": 1e31, **ROWS}}), "none beyond 1e[+]30"),
+    (set_at("probe", value={**probe_of(1), "head": {"noise": 0, "positions": []}}), "8 'positions' of 9"),
+    (set_at("probe", value={**probe_of(1), "head": {"noise": 0, "positions": [[0.0] * 8] * 8}}), "of 9"),
+    (set_at("probe", value={**probe_of(1), "head": {"noise": 0, "positions": [[-1.0] * 9] * 8}}), "not neg"),
+    (set_at("probe", value={**probe_of(1), "head": {"noise": 0, "positions": [[True] * 9] * 8}}), "of 9"),
 ]
 
 REFUSED_BY_THE_READER = [
@@ -318,6 +366,7 @@ REFUSED_BY_THE_READER = [
     (set_at("parts", 0, "ranks", value=[1, 0]), "within 2"),
     (set_at("parts", 0, "layers", value=[0, 2]), "within 1"),
     (set_at("parts", 0, "path", value="CONFIG.json"), "the same path"),
+    (set_at("probe", value=probe_of(2)), "of 2 layers, the model has 1"),
 ]
 
 

@@ -1,0 +1,125 @@
+"""Record what a model gives for fixed inputs, layer by layer, while its parts wait for their manifest.
+
+What the inputs are and what is recorded, `shardprep_runtime.probe` decides: it builds each layer as a worker does, from
+the parts themselves. torch and transformers are imported when that begins, and one layer is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.errors import (
+    InputError,
+    IntegrityError,
+    ProblemError,
+    ShardprepError,
+    UnsupportedError,
+)
+from shardprep_runtime.load import load_parts
+from shardprep_runtime.manifest import Manifest, Probe, Response
+from shardprep_runtime.store import read
+
+from .side_files import CONFIG
+from .staging import Destination
+
+
+def check_can_probe(config: Mapping[str, Any], layers: int) -> None:
+    """Raises UnsupportedError where it is plain that a model of this config.json cannot be computed layer by layer."""
+    for module in ("torch", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            raise UnsupportedError(
+                f"--probe computes the model's layers, and {module} is not installed: "
+                "pip install 'shardprep[transformers]', or split without --probe"
+            )
+    from shardprep_runtime.stage_model import find_layers
+
+    from .skeleton import bare
+
+    try:
+        find_layers(bare(config), layers)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"--probe computes the model's layers: {error}; split without --probe"
+        ) from None
+
+
+def record_probe(manifest: Manifest, written: Destination, *, workers: int | None) -> Probe:
+    """What the model in the parts of `manifest` gives, which has no file yet.
+
+    The same again on the same machine: one thread computes. Raises ProblemError where a layer cannot be computed; the
+    parts are kept.
+    """
+    import torch
+
+    found: dict[int | str, Response] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="shardprep-") as folder,
+            contextlib.redirect_stdout(sys.stderr),  # where GPTQModel tells of its kernels
+        ):
+            _bring_config(manifest, written, Path(folder))
+            digest = manifests.digest_of(manifests.dump(manifest))
+            for number in range(manifest.layers):
+                found |= _observed(manifest, written, number, Path(folder), digest, workers)
+    except (InputError, IntegrityError) as error:  # which would have the parts removed
+        raise ProblemError(
+            f"the parts are written, but the model cannot be probed: {error}; the same command without --probe ends "
+            "the split with what is there"
+        ) from None
+    finally:
+        torch.set_num_threads(threads)
+    layers = tuple(found[number] for number in range(manifest.layers))
+    return Probe(found["embedding"], layers, found["head"])
+
+
+def _observed(
+    manifest: Manifest, written: Destination, number: int, folder: Path, digest: str, workers: int | None
+) -> dict[int | str, Response]:
+    """The responses of one layer, and of the embedding or head beside it."""
+    from shardprep_runtime.probe import observe, responses
+    from shardprep_runtime.stage import build_stage
+
+    store, key = written.reopen()
+    try:
+        shard = load_parts(
+            store,
+            key,
+            manifest,
+            rank=number,
+            stages=[(i, i + 1) for i in range(manifest.layers)],
+            workers=workers,
+        )
+    except BaseException:
+        store.close()
+        raise
+    with shard:
+        seen = []
+        for dtype in ("float32", "bfloat16"):
+            with build_stage(shard, dtype=dtype, folder=folder, manifest_digest=digest) as stage:
+                try:
+                    seen.append(observe(stage))
+                except ShardprepError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - whatever the forward of a model of theirs may raise
+                    problem = " ".join(str(error).split())
+                    raise UnsupportedError(f"layer {number}: {type(error).__name__}: {problem}") from None
+        return responses(*seen)
+
+
+def _bring_config(manifest: Manifest, written: Destination, folder: Path) -> None:
+    """Copy the config.json that was written to where a stage finds it."""
+    side = next((side for side in manifest.side_files if side.path == CONFIG), None)
+    if side is None:
+        raise UnsupportedError("there is no config.json")
+    store, key = written.reopen()
+    with store:
+        (folder / CONFIG).write_bytes(read(store, key(side), 0, side.size))

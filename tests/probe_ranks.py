@@ -1,0 +1,60 @@
+"""Processes that each probe one tensor rank of one stage, for tests: `with ProbeRanks(folder) as ranks: ranks.run("probe", ...)`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers_ranks
+
+
+class ProbeRanks(transformers_ranks.Ranks):
+    """Of this file's function."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._errors = (folder / "stderr").open("w+b")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+
+def probe(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """Check a stage that `size` ranks hold; with `is_wrong` all of them hold what belongs to the first."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from shardprep_runtime.probe import check_stage
+    from shardprep_runtime.stage import build_stage
+
+    stage = build_stage(
+        job["source"],
+        pp_rank=job["pp_rank"],
+        tp_rank=rank,
+        pipeline_parallel_size=job["stages"],
+        tensor_parallel_size=job["size"],
+        mesh=DeviceMesh("cpu", list(range(job["size"])), mesh_dim_names=("tp",)),
+        dtype=job["dtype"],
+    )
+    if job.get("is_wrong"):
+        with torch.no_grad():
+            for parameter in stage.module.parameters():
+                dist.broadcast(getattr(parameter, "_local_tensor", parameter), 0)
+    found = [check_stage(stage) for _ in range(2)]
+    dist.destroy_process_group()
+    return {"proven": found[0].proven, "digests": [each.digest for each in found]}
+
+
+if __name__ == "__main__":
+    transformers_ranks.HOW["probe"] = probe
+    transformers_ranks.main()
