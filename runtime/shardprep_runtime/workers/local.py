@@ -1,0 +1,518 @@
+"""Run the stages in this process: all of them side by side, or, where memory is short, a few layers at a time.
+
+    with Pipeline(open_fallback("s3://bucket/llama-70b"), 1) as pipeline:
+        ...
+
+It is what `--transport local` means, what holds a draft model, and what takes over where no worker can be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from .. import dtypes
+from .. import manifest as manifests
+from ..errors import InputError, ShardprepError, WorkerError, WorkerLostError, quote
+from ..filesystem import choose_io
+from ..grid import Stages, even_stages, stages_with
+from ..load import Verify
+from ..manifest import Manifest
+from ..remote import DEFAULT_REVISION, read_manifest
+from ..store import Access, is_uri, open_store
+from ..transformers_state import ENGINE
+from ..view import View, plan_view
+from .transport import Health, Output, Step, Timing, Transport, WorkerInfo, check_name
+from .worker import Worker, WorkerOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..stage import Stage
+
+SHARE: Final = 0.8
+"""Of the memory that is free: the rest is for caches of sequences, and for what a forward needs."""
+
+M_TRIM_THRESHOLD: Final = -1
+M_MMAP_THRESHOLD: Final = -3
+"""glibc's malloc.h."""
+
+LARGE: Final = 2**20
+"""Bytes from which on a block is mapped on its own."""
+
+CLOSED: Final = "the workers of this process were closed"
+
+MEMINFO: Final = Path("/proc/meminfo")
+CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+class AnyWorker(Protocol):
+    """What holds a stage, or may. Of `worker.Worker`, or made for a test."""
+
+    name: str
+
+    def info(self) -> WorkerInfo: ...
+    def step(self, step: Step, inputs: torch.Tensor) -> tuple[torch.Tensor, Timing]: ...
+    def health(self, *, probe: bool) -> Health: ...
+    def reset(self, sequence: str) -> None: ...
+    def promote(self, pp_rank: int) -> WorkerInfo: ...
+    def close(self) -> None: ...
+
+
+class LocalTransport(Transport):
+    """Workers of this process, each with a thread of its own: while one sequence is in the second stage, another is in
+    the first. Nothing is ever lost, and a step takes as long as it takes: `timeout` is not looked at."""
+
+    name = "local"
+    can_replace = False
+
+    def __init__(self, workers: Sequence[AnyWorker]) -> None:
+        """`workers` are ready, and are closed with this."""
+        self._workers = {check_name(worker.name): worker for worker in workers}
+        if len(self._workers) < len(workers):
+            raise InputError("two workers have the same name")
+        self._threads = {
+            name: ThreadPoolExecutor(1, thread_name_prefix=f"shardprep-{name}") for name in self._workers
+        }
+        self._closing = threading.Lock()
+        self._is_closed = False
+
+    def workers(self) -> Mapping[str, WorkerInfo]:
+        return {name: worker.info() for name, worker in self._workers.items()}
+
+    def step(
+        self,
+        route: Sequence[str],
+        step: Step,
+        inputs: torch.Tensor,
+        *,
+        timeout: float,
+    ) -> Future[Output]:
+        outcome: Future[Output] = Future()
+        timings: list[Timing] = []
+
+        def run(place: int, given: torch.Tensor) -> None:
+            try:
+                if self._is_closed:
+                    raise WorkerError(CLOSED)
+                found, timing = self._workers[route[place]].step(step, given)
+                timings.append(timing)
+                if place + 1 < len(route):
+                    send(place + 1, found)
+                else:
+                    outcome.set_result(Output(found, tuple(timings)))
+            except BaseException as error:  # noqa: BLE001 - raised by whoever asks for the outcome
+                outcome.set_exception(error)
+
+        def send(place: int, given: torch.Tensor) -> None:
+            self._submit(route[place], run, place, given)
+
+        try:
+            send(0, inputs)
+        except WorkerError as error:
+            outcome.set_exception(error)
+        return outcome
+
+    def _submit(self, worker: str, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        if worker not in self._threads:
+            raise WorkerLostError(f"there is no worker {quote(worker)}", worker=worker, is_certain=True)
+        try:
+            return self._threads[worker].submit(work, *args)
+        except RuntimeError:  # of an executor that was shut down
+            raise WorkerError(CLOSED) from None
+
+    def health(self, worker: str, *, probe: bool, timeout: float) -> Health:
+        found: Health = self._submit(worker, lambda: self._workers[worker].health(probe=probe)).result()
+        return found
+
+    def reset(self, worker: str, sequence: str) -> None:
+        with contextlib.suppress(WorkerError):
+            self._submit(worker, lambda: self._workers[worker].reset(sequence))
+
+    def promote(self, worker: str, pp_rank: int, *, timeout: float) -> WorkerInfo:
+        found: WorkerInfo = self._submit(worker, lambda: self._workers[worker].promote(pp_rank)).result()
+        return found
+
+    def close(self) -> None:
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        for thread in self._threads.values():
+            thread.shutdown(wait=True)
+        for worker in self._workers.values():
+            worker.close()
+
+
+class LayerByLayer(Transport):
+    """A whole model on a host whose memory is short: each step builds `cuts` one after the other from the mapped shard
+    set, gives each the caches that it had, runs it and lets go of it. Slow, and right."""
+
+    name = "local"
+    can_replace = False
+
+    def __init__(
+        self,
+        source: str,
+        cuts: Stages,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        max_sequences: int = 64,
+        verify: Verify = "blocks",
+        manifest_digest: str | None = None,
+        revision: str = DEFAULT_REVISION,
+        cache: str | None = "host",
+        access: Access | None = None,
+    ) -> None:
+        """Proves each of the cuts once. `cuts`: layers [start, stop) that are in memory together, in order."""
+        from ..stage import side_folder
+
+        self._cuts = cuts
+        self._max_sequences = max_sequences
+        self._options: dict[str, Any] = {
+            "stages": cuts,
+            "device": device,
+            "dtype": dtype,
+            "max_sequences": max_sequences,
+            "revision": revision,
+            "cache": cache,
+            "access": access,
+        }
+        self._source = source
+        self._caches: list[OrderedDict[str, Any]] = [OrderedDict() for _ in cuts]
+        self._worker = "layer-by-layer"
+        self._nbytes = 0  # of the largest
+        self._seconds: dict[str, float] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shardprep-layers")
+        self._is_closed = False
+        self._stack = ExitStack()
+        _give_memory_back()
+        try:
+            self._options["folder"] = self._stack.enter_context(
+                side_folder(source, revision=revision, manifest_digest=manifest_digest, access=access)
+            )
+            self._options["manifest_digest"] = manifest_digest
+            self._digest = manifest_digest or ""
+            self._prove(verify)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prove(self, verify: Verify) -> None:
+        from ..probe import check_stage
+
+        began = time.monotonic()
+        for place in range(len(self._cuts)):
+            with self._build(place, verify) as stage:
+                self._digest = stage.manifest_digest
+                self._nbytes = max(self._nbytes, stage.nbytes)
+                check_stage(stage)
+                _let_go(stage)
+        self._seconds["verify and prove"] = time.monotonic() - began
+
+    def _build(self, place: int, verify: Verify = "off") -> Stage:
+        from ..stage import build_stage
+
+        return build_stage(self._source, pp_rank=place, verify=verify, **self._options)
+
+    def workers(self) -> Mapping[str, WorkerInfo]:
+        return {
+            self._worker: WorkerInfo(
+                name=self._worker,
+                pp_rank=0,
+                layers=(self._cuts[0][0], self._cuts[-1][1]),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                manifest_digest=self._digest,
+                nbytes=self._nbytes,
+                seconds=dict(self._seconds),
+            )
+        }
+
+    def step(
+        self,
+        route: Sequence[str],
+        step: Step,
+        inputs: torch.Tensor,
+        *,
+        timeout: float,
+    ) -> Future[Output]:
+        try:
+            return self._thread.submit(self._run, step, inputs)
+        except RuntimeError:
+            outcome: Future[Output] = Future()
+            outcome.set_exception(WorkerError(CLOSED))
+            return outcome
+
+    def _run(self, step: Step, inputs: torch.Tensor) -> Output:
+        began = time.monotonic()
+        given = inputs
+        try:
+            for place, caches in enumerate(self._caches):
+                with self._build(place) as stage:
+                    stage._caches.update(caches)
+                    given = stage.step(step.sequence, given, step.past, step.keep)
+                    self._caches[place] = stage._caches.copy()
+                    _let_go(stage)
+        except ShardprepError:
+            self._forget(step.sequence)  # some layers have cached these positions, others not
+            raise
+        except Exception as error:
+            self._forget(step.sequence)
+            raise WorkerError(f"{type(error).__name__}: {quote(error, limit=500)}") from error
+        return Output(given.cpu(), (Timing(self._worker, time.monotonic() - began),))
+
+    def _forget(self, sequence: str) -> None:
+        for caches in self._caches:
+            caches.pop(sequence, None)
+
+    def health(self, worker: str, *, probe: bool, timeout: float) -> Health:
+        """Without a forward: each takes as long as a token, and the first have proved each of the layers."""
+        if self._is_closed:
+            raise WorkerError(CLOSED)
+        return Health(self.workers()[self._worker], len(self._caches[0]))
+
+    def reset(self, worker: str, sequence: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._thread.submit(self._forget, sequence)
+
+    def promote(self, worker: str, pp_rank: int, *, timeout: float) -> WorkerInfo:
+        raise WorkerError("holds all layers already, and takes no stage")
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._thread.shutdown(wait=True)
+            self._caches = []
+            self._stack.close()
+
+
+def _give_memory_back() -> None:
+    """Have what tensors free go back to the system at once, in all of this process.
+
+    glibc keeps it for others else: with each large block that is freed it maps fewer of them, so that after a few runs
+    of layers twice as much is held as any of them needs (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    import ctypes
+
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:  # glibc's
+        set_option(M_MMAP_THRESHOLD, LARGE)
+        set_option(M_TRIM_THRESHOLD, LARGE)
+
+
+def _let_go(stage: Stage) -> None:
+    """Free what its tensors hold now: the module refers to itself, so Python would find it some time later."""
+    import torch
+
+    for tensor in (*stage.module.parameters(), *stage.module.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- which of both
+def open_local(
+    source: str,
+    *,
+    stages: Stages | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    max_sequences: int = 64,
+    verify: Verify = "blocks",
+    manifest_digest: str | None = None,
+    revision: str = DEFAULT_REVISION,
+    cache: str | None = "host",
+    access: Access | None = None,
+) -> LocalTransport:
+    """A worker of this process for each stage, ready; by default one for the whole model."""
+    access = access or Access()
+    if stages is None:
+        manifest, manifest_digest = _manifest_of(source, revision, manifest_digest, access)
+        stages = ((0, manifest.layers),)
+    workers: list[Worker] = []
+    with ExitStack() as stack:
+        for pp_rank in range(len(stages)):
+            options = WorkerOptions(
+                source=source,
+                stages=stages,
+                pp_rank=pp_rank,
+                device=device,
+                dtype=dtype,
+                threads=threads,
+                max_sequences=max_sequences,
+                verify=verify,
+                manifest_digest=manifest_digest,
+                revision=revision,
+                cache=cache,
+                endpoint_url=access.endpoint_url,
+                profile=access.profile,
+                region=access.region,
+                no_sign_request=access.anonymous,
+            )
+            workers.append(Worker(f"local-{pp_rank}", options))
+            stack.callback(workers[-1].close)
+            workers[-1].begin()
+        for worker in workers:
+            worker.prepare()
+        stack.pop_all()
+    return LocalTransport(workers)
+
+
+def open_fallback(
+    source: str,
+    *,
+    memory: int | None = None,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int | None = None,
+    max_sequences: int = 64,
+    verify: Verify = "blocks",
+    manifest_digest: str | None = None,
+    revision: str = DEFAULT_REVISION,
+    cache: str | None = "host",
+    access: Access | None = None,
+) -> Transport:
+    """The whole model in this process: at once where `memory` bytes suffice for it, else layer by layer.
+
+    memory  that it may take beside what is mapped, which the system takes back as it likes; default: a share of what
+            is free. A dtype other than the stored one, tensors joined of several pieces and fused experts take it
+    Raises WorkerError where not even the largest layer fits.
+    """
+    from ..stage import side_folder
+
+    access = access or Access()
+    manifest, manifest_digest = _manifest_of(source, revision, manifest_digest, access)
+    if memory is None:
+        memory = int(SHARE * free_memory())
+    is_read = cache is None if is_uri(source) else choose_io(manifests.find(source).parent, "auto") == "read"
+    with side_folder(source, revision=revision, manifest_digest=manifest_digest, access=access) as folder:
+        cuts = choose_cuts(manifest, memory, dtype=dtype or _dtype_of(folder), is_read=is_read)
+    if len(cuts) == 1:
+        return open_local(
+            source,
+            stages=cuts,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            max_sequences=max_sequences,
+            verify=verify,
+            manifest_digest=manifest_digest,
+            revision=revision,
+            cache=cache,
+            access=access,
+        )
+    return LayerByLayer(
+        source,
+        cuts,
+        device=device,
+        dtype=dtype,
+        max_sequences=max_sequences,
+        verify=verify,
+        manifest_digest=manifest_digest,
+        revision=revision,
+        cache=cache,
+        access=access,
+    )
+
+
+def choose_cuts(
+    manifest: Manifest, memory: int, *, dtype: str | None = None, is_read: bool = False
+) -> Stages:
+    """The fewest runs of layers of which each alone takes at most `memory` bytes. Raises WorkerError.
+
+    is_read  parts are read into memory, not mapped
+    """
+    needs = manifest.stage_needs.get(ENGINE, ())
+    most = len(needs) or max(manifest.layers, 1)
+    taken = 0
+    for count in range(1, most + 1):
+        if count == 1:
+            cuts: Stages = ((0, manifest.layers),)
+        elif needs:
+            cuts = stages_with(needs, manifest.layers, count)
+        else:
+            cuts = even_stages(manifest.layers, count)
+        views = [plan_view(manifest, rank=rank, stages=cuts) for rank in range(count)]
+        taken = max(memory_of_view(view, manifest, dtype=dtype, is_read=is_read) for view in views)
+        if taken <= memory:
+            return cuts
+    raise WorkerError(
+        f"this host has {memory:,} bytes of memory to spare, and even with {most} runs of layers, one after the other, "
+        f"the largest takes {taken:,}; run the model on a larger host"
+    )
+
+
+def memory_of_view(view: View, manifest: Manifest, *, dtype: str | None = None, is_read: bool = False) -> int:
+    """Bytes of memory that the tensors of a view take, beside what stays mapped."""
+    wanted = _stored(dtype) if dtype is not None else None
+    total = 0
+    for name, tensor in view.tensors.items():
+        stored = tensor.form.dtype
+        is_cast = wanted is not None and stored in FLOATS and stored != wanted
+        is_joined = len(tensor.takes) != 1 or tensor.stripes[0].count != 1
+        is_fused = manifest.tensors[name].expert is not None  # transformers stacks the experts of a layer
+        if is_cast and wanted is not None:
+            total += math.prod(tensor.shape) * dtypes.BITS[wanted] // 8
+        if is_read or ((is_joined or is_fused) and not is_cast):
+            total += tensor.nbytes
+    return total
+
+
+FLOATS: Final = {"BF16", "F16", "F32", "F64"}
+"""Of which transformers casts one to another as it loads."""
+
+
+def _stored(dtype: str) -> str:
+    """Our name of torch's dtype. Raises InputError."""
+    for name, torch_name in dtypes.TORCH.items():
+        if torch_name == dtype and name in FLOATS:
+            return name
+    raise InputError(f"dtype is {quote(dtype)}; write float32, bfloat16 or float16")
+
+
+def _dtype_of(folder: Path) -> str | None:
+    """The dtype that a config.json asks for, as `build_stage` understands it."""
+    with contextlib.suppress(OSError, ValueError):  # whoever builds says what is wrong with it
+        config = json.loads((folder / "config.json").read_text())
+        for fields in (config, config.get("text_config") or {}):
+            found = fields.get("dtype") or fields.get("torch_dtype")
+            if isinstance(found, str):
+                return found if found in dtypes.TORCH.values() else None
+    return "float32"
+
+
+def free_memory() -> int:
+    """Bytes that this host gives without pushing others out, or this container where it has less."""
+    for line in MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+            break
+    else:
+        raise WorkerError(f"{MEMINFO} does not say how much memory is available; pass memory=")
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        found = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, max(0, limit - used + int(found.get("inactive_file", 0))))
+    return free
+
+
+def _manifest_of(source: str, revision: str, digest: str | None, access: Access) -> tuple[Manifest, str]:
+    """The manifest that all begins with, and its digest."""
+    if is_uri(source):
+        with open_store(source, access) as store:
+            raw, manifest = read_manifest(store, revision, digest)
+        return manifest, manifests.digest_of(raw)
+    return manifests.read_named(source, digest=digest)
