@@ -57,6 +57,32 @@ def vllm_plugins() -> str | None:
     return os.environ.get("VLLM_PLUGINS")
 
 
+def secret() -> str | None:
+    """SHARDPREP_SECRET, which a front end and its workers share; None without."""
+    return os.environ.get("SHARDPREP_SECRET") or None
+
+
+def api_key() -> str | None:
+    """SHARDPREP_API_KEY, which `shardprep serve` asks of those who use its /v1; None without."""
+    return os.environ.get("SHARDPREP_API_KEY") or None
+
+
+def use_interface(name: str | None) -> None:
+    """Have gloo listen on this network interface, unless GLOO_SOCKET_IFNAME says which."""
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def of_child(**values: str) -> dict[str, str]:
+    """The environment for a process that is started here: this one's, and `values`."""
+    return {**os.environ, **values}
+
+
+def quiet_torch() -> None:
+    """Have torch's network code print no stacks of C++ calls, unless TORCH_CPP_LOG_LEVEL is set; before its import."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+
 def _number(name: str) -> int | None:
     given = os.environ.get(name)
     if given is None:

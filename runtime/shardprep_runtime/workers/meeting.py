@@ -1,0 +1,606 @@
+"""Have workers and the front end find each other, and prove to each other that they may.
+
+The front end serves torch's TCPStore and puts a plan there; a worker reads it, takes a number, says what it holds, and
+is welcomed or refused:
+
+    shardprep/plan        what is run: transport, stages, manifest; with a nonce
+    shardprep/members     how many numbers have been taken
+    shardprep/member/N    what worker N says: name, stage, layers, manifest, process; with a nonce of its own
+    shardprep/answer/N    what the front end says to that: welcome and a name, or why not
+
+Each is JSON with an HMAC-SHA256 by the secret that both sides share, over its place, the other side's nonce and the
+text; nothing is unpickled. So nobody without the secret becomes a worker or passes for the front end.
+
+TCPStore itself asks nobody who he is, and encrypts nothing: whoever reaches its port can read, replace and delete keys,
+or fill it. He cannot join, but he can keep others from it, and once a worker has joined, the links between workers are
+as open as the network they run over. Keep the port within a private network, as for torch.distributed itself; an
+address of the public Internet is refused unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from ..errors import InputError, WorkerError, quote
+from ..grid import Stages
+from .transport import WorkerInfo, check_name
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store, TCPStore
+
+PLAN: Final = "shardprep/plan"
+MEMBERS: Final = "shardprep/members"
+MEMBER: Final = "shardprep/member/{}"
+ANSWER: Final = "shardprep/answer/{}"
+OVER: Final = "shardprep/over"
+"""There once the front end ends because it is to end."""
+
+MAX_MESSAGE: Final = 64 * 2**10
+"""Bytes of one message; what is longer is not parsed."""
+
+MAX_WAITING: Final = 4096
+"""Numbers taken by workers that have not said anything yet; more are no workers of ours."""
+
+PATIENCE: Final = 60.0
+"""Seconds in which who has taken a number must say what it is."""
+
+PLAN_TIMEOUT: Final = 5.0
+"""Seconds in which a front end that serves a store puts its plan there."""
+
+STORE_TIMEOUT: Final = 15.0
+"""Seconds for which a worker waits for a store that has gone, before it believes it."""
+
+LEAST_SECRET: Final = 16
+"""Characters of a secret: whoever reaches the store can try to guess it."""
+
+TRANSPORTS: Final = ("links", "rpc")
+"""Those whose workers meet here."""
+
+PAUSE: Final = 0.02
+"""Seconds between two looks at the store (of 10 microseconds each)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RpcPlan:
+    """Where torch.distributed.rpc meets, and of how many processes: the front end is the first."""
+
+    port: int
+    world_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a front end runs, as its workers must know it."""
+
+    transport: str
+    stages: Stages
+    tensor_parallel_size: int = 1
+    dtype: str | None = None
+    manifest_digest: str
+    revision: str = "main"
+    rpc: RpcPlan | None = None
+    nonce: str = ""
+    """Made by `open_meeting`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker that has the secret and holds what the plan says; it waits for `welcome` or `refuse`."""
+
+    number: int
+    """Of those who came, strangers included: from 1."""
+    info: WorkerInfo
+    nonce: str
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def pp_rank(self) -> int | None:
+        return self.info.pp_rank
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A worker's place, once it is welcome."""
+
+    name: str
+    """By which the front end calls it: the one that it gave, or one like it if another had that."""
+    number: int
+    """As the front end's `Member.number`; no other worker of this meeting has had it or will."""
+    rank: int
+    """How manieth it was to be welcomed, from 1 (0 is the front end): its rank where that counts."""
+    plan: Plan
+    store: TCPStore
+    """This worker's connection. One blocking call at a time: take `store.clone()` for a thread of one's own."""
+    host: str
+    """Of the front end, as this worker reaches it."""
+
+    def is_over(self) -> bool:
+        """Whether the front end has said that it ends."""
+        try:
+            return bool(self.store.check([OVER]))
+        except RuntimeError:
+            return False
+
+
+# ------------------------------------------------------------------------------------------------------ the front end
+class Meeting:
+    """Where a front end waits for workers."""
+
+    def __init__(self, host: str, store: TCPStore, plan: Plan, secret: str) -> None:
+        self.host, self.port = host, store.port
+        self.plan = plan
+        self.store = store
+        """Served by this process. One blocking call at a time: take `store.clone()` for a thread of one's own."""
+        self._secret = secret
+        self._lock = threading.Lock()
+        self._waiting: dict[int, float] = {}
+        self._seen = 0
+        self._welcomed = 0
+        self._names: set[str] = set()
+        self._ready: list[Member] = []
+
+    @property
+    def address(self) -> str:
+        """host:port, as `--master` takes it."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def joined(self, timeout: float) -> Member | None:
+        """The next worker that may join, under a name that no other has had; None if none comes in `timeout` seconds.
+
+        Who has not the secret, or holds another manifest or other layers than the plan's, is refused here, with the
+        reason. Raises WorkerError where the store is not what it was.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._lock:
+                self._look()
+                if self._ready:
+                    return self._ready.pop(0)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return None
+            time.sleep(min(PAUSE, left))
+
+    def welcome(self, member: Member) -> int:
+        """Tell a worker that it has joined; its rank."""
+        with self._lock:
+            self._welcomed += 1
+            rank = self._welcomed
+        self._answer(member.number, member.nonce, {"name": member.name, "rank": rank})
+        return rank
+
+    def refuse(self, member: Member, why: str) -> None:
+        """Tell a worker why it cannot join."""
+        self._answer(member.number, member.nonce, {"refused": why})
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        try:
+            taken = self.store.add(MEMBERS, 0)
+            if not self._seen <= taken <= self._seen + MAX_WAITING:
+                raise WorkerError(
+                    f"the store at {self.address} says that {taken} workers have come, {self._seen} had before: "
+                    "somebody else writes to it; serve it where only workers reach it"
+                )
+            self._waiting |= dict.fromkeys(range(self._seen + 1, taken + 1), now + PATIENCE)
+            self._seen = taken
+            for number in list(self._waiting):
+                if self.store.check([MEMBER.format(number)]):
+                    del self._waiting[number]
+                    raw = self.store.get(MEMBER.format(number))
+                    self.store.delete_key(MEMBER.format(number))
+                    self._hear(number, raw)
+                elif self._waiting[number] < now:
+                    del self._waiting[number]
+        except RuntimeError as error:
+            raise WorkerError(f"the store at {self.address} does not work: {first_line(error)}") from None
+
+    def _hear(self, number: int, raw: bytes) -> None:
+        """Take what a worker says of itself, or refuse it."""
+        nonce = ""
+        try:
+            said = unseal(self._secret, MEMBER.format(number), self.plan.nonce, raw)
+            nonce = _text(said, "nonce")
+            info = read_info(said)
+            self._check(info)
+        except InputError as error:
+            self._answer(number, nonce, {"refused": str(error)})
+            return
+        name, again = info.name, 1
+        while name in self._names:
+            again += 1
+            name = f"{info.name[:58]}-{again}"
+        self._names.add(name)
+        self._ready.append(Member(number, replace(info, name=name), nonce))
+
+    def _check(self, info: WorkerInfo) -> None:
+        plan = self.plan
+        if info.manifest_digest != plan.manifest_digest:
+            raise InputError(
+                f"this worker's manifest is {quote(info.manifest_digest)}, the front end runs {plan.manifest_digest}; "
+                "give both the same source and revision, or --manifest-digest"
+            )
+        if info.pp_rank is None:
+            return
+        if not 0 <= info.pp_rank < len(plan.stages):
+            raise InputError(
+                f"pp_rank {info.pp_rank}: the front end runs {len(plan.stages)} stages, from 0 to "
+                f"{len(plan.stages) - 1}"
+            )
+        start, stop = plan.stages[info.pp_rank]
+        if info.layers != (start, stop):
+            held = "no layers" if info.layers is None else f"layers {info.layers[0]} to {info.layers[1] - 1}"
+            raise InputError(
+                f"stage {info.pp_rank}: this worker holds {held}, the front end runs layers {start} to {stop - 1} "
+                "there; give both the same --stages"
+            )
+
+    def _answer(self, number: int, nonce: str, said: Mapping[str, object]) -> None:
+        place = ANSWER.format(number)
+        with suppress(RuntimeError):  # a store that is gone tells the worker enough
+            self.store.set(place, seal(self._secret, place, nonce, said))
+
+    def end(self) -> None:
+        """Say that this front end ends because it is to end: for `Membership.is_over`."""
+        with suppress(RuntimeError):
+            self.store.set(OVER, "1")
+
+    def close(self) -> None:
+        """Stop to serve: those who are connected see that the front end has gone."""
+        with self._lock:
+            del self.store  # torch has no other way
+
+
+def open_meeting(host: str, port: int = 0, *, plan: Plan, secret: str, allow_public: bool = False) -> Meeting:
+    """Serve a meeting at `host`, an address of this machine; port 0: one that is free.
+
+    Raises InputError for a public address without `allow_public`, and where the address or port cannot be had.
+    """
+    check_secret(secret)
+    if plan.transport not in TRANSPORTS:
+        raise InputError(
+            f"workers of {quote(plan.transport)} do not meet here; use {' or '.join(TRANSPORTS)}"
+        )
+    family, address = check_host(host, allow_public=allow_public)
+    try:
+        # torch alone would listen on all addresses of the machine
+        listener = socket.create_server((address, port), family=family, backlog=1024)
+    except OSError as error:
+        raise InputError(
+            f"{quote(host)}:{port}: nothing can be served there: {os.strerror(error.errno or 0)}; use an address of this "
+            "machine and a port that is free (0: any)"
+        ) from None
+    store = serve_store(address, listener)
+    plan = replace(plan, nonce=secrets.token_hex(16))
+    store.add(MEMBERS, 0)
+    store.set(PLAN, seal(secret, PLAN, "", asdict(plan)))
+    return Meeting(host, store, plan, secret)
+
+
+def serve_store(address: str, listener: socket.socket) -> TCPStore:
+    """A store of this process, at a socket that listens already; it takes the socket."""
+    import torch.distributed
+
+    distributed: Any = torch.distributed  # its types say little of this part
+    port = listener.getsockname()[1]
+    found: TCPStore = distributed.TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=PATIENCE),
+        master_listen_fd=listener.detach(),
+    )
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- the worker
+class Invitation:
+    """A meeting that a worker has found, whose plan was made by who has the secret."""
+
+    def __init__(self, host: str, port: int, store: TCPStore, plan: Plan, secret: str) -> None:
+        self.host, self.port = host, port
+        self.store, self.plan = store, plan
+        self._secret = secret
+
+    @property
+    def address(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def join(self, info: WorkerInfo, *, timeout: float = PATIENCE) -> Membership:
+        """Say what this worker holds, and wait to be welcomed.
+
+        Raises RefusedError, with the front end's reason, or WorkerError where it has gone or does not answer.
+        """
+        check_name(info.name)
+        nonce = secrets.token_hex(16)
+        said = {**asdict(info), "seconds": dict(info.seconds or {}), "nonce": nonce}
+        try:
+            number = self.store.add(MEMBERS, 1)
+            place = MEMBER.format(number)
+            self.store.set(place, seal(self._secret, place, self.plan.nonce, said))
+            raw = wait_for(self.store, ANSWER.format(number), timeout)
+        except RuntimeError as error:
+            raise WorkerError(f"the front end at {self.address} has gone: {first_line(error)}") from None
+        if raw is None:
+            raise WorkerError(f"the front end at {self.address} gave no answer in {timeout:g} seconds")
+        try:
+            answer = unseal(self._secret, ANSWER.format(number), nonce, raw)
+        except InputError as error:
+            raise RefusedError(f"what answers at {self.address} is not the front end: {error}") from None
+        if "refused" in answer:
+            raise RefusedError(
+                f"the front end at {self.address} refuses this worker: {quote(_text(answer, 'refused'), limit=1000)}"
+            )
+        return Membership(
+            name=check_name(_text(answer, "name")),
+            number=number,
+            rank=_number(answer, "rank"),
+            plan=self.plan,
+            store=self.store,
+            host=self.host,
+        )
+
+
+class RefusedError(WorkerError):
+    """The front end does not want this worker: asking again is no use."""
+
+
+def find_meeting(master: str, *, secret: str, timeout: float = 300.0) -> Invitation:
+    """The meeting at `master` (host:port), once its front end is there: for at most `timeout` seconds.
+
+    Raises InputError for what is no address, RefusedError where the front end has another secret or speaks otherwise,
+    WorkerError where there is none in time.
+    """
+    host, port = parse_address(master)
+    check_secret(secret)
+    deadline = time.monotonic() + timeout
+    while True:
+        store = connect(host, port, deadline)
+        raw, why = None, "something answers, but no front end put a plan there"
+        try:
+            raw = wait_for(store, PLAN, min(PLAN_TIMEOUT, max(0.0, deadline - time.monotonic())))
+            if store.check([OVER]):
+                raw, why = None, "the front end there is about to end, and no other came"
+        except RuntimeError as error:
+            raw, why = None, f"the front end there has gone: {first_line(error)}"
+        if raw is not None:
+            break
+        if time.monotonic() > deadline:
+            raise WorkerError(f"{quote(master)}: {why}")
+        time.sleep(0.2)
+    try:
+        plan = _plan(unseal(secret, PLAN, "", raw))
+    except InputError as error:
+        raise RefusedError(f"the front end at {quote(master)}: {error}") from None
+    return Invitation(host, port, store, plan, secret)
+
+
+def join(master: str, info: WorkerInfo, *, secret: str, timeout: float = 300.0) -> Membership:
+    """Find the meeting at `master` and join it, for a worker that is ready: `find_meeting`, then `Invitation.join`."""
+    return find_meeting(master, secret=secret, timeout=timeout).join(info, timeout=timeout)
+
+
+def connect(host: str, port: int, deadline: float) -> TCPStore:
+    """A connection to the store there. torch's own waiting fills the log with stacks, and knows no end in time."""
+    import torch.distributed
+
+    distributed: Any = torch.distributed
+    pause = 0.05
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, min(left, 10.0))).close()
+            found: TCPStore = distributed.TCPStore(
+                host,
+                port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=max(1.0, min(left, STORE_TIMEOUT))),
+            )
+            found.set_timeout(timedelta(seconds=STORE_TIMEOUT))
+            return found
+        except (OSError, RuntimeError) as error:
+            if left <= pause:
+                why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+                raise WorkerError(
+                    f"no front end answers at {quote(host)}:{port} ({why}); start `shardprep serve` there, or look "
+                    "whether --master is its address and nothing in between blocks the port"
+                ) from None
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.5)
+
+
+def wait_for(store: Store, key: str, timeout: float) -> bytes | None:
+    """What is at `key`, once there is something; None if nothing comes in time."""
+    deadline = time.monotonic() + timeout
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(PAUSE)
+    found: bytes = store.get(key)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the messages
+def seal(secret: str, place: str, nonce: str, said: Mapping[str, object]) -> str:
+    """A message for `place`, which only who has the secret can make; `nonce`: the receiver's."""
+    text = json.dumps(said, separators=(",", ":"))
+    return json.dumps({"text": text, "hmac": _hmac(secret, place, nonce, text)})
+
+
+def unseal(secret: str, place: str, nonce: str, raw: bytes) -> dict[str, Any]:
+    """What was sealed for this place. Raises InputError for anything else."""
+    if len(raw) > MAX_MESSAGE:
+        raise InputError(f"a message of {len(raw):,} bytes; expected at most {MAX_MESSAGE:,}")
+    try:
+        sealed = json.loads(raw)
+        text, found = sealed["text"], sealed["hmac"]
+        if not isinstance(text, str) or not isinstance(found, str):
+            raise TypeError
+        expected = _hmac(secret, place, nonce, text)  # no text of ours has what cannot be encoded
+        is_ours = hmac.compare_digest(found.encode(), expected.encode())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError("a message that no shardprep made; look whether versions are the same") from None
+    if not is_ours:
+        raise InputError("the secret is another one; set SHARDPREP_SECRET to the same text on all hosts")
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = None
+    if not isinstance(said, dict):
+        raise InputError("a message that no shardprep made; look whether versions are the same")
+    return said
+
+
+def _hmac(secret: str, place: str, nonce: str, text: str) -> str:
+    said = "\0".join(("shardprep 1", place, nonce, text))
+    return hmac.new(secret.encode(), said.encode(), hashlib.sha256).hexdigest()
+
+
+def _text(said: Mapping[str, Any], name: str) -> str:
+    value = said.get(name)
+    if not isinstance(value, str):
+        raise InputError(f"a message whose {name} is no text; look whether versions are the same")
+    return value
+
+
+def _number(said: Mapping[str, Any], name: str) -> int:
+    value = said.get(name)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise InputError(f"a message whose {name} is no number; look whether versions are the same")
+    return value
+
+
+def _pair(value: object, name: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(each) is int for each in value):
+        raise InputError(f"a message whose {name} are no layers; look whether versions are the same")
+    return value[0], value[1]
+
+
+def read_info(said: Mapping[str, Any]) -> WorkerInfo:
+    """What a worker says of itself. Raises InputError for what cannot be read."""
+    seconds = said.get("seconds")
+    if not isinstance(seconds, dict) or not all(type(each) in (int, float) for each in seconds.values()):
+        raise InputError("a message whose seconds are no numbers; look whether versions are the same")
+    return WorkerInfo(
+        name=check_name(_text(said, "name")),
+        pp_rank=None if said.get("pp_rank") is None else _number(said, "pp_rank"),
+        layers=None if said.get("layers") is None else _pair(said["layers"], "layers"),
+        host=_text(said, "host"),
+        pid=_number(said, "pid"),
+        manifest_digest=_text(said, "manifest_digest"),
+        nbytes=_number(said, "nbytes"),
+        bytes_fetched=_number(said, "bytes_fetched"),
+        seconds={name: float(each) for name, each in seconds.items()},
+    )
+
+
+def _plan(said: Mapping[str, Any]) -> Plan:
+    stages, rpc = said.get("stages"), said.get("rpc")
+    if not isinstance(stages, list) or not stages:
+        raise InputError("a plan without stages; look whether versions are the same")
+    if _text(said, "transport") not in TRANSPORTS:
+        raise InputError(
+            f"a plan for the transport {quote(said['transport'])}; this version knows {' and '.join(TRANSPORTS)}"
+        )
+    return Plan(
+        transport=_text(said, "transport"),
+        stages=tuple(_pair(each, "stages") for each in stages),
+        tensor_parallel_size=_number(said, "tensor_parallel_size"),
+        dtype=None if said.get("dtype") is None else _text(said, "dtype"),
+        manifest_digest=_text(said, "manifest_digest"),
+        revision=_text(said, "revision"),
+        rpc=RpcPlan(port=_number(rpc, "port"), world_size=_number(rpc, "world_size"))
+        if isinstance(rpc, dict)
+        else None,
+        nonce=_text(said, "nonce"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ secrets, addresses
+def check_secret(secret: str) -> str:
+    """`secret` if it is long enough. Raises InputError."""
+    if len(secret) < LEAST_SECRET:
+        raise InputError(
+            f"the secret has {len(secret)} characters, expected at least {LEAST_SECRET}; set SHARDPREP_SECRET to the "
+            "same random text on all hosts, for example what `openssl rand -hex 32` prints"
+        )
+    return secret
+
+
+def new_secret() -> str:
+    """A secret for a front end and the workers that it starts itself."""
+    return secrets.token_hex(32)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """host:port, or [IPv6 address]:port. Raises InputError."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise InputError(f"{quote(text)} is no address; write host:port, as the front end prints it")
+    return host, int(port)
+
+
+def check_host(host: str, *, allow_public: bool) -> tuple[socket.AddressFamily, str]:
+    """Family and address of `host`. Raises InputError where it is no address, or one that the Internet may reach."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError(f"{quote(host)}: no such host: {error.strerror}") from None
+    addresses: Sequence[str] = [str(each[4][0]).partition("%")[0] for each in found]
+    for text in addresses:
+        address = ipaddress.ip_address(text)
+        if not allow_public and (address.is_global or address.is_unspecified):
+            what = "all addresses of this machine" if address.is_unspecified else "a public address"
+            raise InputError(
+                f"{quote(host)}: {what}; whoever reaches the port can disturb the workers: serve at a private "
+                "address of this machine, or say --allow-public where a firewall keeps others out"
+            )
+    return found[0][0], addresses[0]
+
+
+def default_host() -> str:
+    """The address of this machine within its private network; loopback where it has none. Nothing is sent."""
+    for network in ("10.255.255.255", "192.168.255.255", "172.31.255.255"):
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((network, 9))
+            found = str(probe.getsockname()[0])
+            if ipaddress.ip_address(found).is_private:
+                return found
+    return "127.0.0.1"
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address of this machine by which `host` sees it. Nothing is sent."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        return str(probe.getsockname()[0])
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of torch says, without the place in torch before it, and the advice and the stack behind it."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return quote(re.sub(r"^\[[^]]*\] *", "", line).partition(". ")[0])
