@@ -11,60 +11,41 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from . import manifest as manifests
-from .errors import InputError, IntegrityError, ProblemError, quote
+from .errors import InputError, ProblemError, quote
 from .load import Verify
 from .manifest import Manifest
 from .prefetch import Prefetch, prefetch
 from .remote import DEFAULT_REVISION, read_manifest
-from .side_files import fetch_side_files, is_here
+from .stage import side_folder
 from .store import Access, is_uri, open_store
 from .transformers_state import ENGINE, transformers_state
 from .view import plan_view
+from .workers import openai_api
+from .workers.openai_api import Answer, Choice, FinishReason, RequestError
 
 if TYPE_CHECKING:
     import torch
     from ray.serve import Application
 
-DEFAULT_MAX_TOKENS: Final = 16
-"""OpenAI's."""
-
 FORWARD_SECONDS: Final = 20
 """After which a model that was asked for one token counts as hung; below Serve's own limit for a health check."""
 
-NEUTRAL: Final[Mapping[str, object]] = {
-    "best_of": 1,
-    "echo": False,
-    "frequency_penalty": 0,
-    "logit_bias": None,
-    "logprobs": None,
-    "n": 1,
-    "presence_penalty": 0,
-    "stop": None,
-    "stream": False,
-    "suffix": None,
+CANNOT: Final[Mapping[str, tuple[object, ...]]] = {
+    "ignore_eos": (False,),
+    "stop": ([],),
+    "stop_token_ids": ([],),
+    "stream": (False,),
+    "stream_options": (),
+    "top_k": (0, -1),
 }
-"""What OpenAI's requests may ask for and these workers cannot do; a request that says so much may come."""
-
-KNOWN: Final = {
-    "max_tokens",
-    "model",
-    "prompt",
-    "return_token_ids",
-    "seed",
-    "temperature",
-    "top_p",
-    "user",
-} | set(NEUTRAL)
+"""What the front end of split workers can and these cannot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,10 +175,12 @@ class Wanted:
     """A completion that is asked for; greedy where the temperature is 0."""
 
     prompt: str | tuple[int, ...]
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int = openai_api.DEFAULT_MAX_TOKENS
     temperature: float = 1.0
-    top_p: float | None = None
+    top_p: float = 1.0
     seed: int = 0
+    model: str | None = None
+    return_token_ids: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +189,8 @@ class Completed:
 
     text: str
     tokens: tuple[int, ...]
-    prompt_tokens: int
+    prompt: tuple[int, ...]
+    """Its tokens."""
     is_stopped: bool
     """The model has ended it, not `max_tokens`."""
 
@@ -248,6 +232,7 @@ class WorkerGroup:
         plan_view(manifest, rank=0, tensor_parallel_size=options.tensor_parallel_size, engine=ENGINE)
         # whatever the revision is moved to meanwhile, all ranks start from this manifest
         self._options = replace(options, manifest_digest=digest)
+        self._created = int(time.time())
         self._lost: str | None = None
         self._turn = asyncio.Lock()
         self._asked: asyncio.Future[Any] | None = None
@@ -312,79 +297,52 @@ class WorkerGroup:
         }
 
     def models(self) -> Any:
-        return {
-            "object": "list",
-            "data": [{"id": self._options.name, "object": "model", "owned_by": "shardprep"}],
-        }
+        return openai_api.models(self._options.name, self._created)
 
     async def completions(self, body: dict[str, Any]) -> Any:
-        if body.get("model") not in (None, self._options.name):
-            message = f"no model {quote(body['model'])}; there is {quote(self._options.name)}"
-            return _refusal(404, message, "model_not_found")
         try:
             wanted = read_request(body)
+            openai_api.check_model(wanted.model, self._options.name)
             found: Completed = await self._ask("complete", wanted, seconds=self._options.request_timeout_s)
+        except RequestError as error:
+            return _refusal(error.status, str(error), param=error.param, code=error.code)
         except InputError as error:
-            return _refusal(400, str(error), "invalid_request_error")
+            return _refusal(400, str(error))
         except GroupError as error:
             return _refusal(503, f"{error}; the replica is being replaced, try again", "unavailable")
-        choice: dict[str, object] = {
-            "index": 0,
-            "text": found.text,
-            "logprobs": None,
-            "finish_reason": "stop" if found.is_stopped else "length",
-        }
-        if body.get("return_token_ids"):
-            choice["token_ids"] = found.tokens
-        return {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self._options.name,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": found.prompt_tokens,
-                "completion_tokens": len(found.tokens),
-                "total_tokens": found.prompt_tokens + len(found.tokens),
-            },
-        }
+        reason: FinishReason = "stop" if found.is_stopped else "length"
+        answer = Answer(model=self._options.name, with_token_ids=wanted.return_token_ids)
+        return answer.whole([Choice(found.prompt, found.text, list(found.tokens), reason)])
 
 
 def read_request(body: Mapping[str, Any]) -> Wanted:
-    """A request to /v1/completions. Raises InputError for what is none, and for what these workers cannot do."""
-    if unknown := sorted(set(body) - KNOWN):
-        raise InputError(f"no parameter {', '.join(map(quote, unknown))} is known here")
-    for name, neutral in NEUTRAL.items():
-        if body.get(name) not in (None, neutral):
-            raise InputError(f"{name}: {quote(body[name])} was asked for; these workers know only {neutral}")
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt and all(type(each) is int for each in prompt):
-        prompt = tuple(prompt)
-    elif not isinstance(prompt, str):
-        raise InputError("prompt: expected one text, or one list of token ids")
-    given: dict[str, Any] = {"prompt": prompt}
-    for name, kinds, low, high in (
-        ("max_tokens", int, 1, 10**6),
-        ("temperature", (int, float), 0, 2),
-        ("top_p", (int, float), 0, 1),
-        ("seed", int, 0, 2**63 - 1),
-    ):
-        value = body.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-            raise InputError(f"{name} is {quote(value)}, expected a number from {low} to {high}")
-        given[name] = value
-    if "seed" not in given:
-        given["seed"] = int.from_bytes(os.urandom(7), "big")  # every rank has to draw the same
-    return Wanted(**given)
+    """A request to /v1/completions. Raises RequestError for what is none, and for what these workers cannot do."""
+    asked = openai_api.read_completion(body, cannot=CANNOT, one_prompt=True)
+    assert asked.max_tokens is not None
+    return Wanted(
+        asked.prompts[0],
+        asked.max_tokens,
+        asked.temperature,
+        asked.top_p,
+        # every rank has to draw the same
+        int.from_bytes(os.urandom(7), "big") if asked.seed is None else asked.seed,
+        asked.model,
+        asked.return_token_ids,
+    )
 
 
-def _refusal(status: int, message: str, kind: str) -> Any:
+def _refusal(
+    status: int,
+    message: str,
+    kind: str = "invalid_request_error",
+    *,
+    param: str | None = None,
+    code: str | None = None,
+) -> Any:
     """An error as OpenAI words it."""
     from fastapi.responses import JSONResponse
 
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+    return JSONResponse(openai_api.error(message, kind, param=param, code=code), status_code=status)
 
 
 def _first_failure_or_all(asked: Sequence[Any]) -> list[Any]:
@@ -466,7 +424,14 @@ class Worker:
                 meeting = self._store.host, self._store.port
         self._end("imports")
         with ExitStack() as stack:
-            folder = self._side_files(stack)
+            folder = stack.enter_context(
+                side_folder(
+                    options.source,
+                    revision=options.revision,
+                    manifest_digest=options.manifest_digest,
+                    access=options.access,
+                )
+            )
             self._config = auto[0].from_pretrained(folder)
             self._tokenizer = auto[1].from_pretrained(folder)
             self._generation = None
@@ -529,20 +494,6 @@ class Worker:
         timeout = datetime.timedelta(seconds=self._options.request_timeout_s)
         dist.init_process_group("gloo", store=self._store, rank=self._rank, world_size=size, timeout=timeout)
 
-    def _side_files(self, stack: ExitStack) -> Path:
-        """A folder with config and tokenizer."""
-        options = self._options
-        if not is_uri(options.source):
-            return checked_folder(options.source, options.manifest_digest)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardprep-")))
-        return fetch_side_files(
-            options.source,
-            folder / "side",
-            revision=options.revision,
-            manifest_digest=options.manifest_digest,
-            access=options.access,
-        )
-
     def forward(self) -> None:
         """Compute one token. Raises ProblemError where what comes out is no number."""
         import torch
@@ -566,7 +517,7 @@ class Worker:
         sampling: dict[str, Any] = {"do_sample": False}
         if wanted.temperature > 0:
             sampling = {"do_sample": True, "temperature": wanted.temperature}
-            if wanted.top_p is not None:
+            if wanted.top_p < 1:
                 sampling["top_p"] = wanted.top_p
         torch.manual_seed(wanted.seed)
         given = torch.tensor([tokens])
@@ -583,21 +534,9 @@ class Worker:
         return Completed(
             text=self._tokenizer.decode(new, skip_special_tokens=True),
             tokens=tuple(new),
-            prompt_tokens=len(tokens),
+            prompt=tuple(tokens),
             is_stopped=bool(new) and new[-1] in ends,
         )
-
-
-def checked_folder(source: str, digest: str | None) -> Path:
-    """The folder of a shard set whose side files are those of its manifest. Raises IntegrityError where one is not."""
-    folder = manifests.find(source).parent
-    for side in manifests.read(source, digest=digest).side_files:
-        if (folder / side.path).exists() and not is_here(folder, side):
-            raise IntegrityError(
-                f"{quote(folder / side.path)}: does not match its digest in the manifest; the copy that lies here is "
-                "damaged, or was edited"
-            )
-    return folder
 
 
 def _store_at(host: str, port: int, size: int) -> Any:

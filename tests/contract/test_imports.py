@@ -37,7 +37,10 @@ with shardprep_runtime.load({path!r}, tensor_parallel_size=2, rank=1, verify={ve
 """
 
 
-OF_ENGINES = {f"shardprep_runtime.{name}" for name in ("ray_llm", "shardtensor", "vllm_loader")}
+OF_ENGINES = {
+    *(f"shardprep_runtime.{name}" for name in ("ray_llm", "shardtensor", "vllm_loader")),
+    *(f"shardprep_runtime.stage_{name}" for name in ("cache", "model", "relay", "trial", "weights")),
+}
 """Modules that import torch, or an engine: nothing imports them before it has that."""
 
 
@@ -318,6 +321,28 @@ def test_no_environment_variable_of_the_command_line() -> None:
 
 ACCESS = ["--endpoint-url", "--profile", "--region", "--no-sign-request"]
 
+OF_SPLIT = [
+    "SOURCE",
+    "--stages",
+    "-tp/--tensor-parallel-size",
+    "--spares",
+    "--transport",
+    "--no-replace",
+    "--no-fallback",
+    "--draft",
+    "--draft-tokens",
+    "--max-in-flight",
+    "--device",
+    "--threads",
+    "--dtype",
+    "--step-timeout",
+    "--verify",
+    "--revision",
+    "--manifest-digest",
+    *ACCESS,
+]
+"""Of what runs a split model."""
+
 SURFACE: dict[str, list[str]] = {
     "quantize": [
         "SOURCE",
@@ -393,6 +418,7 @@ SURFACE: dict[str, list[str]] = {
         "--max-part-size",
         "--include-code",
         "--allow-generic",
+        "--probe",
         "--dry-run",
         "--revision",
         "--scratch",
@@ -438,6 +464,60 @@ SURFACE: dict[str, list[str]] = {
     ],
     "revisions": ["STORE", *ACCESS, "--json"],
     "prune": ["STORE", "--grace", "--delete-revision", "--dry-run", *ACCESS, "--json"],
+    "run": [
+        *OF_SPLIT,
+        "--prompt",
+        "--prompt-file",
+        "--tokens",
+        "--chat",
+        "--max-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--seed",
+        "--stop",
+        "--ignore-eos",
+        "--breakdown",
+        "--json",
+    ],
+    "serve": [
+        *OF_SPLIT,
+        "--workers",
+        "--master",
+        "--host",
+        "--port",
+        "--allow-public",
+        "--model",
+        "--api-key",
+        "--max-waiting",
+        "--grace",
+    ],
+    "worker": [
+        "--manifest",
+        "--pp-rank",
+        "--spare",
+        "--spare-for",
+        "--master",
+        "--stages",
+        "-tp/--tensor-parallel-size",
+        "--tp-rank",
+        "--group",
+        "--name",
+        "--device",
+        "--dtype",
+        "--threads",
+        "--max-sequences",
+        "--wait",
+        "--reconnect",
+        "--revision",
+        "--manifest-digest",
+        "--verify",
+        "--cache",
+        "--no-cache",
+        "--max-workers",
+        "--processes",
+        *ACCESS,
+    ],
     "vllm": [
         "SOURCE",
         "[-- ARGUMENTS OF VLLM SERVE]",

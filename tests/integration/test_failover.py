@@ -45,12 +45,14 @@ def right() -> dict[str, list[int]]:
 
     torch.set_num_threads(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
-    model = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT)
+    model = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     found = {}
     for prompt in (*TOGETHER, LONG):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         options: dict[str, Any] = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-        out = model.generate(ids, pad_token_id=0, eos_token_id=None, **options)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), pad_token_id=0, eos_token_id=None, **options
+        )
         found[prompt] = out[0, ids.shape[1] :].tolist()
     return found
 
@@ -58,7 +60,9 @@ def right() -> dict[str, list[int]]:
 @pytest.fixture(scope="module")
 def running(shards: Path) -> Iterator[Launch]:
     """Three stages and a spare; another spare is started whenever one was used."""
-    with launch(shards, stages=STAGES, spares=1, threads=1, policy=Policy(probe_period=0)) as found:
+    with launch(
+        shards, stages=STAGES, spares=1, threads=1, dtype="float32", policy=Policy(probe_period=0)
+    ) as found:
         yield found
 
 
@@ -174,7 +178,9 @@ def test_one_that_is_killed_again_while_its_place_is_taken_changes_no_token(
 
 
 def test_without_a_replacement_this_process_takes_over(shards: Path, right: dict[str, list[int]]) -> None:
-    with launch(shards, stages=2, replace=False, threads=1, policy=Policy(replacement_timeout=0)) as running:
+    with launch(
+        shards, stages=2, replace=False, threads=1, dtype="float32", policy=Policy(replacement_timeout=0)
+    ) as running:
         found = []
         for token in generator_of(running, shards).stream(PROMPT, sampling()):
             found.append(token.id)
@@ -219,7 +225,9 @@ def test_a_worker_with_another_shard_does_not_join(shards: Path, tmp_path: Path)
         process = start_worker(
             WorkerJob(options=options, master=running.meeting.address, name="wrong"), secret=running._secret
         )
-        said, _ = process.communicate(timeout=PATIENCE)
-        assert process.returncode != 0
+        assert process.stdout is not None and process.stdin is not None
+        with process.stdout, process.stdin:  # it ends where its stdin is closed
+            said = process.stdout.read()
+        assert process.wait(PATIENCE) != 0
         assert b"manifest" in said
         assert "wrong" not in running.transport.workers()

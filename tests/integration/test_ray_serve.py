@@ -35,7 +35,8 @@ from shardprep.split import split
 from shardprep_runtime import load, read_manifest
 from shardprep_runtime.errors import InputError, IntegrityError, ShardprepError
 from shardprep_runtime.manifest import digest_of
-from shardprep_runtime.ray_workers import Options, Wanted, checked_folder, read_options, read_request
+from shardprep_runtime.ray_workers import Options, Wanted, read_options, read_request
+from shardprep_runtime.stage import side_folder
 from shardprep_runtime.store import open_store
 
 TINY = Path(__file__).parents[1] / "data/tiny-llama"
@@ -431,13 +432,18 @@ def test_the_workers_manifest_is_made_of_options() -> None:
 
 def test_a_side_file_that_was_edited_is_refused(tmp_path: Path) -> None:
     split(TINY, tmp_path / "set", tensor_parallel_size=2)
-    assert checked_folder(str(tmp_path / "set"), None) == tmp_path / "set"
+    with side_folder(tmp_path / "set") as found:
+        assert found == tmp_path / "set"
     (tmp_path / "set/README.md").unlink()
-    assert checked_folder(str(tmp_path / "set/shardprep.json"), None) == tmp_path / "set"
+    with side_folder(tmp_path / "set/shardprep.json") as found:
+        assert found == tmp_path / "set"
     config = tmp_path / "set/config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    with pytest.raises(IntegrityError, match=r"config\.json: does not match its digest"):
-        checked_folder(str(tmp_path / "set"), None)
+    with (
+        pytest.raises(IntegrityError, match=r"config\.json: does not match its digest"),
+        side_folder(tmp_path / "set"),
+    ):
+        raise AssertionError
 
 
 @pytest.mark.parametrize(

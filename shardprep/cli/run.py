@@ -1,0 +1,534 @@
+"""shardprep run"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from shardprep_runtime.errors import InputError, quote
+from shardprep_runtime.grid import Stages, parse_stages
+from shardprep_runtime.load import Verify
+from shardprep_runtime.store import Access
+
+from . import parse, render
+
+if TYPE_CHECKING:
+    from shardprep_runtime.workers.generate import Completion, Generator
+    from shardprep_runtime.workers.pipeline import Event, Pipeline
+    from shardprep_runtime.workers.transport import WorkerInfo
+
+    _CountType = click.ParamType[int | Stages]
+    _TokensType = click.ParamType[tuple[int, ...]]
+else:  # only the newest clicks let the class be subscripted when it runs
+    _CountType = _TokensType = click.ParamType
+
+TRANSPORTS: Final = ("links", "rpc", "ray", "local")
+
+ENDED: Final = 128 + signal.SIGTERM
+"""The exit status of who was asked to end, as a shell tells it."""
+
+
+class StageCount(_CountType):
+    """How many even stages, or the layers of each: 2, or 0-5,6-11."""
+
+    name = "stages"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Stages:
+        if isinstance(value, int | tuple):
+            return value
+        if value.isdecimal():
+            count = int(value) if len(value) < 5 else 0
+            if not 0 < count <= 4096:
+                self.fail(
+                    f"{value} stages; expected 1 to 4096, or the layers of each: 0-15,16-31", param, ctx
+                )
+            return count
+        stages = parse_stages(value)
+        if stages is None:
+            self.fail(
+                f"{value!r} is no list of stages; write how many, or the layers of each: 0-15,16-31",
+                param,
+                ctx,
+            )
+        return tuple(stages)
+
+
+class Tokens(_TokensType):
+    """Ids of tokens: 1,2,3."""
+
+    name = "ids"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        words = value.split(",")
+        if not all(word.strip().isdecimal() and len(word) < 12 for word in words):
+            self.fail(f"{value!r} is no list of token ids; write 1,2,3", param, ctx)
+        return tuple(map(int, words))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """How a model is split over workers, as the options of `run` and `serve` have it."""
+
+    source: Path | str
+    stages: int | Stages | None
+    tensor_parallel_size: int
+    spares: int
+    transport: str
+    no_replace: bool
+    no_fallback: bool
+    draft: Path | str | None
+    draft_tokens: int
+    max_in_flight: int
+    device: str
+    threads: int | None
+    dtype: str | None
+    step_timeout: float | None
+    verify: Verify
+    manifest_digest: str | None
+    revision: str
+    access: Access
+
+
+def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a model is split over workers, the same for `run` and `serve`; the command gets one `split: Split`."""
+
+    @functools.wraps(command)  # which takes the options along that are declared below this decorator
+    def with_split(*arguments: Any, **options: Any) -> Any:
+        given = {each.name: options.pop(each.name) for each in fields(Split)}
+        return command(*arguments, split=Split(**given), **options)
+
+    found: Callable[..., Any] = parse.access_options(with_split)
+    for option in (
+        click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have."),
+        parse.revision_option,
+        click.option(
+            "--verify",
+            type=click.Choice(["blocks", "headers", "off"]),
+            default="blocks",
+            show_default=True,
+            help="What each worker checks of its own weights.",
+        ),
+        click.option(
+            "--step-timeout",
+            type=parse.Duration(),
+            help="After which a step counts as hung.  [default: 30s, and more for long prompts]",
+        ),
+        click.option("--dtype", help="Of the model: float32, bfloat16, ...  [default: as stored]"),
+        click.option(
+            "--threads",
+            type=click.IntRange(1, 4096),
+            help="Of each worker, to compute with.  [default: a share of this host's cores]",
+        ),
+        click.option("--device", default="cpu", show_default=True, help="Of each worker: cpu, cuda, cuda:1."),
+        click.option(
+            "--max-in-flight",
+            type=click.IntRange(1, 1024),
+            default=8,
+            show_default=True,
+            help="Sequences at once; the stages work on different ones.",
+        ),
+        click.option(
+            "--draft-tokens", type=click.IntRange(1, 64), default=5, show_default=True, help="Guessed at a time."
+        ),
+        click.option(
+            "--draft",
+            type=parse.STORE,
+            metavar="SHARD_SET",
+            help="A small model with the same vocabulary, which runs in this process and guesses tokens that one pass "
+            "of the stages proves. Greedy only.",
+        ),
+        click.option(
+            "--no-fallback", is_flag=True, help="Never compute in this process where no worker can be had."
+        ),
+        click.option("--no-replace", is_flag=True, help="Start no worker for one that was lost."),
+        click.option(
+            "--transport",
+            type=click.Choice(TRANSPORTS),
+            default="links",
+            show_default=True,
+            help="How workers are reached; local: all stages in this process.",
+        ),
+        click.option("--spares", type=click.IntRange(0, 256), default=0, show_default=True,
+                     help="Workers that hold no stage until one is lost."),
+        click.option("-tp", "--tensor-parallel-size", type=click.IntRange(1, 4096), default=1, show_default=True,
+                     help="Processes that share each stage."),
+        click.option("--stages", type=StageCount(), help="How many, or the layers of each: 2, or 0-5,6-11.  [default: "
+                     "those of the shard set]"),
+        click.argument("source", type=parse.STORE),
+    ):  # fmt: skip
+        found = option(found)
+    return found
+
+
+@contextmanager
+def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
+    """The workers, the pipeline, the draft model and the tokenizer; `where`: further arguments of `launch`."""
+    from shardprep_runtime.stage import side_folder
+    from shardprep_runtime.workers.generate import Generator
+    from shardprep_runtime.workers.launch import launch
+    from shardprep_runtime.workers.local import open_local
+    from shardprep_runtime.workers.pipeline import Pipeline, Policy
+    from shardprep_runtime.workers.worker_process import quiet
+
+    quiet()
+    policy = Policy()
+    if split.step_timeout is not None:
+        policy = replace(policy, step_timeout=split.step_timeout)
+    if split.no_replace and where.get("workers") != "elsewhere":
+        policy = replace(policy, replacement_timeout=0)  # nobody would come
+    with ExitStack() as stack:
+        running = stack.enter_context(
+            launch(
+                str(split.source),
+                stages=split.stages,
+                tensor_parallel_size=split.tensor_parallel_size,
+                spares=split.spares,
+                transport=split.transport,
+                replace=not split.no_replace,
+                fallback=not split.no_fallback,
+                device=split.device,
+                threads=split.threads,
+                dtype=split.dtype,
+                verify=split.verify,
+                manifest_digest=split.manifest_digest,
+                revision=split.revision,
+                access=split.access,
+                # one that begins anew has caches under two names for a moment
+                max_sequences=max(64, 2 * split.max_in_flight),
+                policy=policy,
+                say=tell,
+                on_event=tell_event,
+                **where,
+            )
+        )
+        # of the manifest that the workers hold, whatever the revision is moved to meanwhile
+        folder = stack.enter_context(
+            side_folder(
+                str(split.source),
+                revision=split.revision,
+                manifest_digest=running.pipeline.manifest_digest,
+                access=split.access,
+            )
+        )
+        draft = None
+        if split.draft is not None:
+            draft = stack.enter_context(Pipeline(open_local(str(split.draft), access=split.access), 1))
+        yield Generator.from_folder(
+            running.pipeline,
+            folder,
+            draft=draft,
+            draft_tokens=split.draft_tokens,
+            max_in_flight=split.max_in_flight,
+        )
+
+
+@contextmanager
+def ended_by_sigterm(status: int) -> Iterator[None]:
+    """A SIGTERM, like a Ctrl-C, ends this process as an exception does: whoever holds something lets go of it."""
+    asked, is_over = threading.Event(), threading.Event()
+    repeating: list[threading.Thread] = []
+
+    def repeat(number: int) -> None:
+        # what is raised while C code looks whether something has an attribute, as an import does, is lost
+        while not is_over.wait(0.5):
+            os.kill(os.getpid(), number)
+
+    def end(number: int, _: object) -> None:
+        if not asked.is_set():
+            asked.set()
+            repeating.append(threading.Thread(target=repeat, args=(number,), daemon=True))
+            repeating[0].start()
+        handled = sys.exc_info()[1]
+        while handled is not None:
+            if isinstance(handled, SystemExit | KeyboardInterrupt):
+                return  # it is on its way
+            handled = handled.__context__
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(status)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in repeating:
+            thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------------- what is told
+def tell(line: str) -> None:
+    """A line of what happens, on stderr; from any thread, and whoever mends a route is not to fail for want of a reader."""
+    with suppress(OSError):
+        click.echo(line, err=True)
+
+
+def tell_start(pipeline: Pipeline) -> None:
+    """Who holds what, on stderr."""
+    for info in pipeline.workers():
+        tell(started(info))
+
+
+def started(info: WorkerInfo) -> str:
+    """A worker that is ready, in one line."""
+    what = "spare" if info.pp_rank is None else f"stage {info.pp_rank}"
+    if info.layers is not None:
+        what += f" (layers {info.layers[0]} to {info.layers[1] - 1})"
+    return (
+        f"{what}: worker {quote(info.name)}, process {info.pid} on {quote(info.host)}; {render.size(info.nbytes)}, "
+        f"{render.size(info.bytes_fetched)} of them fetched"
+    )
+
+
+def tell_event(event: Event) -> None:
+    """What happened to the workers, on stderr."""
+    tell(told(event))
+
+
+def told(event: Event) -> str:
+    """An event, in one line."""
+    worker = "" if event.worker is None else f"worker {quote(event.worker)}"
+    stage = "" if event.stage is None or event.stage < 0 else f"stage {event.stage}"
+    of_stage = f" ({stage})" if stage else ""
+    why = quote(event.message, limit=500)
+    took = f" in {event.seconds:.2f} s"
+    return {
+        "lost": f"{worker}{of_stage} was lost: {why}",
+        "retried": f"{worker}{of_stage} answers again{took}",
+        "replaced": f"{worker} took {stage}{took}: {why}",
+        "promoted": f"spare {quote(event.worker or '')} took {stage}{took}",
+        "dropped": f"{worker}{of_stage} is not used any more: {why}",
+        "fallback": f"this process took over{took}: {why}",
+        "restored": f"the workers took over again{took}: {why}",
+        "prefilled": f"computed {why}{took}",
+        "failed": f"no worker is left to take over: {why}",
+    }.get(event.kind, f"{event.kind} {worker}{of_stage}: {why}")
+
+
+# ----------------------------------------------------------------------------------------------------------- the command
+@click.command("run")
+@split_options
+@click.option(
+    "--prompt", "prompts", multiple=True, metavar="TEXT", help="To go on with; may be given several times."
+)
+@click.option(
+    "--prompt-file",
+    "prompt_files",
+    multiple=True,
+    type=click.File(encoding="utf-8"),
+    help="A file with one prompt, all of it; - for stdin.",
+)
+@click.option(
+    "--tokens",
+    "token_lists",
+    multiple=True,
+    type=Tokens(),
+    help="A prompt as ids of tokens, 1,2,3; ids come out too.",
+)
+@click.option(
+    "--chat", is_flag=True, help="Prompts are a user's messages, put into the model's chat template."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1, 10**6), default=64, show_default=True, help="For each prompt."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 2),
+    default=0.0,
+    show_default=True,
+    help="0: the likeliest token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Share of likelihood to draw from.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Tokens to draw from; 0: all."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the draws.  [default: another each time]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Ends a text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model has ended a text.")
+@click.option("--breakdown", is_flag=True, help="Say on stderr where the time of a token went.")
+@parse.json_option
+def command(
+    split: Split,
+    prompts: tuple[str, ...],
+    prompt_files: tuple[Any, ...],
+    token_lists: tuple[tuple[int, ...], ...],
+    chat: bool,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | None,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+    breakdown: bool,
+    as_json: bool,
+) -> None:
+    """Run the model of the shard set SOURCE (a folder, or s3://bucket/prefix) on workers of this host, and print text.
+
+    Each worker is a process that fetches, verifies and holds its own stage alone. Where one is lost a spare takes its
+    place, else one that is started then, else this process; the text comes out the same.
+
+    \b
+        shardprep run s3://bucket/llama --stages 2 --spares 1 --prompt "Once upon a time"
+
+    The text goes to stdout as it comes, what happens meanwhile to stderr.
+    """
+    given: list[str | tuple[int, ...]] = [*prompts, *(file.read() for file in prompt_files), *token_lists]
+    if not given:
+        raise click.UsageError("Missing option '--prompt' (or --prompt-file, or --tokens).")
+    if token_lists and chat:
+        raise click.UsageError(
+            "--chat puts texts into the model's template; give --prompt instead of --tokens"
+        )
+    from shardprep_runtime.workers.sampling import Sampling
+
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        ignore_eos=ignore_eos,
+    )
+    with ended_by_sigterm(ENDED), open_generator(split) as generator:
+        pipeline = generator.pipeline
+        tell_start(pipeline)
+        began = time.perf_counter()
+        encoded = encode(generator, given, chat=chat)
+        said = None if as_json else Printer([isinstance(each, tuple) for each in given], given)
+        completions = complete(generator, encoded, sampling, said)
+        seconds = time.perf_counter() - began
+        report = {
+            "source": str(split.source),
+            "manifest_digest": pipeline.manifest_digest,
+            "transport": pipeline.transport.name,
+            "seconds": seconds,
+            "completions": [
+                {"prompt": prompt, **_plain(found, breakdown=breakdown)}
+                for prompt, found in zip(given, completions, strict=True)
+            ],
+            "workers": pipeline.workers(),
+            "events": pipeline.events,
+            "counters": pipeline.counters,
+        }
+    trips, tokens = sum(each.trips for each in completions), sum(len(each.tokens) for each in completions)
+    click.echo(f"{tokens} tokens in {trips} trips through the stages, {seconds:.2f} s", err=True)
+    if breakdown:
+        from shardprep_runtime.workers.breakdown import table
+
+        click.echo(table([trip for each in completions for trip in each.breakdowns]), err=True, nl=False)
+    if as_json:
+        render.print_json(report)
+
+
+def _plain(completion: Completion, *, breakdown: bool) -> dict[str, Any]:
+    found: dict[str, Any] = render.plain(completion)
+    if not breakdown:
+        del found["breakdowns"]
+    return found
+
+
+def encode(generator: Generator, prompts: Sequence[str | tuple[int, ...]], *, chat: bool) -> list[list[int]]:
+    """The tokens of prompts. Raises InputError where there is no tokenizer, or no chat template."""
+    if generator.tokenizer is None and any(isinstance(each, str) for each in prompts):
+        raise InputError("this shard set has no tokenizer; give --tokens 1,2,3 instead of text")
+    if chat:
+        from shardprep_runtime.workers.http_api import chat_tokens
+
+        return [chat_tokens(generator.tokenizer, [{"role": "user", "content": each}]) for each in prompts]
+    return [generator.encode(each) for each in prompts]
+
+
+class Printer:
+    """The texts on stdout, one after the other; several have a line before each that says which it is."""
+
+    def __init__(self, are_ids: Sequence[bool], prompts: Sequence[str | tuple[int, ...]]) -> None:
+        self._are_ids, self._prompts = are_ids, prompts
+        self._has_begun = False
+
+    def begin(self, index: int) -> None:
+        self._has_begun = False
+        if len(self._prompts) > 1:
+            prompt = self._prompts[index]
+            shown = quote(prompt if isinstance(prompt, str) else ",".join(map(str, prompt)), limit=60)
+            click.echo(f"{'' if index == 0 else chr(10)}==> {shown} <==")
+
+    def say(self, index: int, token: int, text: str) -> None:
+        if self._are_ids[index]:
+            text = f"{',' if self._has_begun else ''}{token}"
+        self._has_begun = True
+        click.echo(text, nl=False)
+
+    def end(self) -> None:
+        click.echo()
+
+
+def complete(
+    generator: Generator, prompts: Sequence[Sequence[int]], sampling: Any, said: Printer | None
+) -> list[Completion]:
+    """All prompts at once; what is said of the first comes as it is made, and that of the others in order."""
+    import queue
+    from concurrent.futures import ThreadPoolExecutor
+
+    from shardprep_runtime.workers.generate import completion_of
+
+    is_over = threading.Event()
+    streams = [generator.stream(each, sampling) for each in prompts]  # refuses before anything is printed
+    places: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in streams]
+
+    def run(index: int) -> None:
+        try:
+            for token in streams[index]:
+                places[index].put(token)
+                if is_over.is_set():
+                    break
+            places[index].put(None)
+        except BaseException as error:  # noqa: BLE001 - raised by who waits for the tokens
+            places[index].put(error)
+
+    threads = ThreadPoolExecutor(min(len(prompts), generator.max_in_flight), "shardprep-run")
+    completions = []
+    try:
+        for index in range(len(prompts)):
+            threads.submit(run, index)
+        for index, prompt in enumerate(prompts):
+            if said is not None:
+                said.begin(index)
+            tokens = []
+            while (found := places[index].get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                tokens.append(found)
+                if said is not None:
+                    said.say(index, found.id, found.text)
+            if said is not None:
+                said.end()
+            completions.append(completion_of(tokens, len(prompt)))
+    finally:
+        is_over.set()
+        threads.shutdown(
+            wait=False, cancel_futures=True
+        )  # a step that hangs ends when the pipeline is closed
+    return completions

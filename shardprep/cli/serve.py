@@ -1,0 +1,147 @@
+"""shardprep serve"""
+
+from __future__ import annotations
+
+import socket
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardprep_runtime import environment
+from shardprep_runtime.errors import InputError, quote
+
+from . import parse
+from .run import Split, ended_by_sigterm, open_generator, split_options, tell, tell_start
+
+
+@click.command("serve")
+@split_options
+@click.option(
+    "--workers",
+    type=click.Choice(["here", "elsewhere"]),
+    default="here",
+    show_default=True,
+    help="Start the workers on this host, or wait for those that `shardprep worker` starts on others.",
+)
+@click.option(
+    "--master",
+    metavar="HOST:PORT",
+    help="Where workers from elsewhere find this front end.  [default: this host's private address, a free port]",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve HTTP at.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: one that is free."
+)
+@click.option("--allow-public", is_flag=True, help="Serve at addresses that the Internet may reach, too.")
+@click.option("--model", metavar="NAME", help="In requests.  [default: the last word of SOURCE]")
+@click.option(
+    "--api-key",
+    metavar="KEY",
+    help="That requests to /v1 must send. Other users of this host can see it here.  [default: SHARDPREP_API_KEY]",
+)
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(0, 2**20),
+    default=64,
+    show_default=True,
+    help="Sequences that may wait for their turn; more are refused with 429.",
+)
+@click.option(
+    "--grace",
+    type=parse.Duration(),
+    default="30s",
+    show_default=True,
+    help="After a SIGTERM, for what has been begun.",
+)
+def command(
+    split: Split,
+    workers: str,
+    master: str | None,
+    host: str,
+    port: int,
+    allow_public: bool,
+    model: str | None,
+    api_key: str | None,
+    max_waiting: int,
+    grace: float,
+) -> None:
+    """Serve the model of the shard set SOURCE with OpenAI's HTTP interface, on workers that hold a stage each.
+
+    /v1/completions, /v1/chat/completions, /v1/models; /health computes a forward in every stage; /metrics for Prometheus;
+    /control needs the secret of the environment's SHARDPREP_SECRET, as do workers on other hosts:
+
+    \b
+        export SHARDPREP_SECRET=...
+        shardprep serve s3://bucket/llama --stages 2 --workers elsewhere --master 10.0.0.1:29400
+        shardprep worker --manifest s3://bucket/llama --pp-rank 1 --master 10.0.0.1:29400
+
+    A SIGTERM ends it once what has been begun is finished.
+    """
+    if master is not None and workers == "here":
+        raise click.UsageError("--master is where workers from elsewhere come; add --workers elsewhere")
+    if workers == "elsewhere" and split.transport not in ("links", "rpc"):
+        raise click.UsageError(
+            f"--transport {split.transport} has no workers from elsewhere; use links or rpc"
+        )
+    from shardprep_runtime.workers.http_api import build_app, check_installed
+    from shardprep_runtime.workers.meeting import check_secret, parse_address
+
+    check_installed()
+    secret = environment.secret()
+    if secret is not None:
+        check_secret(secret)
+    where: dict[str, Any] = {"workers": workers, "allow_public": allow_public}
+    if master is not None:
+        where["host"], where["port"] = parse_address(master)
+    name = model or Path(str(split.source).rstrip("/")).name
+    with ended_by_sigterm(0), suppress(KeyboardInterrupt), ExitStack() as stack:
+        # first, so that a port that is taken is known before anything is started
+        listener = stack.enter_context(bind(host, port, allow_public=allow_public))
+        generator = stack.enter_context(open_generator(split, **where))
+        tell_start(generator.pipeline)
+        app = build_app(
+            generator,
+            model=name,
+            secret=secret,
+            api_key=api_key or environment.api_key(),
+            max_waiting=max_waiting,
+        )
+        serve(app, listener, name, grace)
+
+
+def bind(host: str, port: int, *, allow_public: bool) -> socket.socket:
+    """A socket at that address, which does not listen yet. Raises InputError."""
+    from shardprep_runtime.workers.meeting import check_host
+
+    family, address = check_host(host, allow_public=allow_public)
+    found = socket.socket(family)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((address, port))
+    except OSError as error:
+        found.close()
+        raise InputError(
+            f"{quote(host)}:{port}: nothing can be served there: {error.strerror}; use an address of this machine and "
+            "--port that is free (0: any)"
+        ) from None
+    return found
+
+
+def serve(app: Any, listener: socket.socket, name: str, grace: float) -> None:
+    """Until a signal comes; then what has been begun is finished, for at most `grace` seconds."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=max(1, round(grace)),
+    )
+    listener.listen(2048)  # who is told now where to come is not sent away
+    host, port = listener.getsockname()[:2]
+    tell(f"{quote(name)} is served at http://{f'[{host}]' if ':' in host else host}:{port}")
+    # the signals that it catches it raises again when it has ended: whoever called this is then told
+    uvicorn.Server(config).run([listener])
