@@ -189,8 +189,6 @@ def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
     policy = Policy()
     if split.step_timeout is not None:
         policy = replace(policy, step_timeout=split.step_timeout)
-    if split.no_replace and where.get("workers") != "elsewhere":
-        policy = replace(policy, replacement_timeout=0)  # nobody would come
     with ExitStack() as stack:
         running = stack.enter_context(
             launch(

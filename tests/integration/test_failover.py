@@ -229,5 +229,5 @@ def test_a_worker_with_another_shard_does_not_join(shards: Path, tmp_path: Path)
         with process.stdout, process.stdin:  # it ends where its stdin is closed
             said = process.stdout.read()
         assert process.wait(PATIENCE) != 0
-        assert b"manifest" in said
+        assert b'"kind": "ManifestError"' in said
         assert "wrong" not in running.transport.workers()

@@ -401,6 +401,7 @@ def test_a_link_that_breaks_between_two_that_live_is_made_anew(processes: Proces
         assert not these.lost
 
 
+@pytest.mark.slow
 def test_fifty_replacements_leave_no_thread_and_no_file_behind(processes: Processes) -> None:
     def held(process: int) -> tuple[int, int]:
         gc.collect()

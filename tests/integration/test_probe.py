@@ -117,6 +117,7 @@ def test_threads_make_no_difference_that_counts(probed: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_two_tensor_ranks_prove_what_one_process_recorded(
     probed: Path, ranks: ProbeRanks, dtype: str
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_model_that_rounding_upsets_proves_itself_too(probed: Path, tmp_path: 
 # not bfloat16, in which tensors are mapped and cannot be written
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(("pp_rank", "place"), [(0, "the embedding"), (1, "layer 3")])
+@pytest.mark.slow
 def test_tensor_ranks_that_hold_the_same_are_found(
     probed: Path, ranks: ProbeRanks, dtype: str, pp_rank: int, place: str
 ) -> None:
@@ -179,6 +181,7 @@ def test_other_architectures_prove_themselves(model_type: str, tmp_path: Path) -
 
 @pytest.mark.filterwarnings("ignore")  # of GPTQModel and what it imports
 @pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.slow
 def test_a_quantized_model_proves_itself_and_wrong_scales_are_found(method: str, tmp_path: Path) -> None:
     write_quantized(TRAINED, tmp_path / "model", Scheme(method, group=32))
     split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, probe=True)

@@ -508,6 +508,7 @@ def test_a_request_may_say_what_is_so_anyway() -> None:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_the_manifests_are_configs_of_serve() -> None:
     code = (
         "import sys, yaml\n"

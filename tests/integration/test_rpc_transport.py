@@ -31,6 +31,8 @@ from shardprep_runtime.workers.rpc import RpcTransport
 from shardprep_runtime.workers.transport import Step, Transport
 from split_greedy import OTHER, PROMPT, greedy, reference, split_options
 
+pytestmark = pytest.mark.slow
+
 ECHO = """
 import sys, threading, time
 import torch

@@ -517,9 +517,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageRanks]:
         yield started
 
 
-@pytest.mark.parametrize(
-    "model_type", [name if name == "llama" else pytest.param(name, marks=pytest.mark.slow) for name in SPLIT]
-)
+@pytest.mark.parametrize("model_type", SPLIT)
+@pytest.mark.slow
 def test_two_stages_of_two_tensor_ranks_say_what_the_whole_says(
     model_type: str, ranks: StageRanks, made: Callable[..., Path]
 ) -> None:

@@ -32,7 +32,7 @@ from shardprep_runtime.errors import InputError, ProblemError, UnsupportedError,
 from shardprep_runtime.train import INDEX, SplitTrainer, split_options
 
 # processes of a second or two of imports each: not beside one another
-pytestmark = pytest.mark.xdist_group("train")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
 TINY = Path(__file__).parents[1] / "data/tiny-llama"
 

@@ -35,6 +35,8 @@ from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.transport import Step
 from shardprep_runtime.workers.worker import Worker, WorkerOptions, check_options
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parents[1] / "data/tiny-llama"
 STAGES = ((0, 2), (2, 6))
 PROMPT = [5, 6, 7, 8, 9]

@@ -5,6 +5,7 @@
     local, links, rpc, ray_actors   the ways: this process, torch.distributed, torch.distributed.rpc, Ray
     pipeline   sends steps through the stages, and carries on when a worker is lost
     generate   tokens from what the pipeline computes: sampling, stops, several sequences, a draft model
+    meeting    where workers and the front end find each other, and prove to each other that they may
     launch     starts workers on this host, and what stands in front of them
     http_api   OpenAI's HTTP interface in front
 
