@@ -144,10 +144,24 @@ class Stage:
         with self._lock:
             self._caches.pop(sequence, None)
 
+    def swap_caches(self, caches: OrderedDict[str, StageCache]) -> OrderedDict[str, StageCache]:
+        """Take what another stage of the same layers had cached, and give what this one has: for layers that are built
+        anew for each step."""
+        with self._lock:
+            found, self._caches = self._caches, caches
+            return found
+
     def close(self) -> None:
-        """Let go of the caches and of the model."""
+        """Let go of the caches and of the model, whose tensors are freed at once: `module` cannot be used any more."""
+        import torch
+
         with self._lock:
             self._caches.clear()
+            if self._built is not None:
+                # the module refers to itself, so Python alone would find it some time later
+                for tensor in (*self.module.parameters(), *self.module.buffers()):
+                    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+                    local.data = torch.empty(0, dtype=local.dtype, device=local.device)
             self._built = None
             self.layer_modules = []
             self.__dict__.pop("module", None)

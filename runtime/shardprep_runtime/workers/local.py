@@ -219,7 +219,6 @@ class LayerByLayer(Transport):
                 self._digest = stage.manifest_digest
                 self._nbytes = max(self._nbytes, stage.nbytes)
                 check_stage(stage)
-                _let_go(stage)
         self._seconds["verify and prove"] = time.monotonic() - began
 
     def _build(self, place: int, verify: Verify = "off") -> Stage:
@@ -262,10 +261,11 @@ class LayerByLayer(Transport):
         try:
             for place, caches in enumerate(self._caches):
                 with self._build(place) as stage:
-                    stage._caches.update(caches)
-                    given = stage.step(step.sequence, given, step.past, step.keep)
-                    self._caches[place] = stage._caches.copy()
-                    _let_go(stage)
+                    stage.swap_caches(caches)
+                    try:
+                        given = stage.step(step.sequence, given, step.past, step.keep)
+                    finally:
+                        self._caches[place] = stage.swap_caches(OrderedDict())
         except ShardprepError:
             self._forget(step.sequence)  # some layers have cached these positions, others not
             raise
@@ -311,14 +311,6 @@ def _give_memory_back() -> None:
     if set_option is not None:  # glibc's
         set_option(M_MMAP_THRESHOLD, LARGE)
         set_option(M_TRIM_THRESHOLD, LARGE)
-
-
-def _let_go(stage: Stage) -> None:
-    """Free what its tensors hold now: the module refers to itself, so Python would find it some time later."""
-    import torch
-
-    for tensor in (*stage.module.parameters(), *stage.module.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- which of both
