@@ -115,7 +115,10 @@ class Launch:
         self._options = options
         self._say = say
         self._secret = secret
+        self.spares = 0
+        """So many are kept ready."""
         self._lock = threading.Lock()
+        self._refilling = threading.Lock()
         self._processes: list[Process] = []
         self._names: set[str] = set()
         self._joined: set[str] = set()
@@ -201,13 +204,15 @@ class Launch:
             each.process.kill()  # the stage's memory is wanted
         self.start(pp_rank)
 
-    def keep_spares(self, count: int, event: Event) -> None:
-        """Start another spare where one has taken a stage, or was lost; it joins when it is ready."""
-        if event.kind not in ("promoted", "lost", "dropped"):
-            return
-        there = sum(info.pp_rank is None for info in self.transport.workers().values())
-        with contextlib.suppress(WorkerError):  # this front end is ending
-            for _ in range(count - there - self._coming(None)):
+    def refill(self) -> None:
+        """Start another spare for each that has taken a stage, or was lost. Does not wait: somebody may be mending."""
+        if self.spares:
+            threading.Thread(target=self._start_spares, name="shardprep-spares", daemon=True).start()
+
+    def _start_spares(self) -> None:
+        with self._refilling, contextlib.suppress(WorkerError):  # this front end is ending
+            there = sum(info.pp_rank is None for info in self.transport.workers().values())
+            for _ in range(self.spares - there - self._coming(None)):
                 self.start(None)
 
     def _coming(self, pp_rank: int | None) -> int:
@@ -225,6 +230,7 @@ class Launch:
     def _on_lost(self, worker: str, _: str) -> None:
         with self._lock:
             self._lost.add(worker)
+        self.refill()
 
     def check(self) -> None:
         """Raise what the first process that has failed said of it."""
@@ -445,11 +451,12 @@ def launch(
         )
 
         def happened(event: Event) -> None:
-            if starts:
-                running.keep_spares(spares, event)
+            if event.kind in ("promoted", "dropped"):
+                running.refill()
             if on_event is not None:
                 on_event(event)
 
+        running.spares = spares if starts else 0
         policy = policy or Policy()
         if workers == "here" and not replace:
             policy = dataclasses.replace(policy, replacement_timeout=0.0)  # nobody will come
@@ -464,6 +471,7 @@ def launch(
         stack.callback(running.pipeline.close)
         if running.meeting is not None:
             stack.callback(running.meeting.end)
+        stack.callback(setattr, running, "spares", 0)  # those that end now were not lost
         yield running
 
 

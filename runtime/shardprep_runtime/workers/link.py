@@ -82,7 +82,6 @@ MAX_VIEWS: Final = 16
 LOOK_EVERY: Final = 0.002
 """Seconds between two looks whether the other side of a link is there."""
 
-ANY_PORT: Final = 9
 
 DATA, CLOSING = 0, 1
 """Tags."""
@@ -459,7 +458,7 @@ def open_device(host: str) -> Any:
     from torch.distributed import ProcessGroupGloo
 
     try:
-        return ProcessGroupGloo.create_device(hostname=address_towards(host, ANY_PORT))
+        return ProcessGroupGloo.create_device(hostname=address_towards(host))
     except OSError as error:
         raise WorkerError(f"{quote(host)} cannot be reached from here: {error.strerror}") from None
 

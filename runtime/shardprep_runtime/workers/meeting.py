@@ -27,6 +27,7 @@ import os
 import re
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,11 @@ LEAST_SECRET: Final = 16
 
 TRANSPORTS: Final = ("links", "rpc")
 """Those whose workers meet here."""
+
+ANY_PORT: Final = 9
+
+SIOCGIFADDR: Final = 0x8915
+"""Linux: the address of a network interface."""
 
 PAUSE: Final = 0.02
 """Seconds between two looks at the store (of 10 microseconds each)."""
@@ -592,12 +598,26 @@ def default_host() -> str:
     return "127.0.0.1"
 
 
-def address_towards(host: str, port: int) -> str:
+def address_towards(host: str, port: int = ANY_PORT) -> str:
     """The address of this machine by which `host` sees it. Nothing is sent."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this address of this machine; None where that cannot be said (IPv6)."""
+    import fcntl
+
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        wanted = socket.inet_aton(address)
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                asked = struct.pack("256s", name.encode()[:15])
+                if fcntl.ioctl(probe.fileno(), SIOCGIFADDR, asked)[20:24] == wanted:
+                    return name
+    return None
 
 
 def first_line(error: BaseException) -> str:

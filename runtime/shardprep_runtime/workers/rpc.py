@@ -15,8 +15,6 @@ import atexit
 import contextlib
 import os
 import queue
-import socket
-import struct
 import threading
 import time
 import warnings
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InputError, ShardprepError, WorkerError, WorkerLostError, quote
 from .failures import Failure, failure_of, raised
+from .meeting import address_towards, interface_of
 from .presence import HANG_TIMEOUT, PING_PERIOD, Presence
 from .transport import Health, Output, Step, Timing, Transport, WorkerInfo
 
@@ -66,9 +65,6 @@ STORE: Final = "shardprep/rpc"
 
 FRONT_END: Final = 0
 """Its rank; that of a worker is the place in which it was welcomed."""
-
-SIOCGIFADDR: Final = 0x8915
-"""Linux: the address of a network interface."""
 
 
 # ----------------------------------------------------------------------------------------------- what a worker answers
@@ -226,7 +222,7 @@ def _enter(meeting: Meeting | Membership, rank: int, timeout: float) -> None:
     constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(seconds=timeout)
     try:
         atexit.register(_leave)  # torch's threads abort a process that ends without
-        with _only_at(_interface(meeting.host)), warnings.catch_warnings():
+        with _only_at(interface_of(address_towards(meeting.host))), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You are using a Backend", UserWarning)  # torch, of torch
             rpc.init_rpc(_name(rank), rank=rank, world_size=world_size, rpc_backend_options=options)
     except (RuntimeError, ValueError) as error:
@@ -306,24 +302,6 @@ def _only_at(interface: str | None) -> Iterator[None]:
         if interface is not None:
             for name in names:
                 del os.environ[name]
-
-
-def _interface(host: str) -> str | None:
-    """The network interface by which this machine reaches `host`; None where that cannot be said (IPv6)."""
-    import fcntl
-
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # nothing is sent
-            mine = socket.inet_aton(probe.getsockname()[0])
-            for _, name in socket.if_nameindex():
-                with contextlib.suppress(OSError):  # one without an address
-                    asked = struct.pack("256s", name.encode())
-                    if fcntl.ioctl(probe.fileno(), SIOCGIFADDR, asked)[20:24] == mine:
-                        return name
-    except OSError:
-        pass
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------ the front end

@@ -17,11 +17,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from .. import environment
 from ..errors import InputError, WorkerError, quote
-from .meeting import MAX_MESSAGE, PAUSE, connect, first_line, seal, serve_store, unseal, wait_for
+from .meeting import (
+    MAX_MESSAGE,
+    PAUSE,
+    connect,
+    first_line,
+    interface_of,
+    seal,
+    serve_store,
+    unseal,
+    wait_for,
+)
 from .transport import Keep
 
 if TYPE_CHECKING:
@@ -209,7 +219,7 @@ def form_group(
         _all_here(own, tp_rank, size, deadline)
     else:
         own = _reach(store, place, secret=secret, nonce=nonce, tp_rank=tp_rank, size=size, deadline=deadline)
-    environment.use_interface(_interface_of(host))
+    environment.use_interface(interface_of(host))
     kind = device.partition(":")[0]
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
     try:
@@ -255,18 +265,3 @@ def _all_here(own: TCPStore, tp_rank: int, size: int, deadline: float) -> None:
             time.sleep(PAUSE)
     except RuntimeError as error:
         raise WorkerError(f"the leader of the tensor ranks has ended: {first_line(error)}") from None
-
-
-def _interface_of(host: str) -> str | None:
-    """The network interface that has the address `host`, by which gloo is to be reached; None: not known."""
-    import fcntl
-    import struct
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                asked = struct.pack("256s", name.encode()[:15])
-                found: Any = fcntl.ioctl(probe.fileno(), 0x8915, asked)  # SIOCGIFADDR
-                if socket.inet_ntoa(found[20:24]) == host:
-                    return name
-    return None
