@@ -163,10 +163,13 @@ class TestEchoes:
         assert found["right"]
         assert found["timings"] == list(ROUTE)
         assert 0 < found["packing"] < found["seconds"]
-        # each takes 0.1 s in stage 0 or in stage 1: one after the other 0.8 s
-        found = echoes.order("steps", ROUTE, [f"slow-{i % 2}-{i}" for i in range(8)])
-        assert found["right"] == [True] * 8
-        assert found["seconds"] < 0.75
+        # each sleeps 0.1 s in stage 0 or in stage 1: one after the other they cannot take less than 0.8 s, ever
+        for attempt in range(10):
+            found = echoes.order("steps", ROUTE, [f"slow-{i % 2}-{attempt}-{i}" for i in range(8)])
+            assert found["right"] == [True] * 8
+            if found["seconds"] < 0.8:
+                return
+        pytest.fail("never less than one after the other")
 
     def test_what_a_worker_says_is_raised_with_its_name_and_without_a_traceback(self, echoes: Front) -> None:
         for sequence, kind, message in (

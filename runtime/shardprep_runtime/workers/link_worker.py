@@ -59,9 +59,9 @@ def serve_links(
     connect_timeout: float = CONNECT_TIMEOUT,
     silence: float = SILENCE,
     limits: Limits = DEFAULT_LIMITS,
-) -> None:
-    """Answer for `worker` until the front end says end, or is gone. Raises WorkerError where it never comes."""
-    _Served(worker, membership, connect_timeout, silence, limits).run()
+) -> bool:
+    """Answer for `worker` until the front end says end (True), or is gone (False). Raises WorkerError where it never comes."""
+    return _Served(worker, membership, connect_timeout, silence, limits).run()
 
 
 class _Place:
@@ -110,7 +110,8 @@ class _Served:
         self._places: dict[int, _Place] = {}
         self._threads: list[threading.Thread] = []
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        is_told = False
         try:
             self._control = self._connect(
                 f"control-{self._membership.number}", 1, max_pending=MAX_PENDING_CONTROL
@@ -122,6 +123,7 @@ class _Served:
             while True:
                 frame = self._control.receive(self._silence)
                 if frame.header.op is Op.END:
+                    is_told = True
                     break
                 self._hear(frame)
         except BrokenLink:
@@ -137,6 +139,7 @@ class _Served:
             deadline = time.monotonic() + END_TIMEOUT
             for thread in self._threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
+        return is_told
 
     def _start(self, work: Callable[..., None], name: str, *arguments: Any) -> threading.Thread:
         thread = threading.Thread(target=work, args=arguments, name=f"shardprep-{name}", daemon=True)

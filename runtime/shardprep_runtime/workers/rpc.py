@@ -77,6 +77,8 @@ class _Served:
         self.worker = worker
         self.heard = time.monotonic()
         self.is_over = threading.Event()
+        self.is_told = False
+        """The front end has said that this is the end."""
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._compute, name="shardprep-compute", daemon=True)
         self._thread.start()
@@ -91,6 +93,7 @@ class _Served:
             _settle(answer, worker.info)
         elif job == "end":
             answer.set_result(None)
+            self.is_told = True
             self.is_over.set()
         elif job == "health" and not arguments[0]:
             _settle(answer, lambda: worker.health(probe=False))
@@ -161,8 +164,9 @@ def serve_rpc(
     *,
     timeout: float = START_TIMEOUT,
     silence: float = SILENCE,
-) -> None:
-    """Answer for `worker` until the front end says end, or is gone. Raises WorkerError where the group does not meet."""
+) -> bool:
+    """Answer for `worker` until the front end says end (True), or is gone (False). Raises WorkerError where the group does
+    not meet."""
     global _served
     served = _served = _Served(worker)
     try:
@@ -178,6 +182,7 @@ def serve_rpc(
     finally:
         _served = None
         served.close()
+    return served.is_told
 
 
 # ---------------------------------------------------------------------------------------------- in and out of the group

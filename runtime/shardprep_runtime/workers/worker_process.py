@@ -37,9 +37,9 @@ NOISY: Final = ("torchao", "torch.utils._pytree")
 
 
 class Serve(Protocol):
-    """What a transport has a worker do: answer until the front end says end, or is gone."""
+    """What a transport has a worker do: answer until the front end says end (True), or is gone (False)."""
 
-    def __call__(self, worker: Worker, membership: Membership) -> None: ...
+    def __call__(self, worker: Worker, membership: Membership) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,8 +216,8 @@ class _Process:
             membership = invitation.join(worker.info())
             worker.name = membership.name
             self._say(f"{worker.name}: serves the front end at {invitation.address}")
-            _serve_by(membership.plan.transport)(worker, membership)
-            if membership.is_over():
+            is_told = _serve_by(membership.plan.transport)(worker, membership)
+            if is_told or membership.is_over():
                 why = ""
         except RefusedError:
             raise
