@@ -386,7 +386,7 @@ def test_steps_of_a_route_that_is_no_more_are_not_computed(processes: Processes)
         these.transport.promote("spare", 1, timeout=10)
         these.route[1] = "spare"
         these.check()
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 2.5  # what was sent before would take w0 three
 
 
 def test_a_link_that_breaks_between_two_that_live_is_made_anew(processes: Processes) -> None:

