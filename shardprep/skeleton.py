@@ -5,14 +5,13 @@ transformers and torch are needed for this alone, and are imported when it is as
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from shardprep_runtime import dtypes
 from shardprep_runtime.errors import UnsupportedError, quote
+from shardprep_runtime.noise import hush_loggers, quiet
 
 from .shrink import shrink
 
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["Shapes", "bare", "build", "default_config", "quiet", "shapes_of", "shrink"]
-
-NOISY: Final = ("torchao", "torch.utils._pytree")
-"""Loggers that complain, where torchao is installed, of kernels that are not for this machine."""
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 """Name of a checkpoint's tensor -> its dtype and shape."""
@@ -165,8 +161,7 @@ def _floats(value: Any) -> Any:
 
 def _mapping() -> Any:
     """model_type -> transformers' config class."""
-    for noisy in NOISY:
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    hush_loggers()
     try:
         import torch  # noqa: F401 - transformers without it builds nothing
         from transformers import CONFIG_MAPPING
@@ -182,23 +177,6 @@ def _mapping() -> Any:
         return CONFIG_MAPPING[model_type]
 
     return find
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' warnings about what we made, and its progress bars, from our user."""
-    import transformers
-
-    own: Any = transformers.logging
-    level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
-    own.set_verbosity_error()
-    own.disable_progress_bar()
-    try:
-        yield
-    finally:
-        own.set_verbosity(level)
-        if bars:
-            own.enable_progress_bar()
 
 
 def _dtype(config: Mapping[str, Any]) -> Any:

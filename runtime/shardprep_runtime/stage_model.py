@@ -6,14 +6,12 @@ transformers: nothing imports this module before a stage is built.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
-import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -22,6 +20,7 @@ from transformers import initialization
 from transformers.quantizers.auto import get_hf_quantizer
 
 from .errors import LayoutError, UnsupportedError, quote
+from .noise import quiet
 from .stage_cache import cache_name
 from .stage_relay import Built, Relay, StandIn
 from .stage_trial import try_cuts
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from .load import Shard
-
-NOISY: Final = ("torchao", "torch.utils._pytree")
-"""Loggers that complain, where torchao is installed, of kernels that are not for this machine."""
 
 
 def read_config(folder: Any) -> PreTrainedConfig:
@@ -200,20 +196,3 @@ def _is_others(key: str, layers: str, own: tuple[int, int]) -> bool:
         return False
     number = key.removeprefix(layers).partition(".")[0]
     return not (number.isdecimal() and own[0] <= int(number) < own[1])
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars, and its warnings about what we made, from our user."""
-    for noisy in NOISY:
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    own: Any = transformers.logging
-    level, bars = own.get_verbosity(), own.is_progress_bar_enabled()
-    own.set_verbosity_error()
-    own.disable_progress_bar()
-    try:
-        yield
-    finally:
-        own.set_verbosity(level)
-        if bars:
-            own.enable_progress_bar()

@@ -9,16 +9,16 @@ else.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from .. import environment
 from ..errors import InputError, WorkerError, quote
+from ..noise import hush_loggers
 from .failures import failure_of
 from .meeting import (
     Invitation,
@@ -31,9 +31,6 @@ from .meeting import (
 from .tensor_group import TensorGroup, form_group
 from .transport import WorkerInfo, check_name
 from .worker import Clock, Worker, WorkerOptions
-
-NOISY: Final = ("torchao", "torch.utils._pytree")
-"""Loggers that complain, as transformers is imported, of kernels that are not for this machine."""
 
 
 class Serve(Protocol):
@@ -263,8 +260,7 @@ def _ready(info: WorkerInfo) -> str:
 def quiet() -> None:
     """Keep from our user what libraries say of themselves in a worker's process. Before torch is imported."""
     environment.quiet_torch()
-    for name in NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush_loggers()
 
 
 # ---------------------------------------------------------------------------------- a process that a front end started
