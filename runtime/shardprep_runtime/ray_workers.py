@@ -17,14 +17,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from . import manifest as manifests
 from .errors import InputError, ProblemError, quote
 from .load import Verify
-from .manifest import Manifest
 from .prefetch import Prefetch, prefetch
-from .remote import DEFAULT_REVISION, read_manifest
+from .remote import DEFAULT_REVISION, read_manifest_of
 from .stage import side_folder
-from .store import Access, is_uri, open_store
+from .store import Access, is_uri
 from .transformers_state import ENGINE, transformers_state
 from .view import plan_view
 from .workers import openai_api
@@ -228,7 +226,9 @@ class WorkerGroup:
         """Raises what makes a start hopeless (manifest, layout) before any worker is started."""
         import ray
 
-        manifest, digest = _manifest_of(options)
+        manifest, digest = read_manifest_of(
+            options.source, revision=options.revision, digest=options.manifest_digest, access=options.access
+        )
         plan_view(manifest, rank=0, tensor_parallel_size=options.tensor_parallel_size, engine=ENGINE)
         # whatever the revision is moved to meanwhile, all ranks start from this manifest
         self._options = replace(options, manifest_digest=digest)
@@ -355,15 +355,6 @@ def _first_failure_or_all(asked: Sequence[Any]) -> list[Any]:
         ray.get(done)
     found: list[Any] = ray.get(list(asked))
     return found
-
-
-def _manifest_of(options: Options) -> tuple[Manifest, str]:
-    """The manifest that the workers are to start from, and its digest."""
-    if is_uri(options.source):
-        with open_store(options.source, options.access) as store:
-            raw, manifest = read_manifest(store, options.revision, options.manifest_digest)
-        return manifest, manifests.digest_of(raw)
-    return manifests.read_named(options.source, digest=options.manifest_digest)
 
 
 # -------------------------------------------------------------------------------------------------------- the workers

@@ -20,16 +20,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from .. import environment
-from .. import manifest as manifests
 from ..errors import InputError, ShardprepError, WorkerError, quote
 from ..grid import Stages
 from ..load import Verify, open_cache
 from ..manifest import TORCH, Manifest
-from ..remote import DEFAULT_REVISION, read_manifest
-from ..store import Access, is_uri, open_store
+from ..remote import DEFAULT_REVISION, read_manifest_of
+from ..store import Access, is_uri
 from ..transformers_state import ENGINE
 from ..view import choose_stages, plan_view
 from .failures import Failure, raised
@@ -368,7 +367,9 @@ def launch(
     say = say or _silent
     uri = os.fspath(source)
     access = access or Access()
-    manifest, digest = _manifest_of(uri, revision, manifest_digest, cache, access)
+    manifest, digest = read_manifest_of(
+        uri, revision=revision, digest=manifest_digest, access=access, cache=open_cache(cache)
+    )
     chosen = _stages_of(manifest, stages, tensor_parallel_size)
     if transport not in TRANSPORTS:
         raise InputError(f"no transport {quote(transport)}; there are {', '.join(TRANSPORTS)}")
@@ -599,17 +600,3 @@ def _stages_of(
             engine=ENGINE if tensor_parallel_size > 1 else TORCH,
         )
     return chosen
-
-
-def _manifest_of(
-    source: str, revision: str, digest: str | None, cache: str | None, access: Access
-) -> tuple[Manifest, str]:
-    """The manifest that all start from, whatever the revision is moved to meanwhile, and its digest."""
-    if not is_uri(source):
-        return manifests.read_named(source, digest=digest)
-    with open_store(source, access) as store:
-        raw, manifest = read_manifest(store, revision, digest)
-    kept: Any = open_cache(cache)
-    if kept is not None:
-        kept.keep_manifest(manifests.digest_of(raw), raw)
-    return manifest, manifests.digest_of(raw)

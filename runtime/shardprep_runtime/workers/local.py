@@ -29,8 +29,8 @@ from ..filesystem import choose_io
 from ..grid import Stages, even_stages, stages_with
 from ..load import Verify
 from ..manifest import Manifest
-from ..remote import DEFAULT_REVISION, read_manifest
-from ..store import Access, is_uri, open_store
+from ..remote import DEFAULT_REVISION, read_manifest_of
+from ..store import Access, is_uri
 from ..transformers_state import ENGINE
 from ..view import View, plan_view
 from .transport import Health, Output, Step, Timing, Transport, WorkerInfo, check_name
@@ -331,7 +331,9 @@ def open_local(
     """A worker of this process for each stage, ready; by default one for the whole model."""
     access = access or Access()
     if stages is None:
-        manifest, manifest_digest = _manifest_of(source, revision, manifest_digest, access)
+        manifest, manifest_digest = read_manifest_of(
+            source, revision=revision, digest=manifest_digest, access=access
+        )
         stages = ((0, manifest.layers),)
     workers: list[Worker] = []
     with ExitStack() as stack:
@@ -385,7 +387,9 @@ def open_fallback(
     from ..stage import side_folder
 
     access = access or Access()
-    manifest, manifest_digest = _manifest_of(source, revision, manifest_digest, access)
+    manifest, manifest_digest = read_manifest_of(
+        source, revision=revision, digest=manifest_digest, access=access
+    )
     if memory is None:
         memory = int(SHARE * free_memory())
     is_read = cache is None if is_uri(source) else choose_io(manifests.find(source).parent, "auto") == "read"
@@ -499,12 +503,3 @@ def free_memory() -> int:
         found = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         free = min(free, max(0, limit - used + int(found.get("inactive_file", 0))))
     return free
-
-
-def _manifest_of(source: str, revision: str, digest: str | None, access: Access) -> tuple[Manifest, str]:
-    """The manifest that all begins with, and its digest."""
-    if is_uri(source):
-        with open_store(source, access) as store:
-            raw, manifest = read_manifest(store, revision, digest)
-        return manifest, manifests.digest_of(raw)
-    return manifests.read_named(source, digest=digest)
