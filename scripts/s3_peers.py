@@ -324,80 +324,6 @@ def boto3_upload(job: Job) -> None:
     clock(job, work)
 
 
-# ------------------------------------------------------------------------------------------------------------- awscrt
-def crt_client(job: Job) -> Any:
-    from awscrt import auth, io, s3
-
-    loops = io.EventLoopGroup()
-    bootstrap = io.ClientBootstrap(loops, io.DefaultHostResolver(loops))
-    provider = auth.AwsCredentialsProvider.new_static("bench", "benchsecret")
-    secured = job.endpoint.startswith("https")
-    tls = None
-    if secured:
-        options = io.TlsContextOptions()
-        options.override_default_trust_store_from_path(None, job.authority)
-        tls = io.ClientTlsContext(options).new_connection_options()
-    return s3.S3Client(
-        bootstrap=bootstrap,
-        region="us-east-1",
-        signing_config=s3.create_default_s3_signing_config(region="us-east-1", credential_provider=provider),
-        part_size=job.part,
-        tls_mode=s3.S3RequestTlsMode.ENABLED if secured else s3.S3RequestTlsMode.DISABLED,
-        tls_connection_options=tls,
-        throughput_target_gbps=50,
-    )
-
-
-def crt_get(client: Any, job: Job, each: Object, **where: Any) -> Any:
-    from awscrt import http, s3
-
-    headers = http.HttpHeaders([("Host", urlsplit(job.endpoint).netloc)])
-    return client.make_request(
-        type=s3.S3RequestType.GET_OBJECT,
-        request=http.HttpRequest("GET", f"/{job.bucket}/{each.key}", headers),
-        **where,
-    ).finished_future
-
-
-def crt_download(job: Job, out: str) -> None:
-    client = crt_client(job)
-    crt_get(client, job, job.tiny, recv_filepath=f"{out}/tiny").result()
-
-    def work() -> None:
-        pending = [
-            crt_get(client, job, each, recv_filepath=f"{out}/{each.key.rpartition('/')[2]}")
-            for each in job.objects
-        ]
-        for each in pending:
-            each.result()
-
-    clock(job, work)
-
-
-def crt_memory(job: Job) -> None:
-    """on_body, which hands over copies, put in their place."""
-    client = crt_client(job)
-    crt_get(client, job, job.tiny, on_body=lambda chunk, offset, **_: None).result()
-
-    def receiver(into: memoryview) -> Callable[..., None]:
-        def receive(chunk: bytes, offset: int, **_: Any) -> None:
-            into[offset : offset + len(chunk)] = chunk
-
-        return receive
-
-    def work() -> list[memoryview]:
-        buffers = [memory(each.size) for each in job.objects]
-        pending = [
-            crt_get(client, job, each, on_body=receiver(into))
-            for each, into in zip(job.objects, buffers, strict=True)
-        ]
-        for each in pending:
-            each.result()
-        return buffers
-
-    clock(job, work, lambda found: compare_memory(job, found))
-
-
 # ------------------------------------------------------------------------------------------------------------ obstore
 def obstore_store(job: Job, **more: Any) -> Any:
     from obstore.store import S3Store
@@ -514,7 +440,7 @@ PEERS: dict[str, Callable[..., None]] = {
     for each in (
         *(ours_pull, ours_memory, raw_memory, s5cmd_memory),
         *(boto3_download, boto3_memory, boto3_upload),
-        *(crt_download, crt_memory, obstore_download, obstore_memory, obstore_upload, runai_memory),
+        *(obstore_download, obstore_memory, obstore_upload, runai_memory),
     )
 }
 

@@ -19,14 +19,14 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import cache
 from types import TracebackType
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, get_args
 from urllib.parse import quote as percent
 from urllib.parse import urlsplit
 
 from .connection import Broken, Connection, Reply
 from .errors import ConflictError, DeniedError, InputError, MissingError, SourceError, StoreError, quote
 from .retry import Patience, Transient
-from .store import Access, Body, Chunk, FileRange, Sink, Stat, changed, read, where
+from .store import Access, Body, Chunk, FileRange, Sink, Stat, Transfer, changed, read, where
 
 TRANSIENT_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 TRANSIENT_CODES: Final = frozenset(
@@ -90,6 +90,8 @@ class S3Store:
     """A bucket, under a prefix."""
 
     def __init__(self, bucket: str, prefix: str, access: Access) -> None:
+        if access.transfer not in get_args(Transfer):
+            raise InputError(f"transfer must be auto, native or boto3, not {access.transfer!r}")
         self.bucket, self.access = bucket, access
         self.prefix = f"{prefix}/" if prefix else ""
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
@@ -128,10 +130,6 @@ class S3Store:
 
     def _choose_mover(self) -> Mover:
         chosen = self.access.transfer
-        if chosen == "crt":
-            from .crt import CrtMover
-
-            return CrtMover(self)
         if chosen == "boto3" or (chosen == "auto" and self._is_odd()):
             from .boto import BotoMover
 

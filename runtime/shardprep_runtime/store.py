@@ -23,8 +23,8 @@ SCHEMES: Final = ("file", "s3", "gs", "az")
 SCRATCH: Final = 256 * 2**10
 """Bytes that are received at a time where they do not land in memory of their own."""
 
-Transfer = Literal["auto", "native", "crt", "boto3"]
-"""What moves the data of `s3://`: our own connections, awscrt, or boto3; auto: our own, and boto3 behind a proxy."""
+Transfer = Literal["auto", "native", "boto3"]
+"""What moves the data of `s3://`: our own connections or boto3; auto: our own, and boto3 behind a proxy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import socket
@@ -54,7 +53,7 @@ LEAST_PART = 5 * MIB
 """That S3 allows, except for the last."""
 
 BUCKET = "shards"
-TRANSFERS: list[Transfer] = ["native", "boto3", "crt"]
+TRANSFERS: list[Transfer] = ["native", "boto3"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,6 @@ def environment(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 @pytest.fixture(params=TRANSFERS)
 def transfer(request: pytest.FixtureRequest) -> Transfer:
-    if request.param == "crt" and importlib.util.find_spec("awscrt") is None:
-        pytest.skip("awscrt is not installed; pip install 'shardprep[crt]'")
     found: Transfer = request.param
     return found
 

@@ -118,6 +118,11 @@ def test_what_is_put_is_found_and_read_under_its_very_key(store: S3Store, server
     assert store.head(key) is None
 
 
+def test_an_unknown_transfer_is_refused() -> None:
+    with pytest.raises(InputError, match="transfer must be auto, native or boto3, not 'crt'"):
+        opened(transfer="crt")
+
+
 def test_without_a_prefix_keys_are_those_of_the_bucket(server: S3Server, transfer: Transfer) -> None:
     with opened(transfer=transfer) as store:
         store.put("at-the-root", b"here")
