@@ -25,6 +25,10 @@ from a file through `quote`.
 from __future__ import annotations
 
 import json
+from typing import Literal
+
+Missing = Literal["object", "bucket", "upload", "revision", "repository"]
+"""What a store may not have; a repository is a model or a data set of a hub."""
 
 
 class ShardprepError(Exception):
@@ -68,11 +72,42 @@ class WriteError(ProblemError):
 
 
 class StoreError(ProblemError):
-    """An object store refused, or could not be reached in time."""
+    """An object store refused, or could not be reached in time. Code asks its facts, never its message."""
+
+    def __init__(self, message: str, *, status: int | None = None, code: str | None = None) -> None:
+        """Keep what the store answered.
+
+        Args:
+            message: What people read.
+            status: The status of the HTTP answer; None where there was none, or none is known.
+            code: The store's own name of the error, as S3 has it: `NoSuchBucket`; None as for `status`.
+        """
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 class MissingError(StoreError):
-    """No such object or bucket."""
+    """The store does not have what was asked for."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Missing = "object",
+        status: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        """Keep what is missing.
+
+        Args:
+            message: What people read.
+            missing: What is not there.
+            status: As a StoreError's.
+            code: As a StoreError's.
+        """
+        super().__init__(message, status=status, code=code)
+        self.missing = missing
 
 
 class DeniedError(StoreError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from . import cut, dtypes
-from .errors import LayoutError, ManifestError, ShardprepError, quote
+from .errors import FormatError, LayoutError, ManifestError, ShardprepError, quote
 from .grid import Stages, check_stages
 from .header import MAX_DIMS, MAX_HEADER_BYTES, is_size, loads_strict
 
@@ -481,13 +481,14 @@ def parse(raw: bytes, *, where: str = FILE_NAME) -> Manifest:
     """Parse and check a manifest. Unknown keys are ignored, an unknown version is refused; raises ManifestError."""
     try:
         fields = loads_strict(raw.decode("utf-8"), where=where)
-        return _parse(fields)
     except UnicodeDecodeError as error:
         raise ManifestError(f"{where}: not UTF-8 at byte {error.start}") from None
-    except ManifestError as error:
-        raise ManifestError(f"{where}: {error}") from None
+    except FormatError as error:
+        raise ManifestError(str(error)) from None
+    try:
+        return _parse(fields)
     except ShardprepError as error:
-        raise ManifestError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        raise ManifestError(f"{where}: {error}") from None
 
 
 class _Fields:

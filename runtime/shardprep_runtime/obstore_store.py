@@ -20,6 +20,7 @@ from .errors import (
     ConflictError,
     DeniedError,
     InputError,
+    Missing,
     MissingError,
     SourceError,
     StoreError,
@@ -46,6 +47,9 @@ MOST_SENDS: Final = 3
 
 REFUSED: Final = re.compile(r"status(?: code)?:? (4\d\d)(?<!408)(?<!425)(?<!429)")
 """In obstore's words, an answer that will not change."""
+
+STATUS: Final = re.compile(r"status(?: code)?:? (\d{3})\b")
+"""In obstore's words, the first answer that it tells of."""
 
 RANGE: Final = re.compile(r"status(?: code)?:? 416|[Ii]nvalid range|range was invalid|Wanted range")
 BUCKET: Final = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist", re.IGNORECASE)
@@ -122,34 +126,40 @@ class ObstoreStore:
             raise self._meaning(key, error) from None
 
     def _meaning(self, key: str, error: Exception) -> Exception:
-        """What an error of obstore means, without what a URL may hold."""
+        """What an error of obstore means, without what a URL may hold.
+
+        Much of it stands in its text alone, which is looked at here and nowhere else.
+        """
         from obstore import exceptions
 
         at, said = where(self, key), str(error)
+        answered = STATUS.search(said)
+        status = int(answered[1]) if answered else None
         words = quote(_without_secrets(said), limit=300)
         if isinstance(error, FileNotFoundError | exceptions.NotFoundError):
-            return MissingError(f"{at}: no such {'bucket' if BUCKET.search(said) else 'object'}")
+            missing: Missing = "bucket" if BUCKET.search(said) else "object"
+            return MissingError(f"{at}: no such {missing}", missing=missing, status=status)
         if isinstance(error, exceptions.PreconditionError | exceptions.AlreadyExistsError):
-            return ConflictError(f"{at}: the store's version is another one than expected")
+            return ConflictError(f"{at}: the store's version is another one than expected", status=status)
         if SKEWED.search(said):
-            return DeniedError(f"{at}: the clock of this machine is not the store's: {words}")
+            return DeniedError(f"{at}: the clock of this machine is not the store's: {words}", status=status)
         if isinstance(
             error, PermissionError | exceptions.PermissionDeniedError | exceptions.UnauthenticatedError
         ):
-            return DeniedError(f"{at}: the store refuses: {words}")
+            return DeniedError(f"{at}: the store refuses: {words}", status=status)
         if isinstance(error, exceptions.NotSupportedError | NotImplementedError):
-            return _Unable(f"{at}: this store cannot do that: {words}")
+            return _Unable(f"{at}: this store cannot do that: {words}", status=status)
         if isinstance(error, exceptions.InvalidPathError | ValueError):
             return InputError(f"{at}: no name of an object there: {words}")
         if RANGE.search(said):
             return SourceError(f"{at}: ends before the bytes that were asked for")
         if isinstance(error, exceptions.GenericError):
             if BUCKET.search(said):
-                return MissingError(f"{at}: no such bucket")
+                return MissingError(f"{at}: no such bucket", missing="bucket", status=status)
             if refused := REFUSED.search(said):
                 kind = DeniedError if refused[1] in ("401", "403") else StoreError
-                return kind(f"{at}: the store answered {words}")
-            return Transient(words)
+                return kind(f"{at}: the store answered {words}", status=int(refused[1]))
+            return Transient(words, status=status)
         return error
 
     # -------------------------------------------------------------------------------------------------------- verbs
@@ -161,7 +171,7 @@ class ObstoreStore:
                 key, lambda _: self.ask(key, lambda: obstore.head(self._store, self.prefix + key))
             )
         except MissingError as error:
-            if "no such bucket" in str(error):
+            if error.missing == "bucket":
                 raise
             return None
         return self._stat(found)
@@ -244,7 +254,7 @@ class ObstoreStore:
             except ConflictError:
                 pass
             except MissingError as error:
-                if "no such bucket" in str(error):
+                if error.missing == "bucket":
                     raise
             except _Unable:
                 raise StoreError(
@@ -302,7 +312,7 @@ class ObstoreStore:
             try:
                 self.persist(key, lambda _, key=key, request=request: self.ask(key, request))  # type: ignore[misc]
             except MissingError as error:
-                if "no such bucket" in str(error):
+                if error.missing == "bucket":
                     raise
 
     def abort_uploads(self, prefix: str, *, before: float) -> int:
@@ -369,7 +379,9 @@ class ObstoreUpload:
             except Transient as error:
                 if sends < MOST_SENDS:
                     raise
-                raise StoreError(f"{where(store, key)}: {error}; given up after {sends} tries") from None
+                raise StoreError(
+                    f"{where(store, key)}: {error}; given up after {sends} tries", status=error.status
+                ) from None
             except _Unread as error:
                 raise WriteError(f"{where(store, key)}: the file cannot be read: {error}") from None
             return Stat(key, len(chunk.body), str(done["e_tag"] or ""), time.time())

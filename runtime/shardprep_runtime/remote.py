@@ -109,7 +109,9 @@ def read_manifest(store: Store, revision: str, digest: str | None = None) -> tup
     """
     found = fetch_manifest(store, revision)
     if found is None:
-        raise MissingError(f"{quote(store.uri)}: no revision {quote(revision)}; {_those_there(store)}")
+        raise MissingError(
+            f"{quote(store.uri)}: no revision {quote(revision)}; {_those_there(store)}", missing="revision"
+        )
     raw, _ = found
     at = where(store, manifest_key(revision))
     if digest is not None and digest != manifests.digest_of(raw):

@@ -19,10 +19,26 @@ LOOK_EVERY: Final = 0.25
 class Transient(Exception):  # noqa: N818 - never leaves the store: it is tried again, or becomes a StoreError
     """A failure that may pass: a 503, a reset, a stall, a truncated body."""
 
-    def __init__(self, message: str, *, most: int | None = None) -> None:
-        """`most` is how often in a row it may happen: an answer that makes no sense will rarely make more later."""
+    def __init__(
+        self,
+        message: str,
+        *,
+        most: int | None = None,
+        status: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        """Keep what the StoreError will say that it may become.
+
+        Args:
+            message: What people read.
+            most: How often in a row it may happen: an answer that makes no sense will rarely make more later.
+            status: The status of the HTTP answer, as a StoreError's.
+            code: The store's own name of the error, as a StoreError's.
+        """
         super().__init__(message)
         self.most = most
+        self.status = status
+        self.code = code
 
 
 class Patience:
@@ -58,7 +74,9 @@ class Patience:
         seconds = time.monotonic() - self._last
         if seconds >= self.deadline or self._tries == error.most:
             raise StoreError(
-                f"{where}: {error}; given up after {self._tries} tries in {seconds:.1f} s without progress"
+                f"{where}: {error}; given up after {self._tries} tries in {seconds:.1f} s without progress",
+                status=error.status,
+                code=error.code,
             ) from None
         until = time.monotonic() + min(pause, self.deadline - seconds)  # the last try is at the deadline
         while (left := until - time.monotonic()) > 0:

@@ -19,12 +19,21 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import cache
 from types import TracebackType
-from typing import Any, Final, Protocol, TypeVar, get_args
+from typing import Any, Final, Protocol, TypedDict, TypeVar, get_args
 from urllib.parse import quote as percent
 from urllib.parse import urlsplit
 
 from .connection import Broken, Connection, Reply
-from .errors import ConflictError, DeniedError, InputError, MissingError, SourceError, StoreError, quote
+from .errors import (
+    ConflictError,
+    DeniedError,
+    InputError,
+    Missing,
+    MissingError,
+    SourceError,
+    StoreError,
+    quote,
+)
 from .retry import Patience, Transient
 from .store import Access, Body, Chunk, FileRange, Sink, Stat, Transfer, changed, read, where
 
@@ -51,8 +60,8 @@ MISSING: Final = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchUpload", "404", 
 UNREACHED: Final = 20.0
 """Seconds for which a store that has not answered yet is tried."""
 
-NO_CHECKSUMS: Final = r"answered (400(?! (BadDigest|InvalidDigest|XAmzContent))|501)"
-"""In the words of a StoreError: a store that may only not know checksums; never one that found another."""
+FOUND_ANOTHER: Final = ("BadDigest", "InvalidDigest", "XAmzContent")
+"""How the codes begin of a store that knows checksums, and found another one."""
 
 ANSWERED: Final = {
     "head_object": {"ETag"},
@@ -219,7 +228,9 @@ class S3Store:
                     continue
                 if not found_others:
                     raise DeniedError(
-                        f"{where(self, key)}: the credentials have expired; renew them and run again"
+                        f"{where(self, key)}: the credentials have expired; renew them and run again",
+                        status=error.status,
+                        code=error.code,
                     ) from error
                 renewed = True
 
@@ -246,7 +257,7 @@ class S3Store:
                 meta.get("HTTPHeaders", {}),
             ) from None
         except exceptions.SSLError as error:
-            if "CERTIFICATE_VERIFY_FAILED" not in str(error):  # it may have broken off
+            if not _is_untrusted(error):  # it may have broken off
                 raise Transient(f"{quote(self.host)}: no secure connection") from None
             raise StoreError(
                 f"{quote(self.host)}: its certificate is not trusted; AWS_CA_BUNDLE names the file of those that are"
@@ -275,6 +286,7 @@ class S3Store:
     ) -> Exception:
         """What an answer that is no success means. A Transient, an _Expired or a StoreError; never a secret in it."""
         at = where(self, key)
+        facts: _Facts = {"status": status or None, "code": code or None}
         if "x-amz-request-id" in headers:
             self._reached = True
         said = f"{status} {quote(code)}" + (f": {quote(message)}" if message else "")
@@ -283,14 +295,15 @@ class S3Store:
         if status == 416:
             return SourceError(f"{at}: ends before the bytes that were asked for")
         if status == 412:
-            return ConflictError(f"{at}: the store's version is another one than expected")
+            return ConflictError(f"{at}: the store's version is another one than expected", **facts)
         if code in EXPIRED:
-            return _Expired(said)
+            return _Expired(said, **facts)
         if status in TRANSIENT_STATUS or code in TRANSIENT_CODES:
-            return Transient(f"the store answered {said}", most=4 if code == "BadDigest" else None)
+            return Transient(f"the store answered {said}", most=4 if code == "BadDigest" else None, **facts)
         if code == "RequestTimeTooSkewed":
             return DeniedError(
-                f"{at}: the clock of this machine is {_skew(headers)} the store's, which refuses that; set it"
+                f"{at}: the clock of this machine is {_skew(headers)} the store's, which refuses that; set it",
+                **facts,
             )
         if code in WRONG_REGION or status in (301, 302, 307, 308):
             expected = re.search(r"expecting '([a-z0-9-]{1,40})'", message)
@@ -300,19 +313,22 @@ class S3Store:
             )
             return DeniedError(
                 f"{at}: {hint}, the request went to {quote(self.host)} for {quote(self.client.meta.region_name)}; "
-                "set AWS_REGION or --region (and --endpoint-url)"
+                "set AWS_REGION or --region (and --endpoint-url)",
+                **facts,
             )
         if status == 404 or code in MISSING:
-            what = "no such bucket" if code == "NoSuchBucket" else "no such object"
-            return _GoneUpload(f"{at}: {said}") if code == "NoSuchUpload" else MissingError(f"{at}: {what}")
+            if code == "NoSuchUpload":
+                return _GoneUpload(f"{at}: {said}", missing="upload", **facts)
+            missing: Missing = "bucket" if code == "NoSuchBucket" else "object"
+            return MissingError(f"{at}: no such {missing}", missing=missing, **facts)
         if status in (401, 403):
             hint = (
                 " (also the answer for a missing object to those who may not list)"
                 if code == "AccessDenied"
                 else ""
             )
-            return DeniedError(f"{at}: the store refuses: {said}{hint}")
-        return StoreError(f"{at}: the store answered {said}")
+            return DeniedError(f"{at}: the store refuses: {said}{hint}", **facts)
+        return StoreError(f"{at}: the store answered {said}", **facts)
 
     # -------------------------------------------------------------------------------------------------------- verbs
     def head(self, key: str) -> Stat | None:
@@ -367,7 +383,7 @@ class S3Store:
             try:
                 done = self.call_once(key, "put_object", Key=self.prefix + key, Body=data, **condition)
             except (ConflictError, MissingError) as error:
-                if "no such bucket" in str(error):
+                if isinstance(error, MissingError) and error.missing == "bucket":
                     raise
                 found = self.head(key)
                 # an earlier try may have succeeded although its answer was lost
@@ -384,9 +400,11 @@ class S3Store:
                     return once(patience)
                 raise ConflictError(f"{where(self, key)}: was written by somebody else meanwhile") from None
             except StoreError as error:
-                if re.search(r"answered 501", str(error)):
+                if error.status == 501:
                     raise StoreError(
-                        f"{where(self, key)}: this store cannot replace an object conditionally; use a new name"
+                        f"{where(self, key)}: this store cannot replace an object conditionally; use a new name",
+                        status=error.status,
+                        code=error.code,
                     ) from None
                 raise
             return Stat(key, len(data), done["ETag"], time.time())
@@ -438,6 +456,18 @@ class S3Store:
 
 class _Expired(Exception):  # noqa: N818 - turned into a DeniedError unless new credentials are found
     """Credentials that have expired."""
+
+    def __init__(self, message: str, *, status: int | None, code: str | None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class _Facts(TypedDict):
+    """What a store answered, for the error that it becomes."""
+
+    status: int | None
+    code: str | None
 
 
 class _GoneUpload(MissingError):  # noqa: N818 - a MissingError that is handled here
@@ -506,6 +536,22 @@ def _guard(call: Callable[[], Any]) -> Any:
         raise InputError(f"S3 settings: {_bare(error)}") from None
     except ValueError as error:  # an endpoint that is no URL
         raise InputError(f"S3 settings: {_bare(error)}") from None
+
+
+def _is_untrusted(error: BaseException | None) -> bool:
+    """Whether a certificate that is not trusted is why a connection failed.
+
+    Args:
+        error: What botocore raised; what it was raised from is looked at too.
+
+    Returns:
+        Whether one of them is the standard library's error for it.
+    """
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _resolve(call: Callable[[], Any]) -> Any:
@@ -811,8 +857,10 @@ class S3Upload:
             if self._id is None:
                 try:
                     begun = self._call("create_multipart_upload", ChecksumAlgorithm="CRC32")
+                except (DeniedError, MissingError, ConflictError):
+                    raise
                 except StoreError as error:
-                    if not re.search(r"answered (400|501)", str(error)):
+                    if error.status not in (400, 501):
                         raise
                     self._checksums = False  # a store that knows no such header
                     begun = self._call("create_multipart_upload")
@@ -859,7 +907,7 @@ class S3Upload:
         except (DeniedError, MissingError, ConflictError):
             raise
         except StoreError as error:
-            if not headers or not re.search(NO_CHECKSUMS, str(error)):
+            if not headers or not _may_lack_checksums(error):
                 raise
             self._checksums = False
             headers = {}
@@ -900,12 +948,27 @@ class S3Upload:
                 store.call_once(self._key, "list_parts", **name)
             except MissingError:
                 raise _GoneUpload(
-                    f"{where(store, self._key)}: NoSuchUpload: the upload was aborted"
+                    f"{where(store, self._key)}: NoSuchUpload: the upload was aborted",
+                    missing="upload",
                 ) from None
             raise
 
     def leave(self) -> None:
         """Nothing to do: what was sent stays until it is taken up again, or dropped by `abort_uploads`."""
+
+
+def _may_lack_checksums(error: StoreError) -> bool:
+    """Whether a store may only not know checksums; never one that found another.
+
+    Args:
+        error: What it answered to a request with a checksum.
+
+    Returns:
+        Whether the request is worth another try without.
+    """
+    if error.status == 400:
+        return not (error.code or "").startswith(FOUND_ANOTHER)
+    return error.status == 501
 
 
 def _base64(crc32: int) -> str:

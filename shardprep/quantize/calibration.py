@@ -533,12 +533,16 @@ def _commit(named: Dataset) -> str:
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
-        raise MissingError(f"{quote(named.uri)}: the hub is not asked (HF_HUB_OFFLINE); name a file instead")
+        raise MissingError(
+            f"{quote(named.uri)}: the hub is not asked (HF_HUB_OFFLINE); name a file instead",
+            missing="repository",
+        )
     try:
         found = hub.HfApi(library_name="shardprep").dataset_info(named.repo, revision=named.revision)
     except errors.RepositoryNotFoundError:
         raise MissingError(
-            f"{quote(named.uri)}: no such data set, or a private one that HF_TOKEN does not open (`hf auth login`)"
+            f"{quote(named.uri)}: no such data set, or a private one that HF_TOKEN does not open (`hf auth login`)",
+            missing="repository",
         ) from None
     return str(found.sha)
 
@@ -557,14 +561,20 @@ def _explained(uri: str) -> Iterator[None]:
             f"{where}: a gated data set: ask for access on its page at the hub, and set HF_TOKEN"
         ) from None
     except errors.RevisionNotFoundError:
-        raise MissingError(f"{where}: the data set has no such revision") from None
+        raise MissingError(f"{where}: the data set has no such revision", missing="revision") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise DeniedError(f"{where}: the hub does not let us (status {status}); check HF_TOKEN") from None
-        raise StoreError(f"{where}: the hub answered with status {status}; try again later") from None
+            raise DeniedError(
+                f"{where}: the hub does not let us (status {status}); check HF_TOKEN", status=status
+            ) from None
+        raise StoreError(
+            f"{where}: the hub answered with status {status}; try again later", status=status
+        ) from None
     except datasets.exceptions.DatasetNotFoundError:
-        raise MissingError(f"{where}: no such data set, or not one that may be read") from None
+        raise MissingError(
+            f"{where}: no such data set, or not one that may be read", missing="repository"
+        ) from None
     except FileNotFoundError:
         raise InputError(f"{where}: no files in it that can be read as a data set") from None
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

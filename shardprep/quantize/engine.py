@@ -26,6 +26,16 @@ START: Final = (
 class EngineError(ProblemError):
     """An engine failed."""
 
+    def __init__(self, message: str, *, problem: str | None = None) -> None:
+        """Keep what failed.
+
+        Args:
+            message: What people read, with where the log is.
+            problem: The same without the log; None where the message names no log.
+        """
+        super().__init__(message)
+        self.problem = message if problem is None else problem
+
 
 MEMORY: Final = {
     "MALLOC_ARENA_MAX": "2",
@@ -115,9 +125,8 @@ class Engine:
                 process.kill()
                 process.wait()
         if failure is not None or code:
-            raise EngineError(
-                f"engine {self.name}: {quote(failure or ended(code, log))}; its log is {quote(log)}"
-            )
+            problem = f"engine {self.name}: {quote(failure or ended(code, log))}"
+            raise EngineError(f"{problem}; its log is {quote(log)}", problem=problem)
 
 
 def ended(code: int, log: Path) -> str:

@@ -16,7 +16,7 @@ from ..layout import Scheme
 from ..plan import settle_aliases
 from ..shrink import Sizes, shrink
 from ..source import open_source, read_checkpoint
-from .engine import Engine
+from .engine import Engine, EngineError
 from .engines.main import Job
 from .names import names_of, rename_as_source
 from .result import check_made
@@ -65,7 +65,8 @@ def try_out(config: Mapping[str, Any], tokenizer: Path, job: Job, engine: Engine
             names = names_of(source)
             check_made(rename_as_source(read_checkpoint(after), source, names), source, asked)
     except ProblemError as error:
+        problem = error.problem if isinstance(error, EngineError) else str(error)
         raise UnsupportedError(
-            f"a small random {model_type} could not be quantized so: {str(error).partition('; its log is')[0]}; "
+            f"a small random {model_type} could not be quantized so: {problem}; "
             "another --method or --engine may; --no-trial goes on all the same"
         ) from None

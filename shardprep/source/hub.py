@@ -202,20 +202,26 @@ def _explained(uri: str) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise MissingError(
-            f"{where}: no such model, or a private one that HF_TOKEN does not open (`hf auth login`)"
+            f"{where}: no such model, or a private one that HF_TOKEN does not open (`hf auth login`)",
+            missing="repository",
         ) from None
     except errors.RevisionNotFoundError:
-        raise MissingError(f"{where}: the model has no such revision") from None
+        raise MissingError(f"{where}: the model has no such revision", missing="revision") from None
     except errors.LocalEntryNotFoundError:
         raise MissingError(
-            f"{where}: not in the cache (HF_HOME), and the hub is not asked (HF_HUB_OFFLINE) or cannot be reached"
+            f"{where}: not in the cache (HF_HOME), and the hub is not asked (HF_HUB_OFFLINE) or cannot be reached",
+            missing="repository",
         ) from None
     except errors.EntryNotFoundError:
         raise MissingError(f"{where}: no such file or folder in the repository") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            raise DeniedError(f"{where}: the hub does not let us (status {status}); check HF_TOKEN") from None
-        raise StoreError(f"{where}: the hub answered with status {status}; try again later") from None
+            raise DeniedError(
+                f"{where}: the hub does not let us (status {status}); check HF_TOKEN", status=status
+            ) from None
+        raise StoreError(
+            f"{where}: the hub answered with status {status}; try again later", status=status
+        ) from None
     except (errors.HTTPError, ConnectionError, errors.FileMetadataError, errors.XetDownloadError):
         raise StoreError(f"{where}: the hub cannot be reached; check the network and HF_ENDPOINT") from None
