@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 
 import small_models
+from processes import ended
 from shardprep.cli import main
 from shardprep.conduct import Conduct
 from shardprep.convert import convert
@@ -108,11 +109,12 @@ def kill_when(
     process: subprocess.Popen[bytes], ready: Callable[[], bool], number: int = signal.SIGKILL
 ) -> bool:
     """Send a signal as soon as `ready`; False where the process was done before."""
-    end = time.monotonic() + 60
-    while not ready() and process.poll() is None:
-        assert time.monotonic() < end
-    process.send_signal(number)
-    process.wait(60)
+    with ended(process):
+        end = time.monotonic() + 60
+        while not ready() and process.poll() is None:
+            assert time.monotonic() < end
+        process.send_signal(number)
+        process.wait(60)
     return process.returncode == -signal.SIGKILL
 
 
@@ -161,9 +163,10 @@ def test_a_kill_at_any_time_leaves_all_or_nothing(model: Path, tmp_path: Path, c
         destination = tmp_path / str(attempt)
         args = arguments(command, model, destination)
         process = start(args)
-        time.sleep(rng.uniform(0, 0.6))
-        process.kill()
-        process.wait()
+        with ended(process):
+            time.sleep(rng.uniform(0, 0.6))
+            process.kill()
+            process.wait()
         if destination.exists() and process.returncode:
             last = "shardprep.json" if command == "split" else "model.safetensors.index.json"
             assert not (destination / last).exists() or complete(destination, model, command)
@@ -186,10 +189,11 @@ def test_a_run_that_was_interrupted_says_so_and_is_resumed(model: Path, tmp_path
     process = subprocess.Popen(
         [SHARDPREP, *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
-    kill_when(process, lambda: bool(finished(destination)), signal.SIGINT)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    process.stderr.close()
+    with ended(process):
+        kill_when(process, lambda: bool(finished(destination)), signal.SIGINT)
+        assert process.stderr is not None
+        said = process.stderr.read()
+        process.stderr.close()
     assert process.returncode == 1
     assert b"Abort" in said
     assert b"Traceback" not in said

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from echo_worker import DIGEST, SECRET, expected
+from processes import ended
 from shardprep_runtime.errors import (
     CacheLostError,
     FormatError,
@@ -91,6 +92,8 @@ class Cluster:
     def __init__(self, processes: Processes, stages: int, **options: Any) -> None:
         self.processes = processes
         self.stages = stages
+        self.pids: dict[str, int] = {}
+        self._is_closed = False
         plan = Plan(
             transport="links", stages=tuple((n, n + 1) for n in range(stages)), manifest_digest=DIGEST
         )
@@ -99,8 +102,13 @@ class Cluster:
         self.lost: list[tuple[str, str, float]] = []
         self.transport.watch(lambda name, why: self.lost.append((name, why, time.monotonic())))
         self.route = [f"w{stage}" for stage in range(stages)]
-        self.pids = {name: self._start(name, stage) for stage, name in enumerate(self.route)}
-        wait_until(lambda: len(self.transport.workers()) == stages)
+        try:
+            for stage, name in enumerate(self.route):
+                self.pids[name] = self._start(name, stage)
+            wait_until(lambda: len(self.transport.workers()) == stages)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, name: str, pp_rank: int | None) -> int:
         return self.processes.start(self.meeting, name, pp_rank, self.stages)
@@ -124,8 +132,11 @@ class Cluster:
         return when
 
     def close(self) -> None:
+        """Again is no error."""
         self.transport.close()
-        self.meeting.close()
+        if not self._is_closed:
+            self._is_closed = True
+            self.meeting.close()
 
 
 @contextmanager
@@ -437,10 +448,9 @@ def test_fifty_replacements_leave_no_thread_and_no_file_behind(processes: Proces
 
 def test_closing_ends_the_workers_and_fails_what_is_under_way(processes: Processes) -> None:
     threads = threading.active_count()
-    these = Cluster(processes, 3)
-    steps = [these.step(f"slow-all-{number}") for number in range(10)]
-    begin = time.monotonic()
-    these.close()
+    with cluster(processes, 3) as these:
+        steps = [these.step(f"slow-all-{number}") for number in range(10)]
+        begin = time.monotonic()
     assert time.monotonic() - begin < 5
     assert {type(error_of(step)) for step in steps[5:]} == {WorkerError}
     assert [these.processes.wait(pid) for pid in these.pids.values()] == [0, 0, 0]
@@ -451,15 +461,20 @@ def test_closing_ends_the_workers_and_fails_what_is_under_way(processes: Process
 
 
 def test_closing_does_not_wait_for_a_worker_that_hangs(processes: Processes) -> None:
-    these = Cluster(processes, 2, ping_period=0.1, hang_timeout=0.5)
-    these.kill("w0", signal.SIGSTOP)
-    wait_until(lambda: these.lost)
-    these.kill("w1", signal.SIGSTOP)
-    begin = time.monotonic()
-    these.close()
-    assert time.monotonic() - begin < 10
-    for name in these.route:
-        these.kill(name, signal.SIGCONT)
+    with cluster(processes, 2, ping_period=0.1, hang_timeout=0.5) as these:
+        # a front end counts a worker before that has its own end of the link; one that is stopped until the front end
+        # is gone would end with an error, for it was never served
+        these.check()
+        try:
+            these.kill("w0", signal.SIGSTOP)
+            wait_until(lambda: these.lost)
+            these.kill("w1", signal.SIGSTOP)
+            begin = time.monotonic()
+            these.close()
+            assert time.monotonic() - begin < 10
+        finally:
+            for name in these.route:
+                these.kill(name, signal.SIGCONT)
     assert [these.processes.wait(pid) for pid in these.pids.values()] == [0, 0]
 
 
@@ -497,7 +512,7 @@ def test_workers_end_when_their_front_end_is_gone(processes: Processes, end: str
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )
-    with front_end:
+    with ended(front_end):
         assert front_end.stdout is not None
         address = front_end.stdout.readline().strip()
         workers = [processes._order(start=[address, f"w{stage}", stage, 2]) for stage in range(2)]

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import small_models
+from processes import ended
 from s3fixtures import isolate
 from s3server import S3Server
 from shardprep.split import split
@@ -384,18 +385,19 @@ def test_workers_that_start_at_once_on_one_cache_fetch_each_block_once(
         )
         for grid in FLEETS[fleet]
     ]
-    for process in running:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    found = []
-    for process in running:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in running:
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
-        found.append(json.loads(said))
+    with ended(running):
+        for process in running:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        found = []
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in running:
+            said, _ = process.communicate(timeout=60)
+            assert process.returncode == 0
+            found.append(json.loads(said))
     union: dict[str, set[tuple[int, int]]] = {}
     for grid, (_, digest, _) in zip(FLEETS[fleet], found, strict=True):
         for key, blocks in blocks_of_view(sets["small"], **grid).items():

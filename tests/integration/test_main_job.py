@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import shardprep_runtime
 import tensor_parallel_worker
+from processes import ended
 from shardprep.convert import convert
 from shardprep.export import export
 from shardprep.split import split
@@ -370,7 +371,8 @@ def test_real_tensor_parallel_workers_compute_what_one_process_computes(
         )
         for rank in range(size)
     ]
-    assert [worker.wait(timeout=180) for worker in workers] == [0] * size
+    with ended(workers):
+        assert [worker.wait(timeout=180) for worker in workers] == [0] * size
     ids = torch.tensor([tensor_parallel_worker.PROMPT])
     with torch.no_grad():
         logits = reference(ids).logits[:, -1:]

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 import small_models
+from processes import ended
 from shardprep.cli import main
 from shardprep.split import split
 from shardprep_runtime import load, read_manifest
@@ -244,10 +245,11 @@ def test_ranks_that_come_at_once_make_the_folder_whole(shards: Path, store: Path
             subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for rank in pair
         ]
-        for process in running:
-            said, complaint = process.communicate(timeout=60)
-            assert process.returncode == 0, complaint
-            fetched += json.loads(said)["bytes_fetched"]
+        with ended(running):
+            for process in running:
+                said, complaint = process.communicate(timeout=60)
+                assert process.returncode == 0, complaint
+                fetched += json.loads(said)["bytes_fetched"]
         for rank in pair:
             with load(folder, rank=rank, **RANK) as shard, load(shards, rank=rank, **RANK) as expected:
                 assert tensors(shard) == tensors(expected)
@@ -338,11 +340,12 @@ def kill_and_rerun(shards: Path, slow: Slow, pauses: Sequence[float]) -> None:
     for pause in pauses:
         before = slow.log.stat().st_size if slow.log.exists() else 0
         process = slow.start()
-        while process.poll() is None and (not slow.log.exists() or slow.log.stat().st_size == before):
-            time.sleep(0.002)
-        time.sleep(pause)
-        process.kill()
-        process.wait()
+        with ended(process):
+            while process.poll() is None and (not slow.log.exists() or slow.log.stat().st_size == before):
+                time.sleep(0.002)
+            time.sleep(pause)
+            process.kill()
+            process.wait()
         if process.returncode == 0:
             break
         kills += 1
@@ -353,7 +356,8 @@ def kill_and_rerun(shards: Path, slow: Slow, pauses: Sequence[float]) -> None:
             )
         there(shards, slow.folder)
     process = slow.start()
-    assert process.wait(60) == 0
+    with ended(process):
+        assert process.wait(60) == 0
     again = sum(count - 1 for (key, at), count in slow.came().items() if at >= headers.get(key, 2**60))
     assert kills
     assert again <= kills * slow.workers * BLOCK
@@ -383,14 +387,17 @@ def test_a_rank_that_was_killed_goes_on_beside_another(shards: Path, store: Path
     second = Slow(store, folder, tmp_path / "log4", rank=4, **RANK)
     for pause in (0.02, 0.05):
         running = [first.start(), second.start()]
-        while not first.log.exists():
-            time.sleep(0.002)
-        time.sleep(pause)
-        running[0].kill()
-        for process in running:
-            process.wait(60)
-        assert running[1].returncode == 0
-    assert first.start().wait(60) == 0
+        with ended(running):
+            while not first.log.exists():
+                time.sleep(0.002)
+            time.sleep(pause)
+            running[0].kill()
+            for process in running:
+                process.wait(60)
+            assert running[1].returncode == 0
+    last = first.start()
+    with ended(last):
+        assert last.wait(60) == 0
     for rank in (0, 4):
         with load(folder, rank=rank, **RANK) as shard, load(shards, rank=rank, **RANK) as expected:
             assert tensors(shard) == tensors(expected)
@@ -700,12 +707,13 @@ def test_what_a_killed_run_has_set_aside_is_room_for_the_next(
         os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(disk).free - total - 64 * 2**10)
     slow = Slow(store, disk / "there", tmp_path / "log", workers=1)
     process = slow.start()
-    headers = {blob_key(part.digest): part.header_size for part in parts}
-    while not any(at >= headers.get(key, 2**60) for key, at in slow.came()):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    with ended(process):
+        headers = {blob_key(part.digest): part.header_size for part in parts}
+        while not any(at >= headers.get(key, 2**60) for key, at in slow.came()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
     assert shutil.disk_usage(disk).free < total / 2 + 64 * 2**10 < total
     pull(store, disk / "there", "--all")
     assert contents(disk / "there") == contents(shards)

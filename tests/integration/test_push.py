@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import small_models
+from processes import ended
 from s3server import S3Server
 from shardprep import prune as pruning
 from shardprep import publish, send
@@ -731,12 +732,13 @@ def test_a_killed_push_is_resumed_and_sends_nothing_twice(larger: Path, server: 
     server.fault("delay", times=0, method="PUT", match="m/blobs/", delay=0.2)
     args = [SHARDPREP, "push", str(larger / "set"), "s3://bucket/m", "--max-workers", "1"]
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while len(requests(server, "UploadPart")) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < end
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    with ended(process):
+        end = time.monotonic() + 60
+        while len(requests(server, "UploadPart")) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < end
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     time.sleep(0.5)
     assert not any(key.startswith("manifests/") for key in objects(server))
     done = len(requests(server, "UploadPart"))
@@ -863,11 +865,12 @@ def test_prune_over_s3_removes_old_blobs_and_unfinished_uploads(
     (part,) = read_manifest(larger / "set").parts
     server.fault("delay", times=0, method="PUT", match=blob_key(part.digest), delay=5.0)
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not requests(server, "CreateMultipartUpload"):
-        assert process.poll() is None
-    time.sleep(0.3)
-    process.kill()
-    process.wait()
+    with ended(process):
+        while not requests(server, "CreateMultipartUpload"):
+            assert process.poll() is None
+        time.sleep(0.3)
+        process.kill()
+        process.wait()
     server.clear()
     time.sleep(1.1)  # S3's clock of uploads has seconds
     assert "0 unfinished uploads dropped" in run("prune", "s3://bucket/m")

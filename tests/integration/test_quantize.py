@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import quantized_models
 import small_models
+from processes import ended
 from shardprep import skeleton
 from shardprep.convert import convert
 from shardprep.inspect import inspect
@@ -356,14 +357,15 @@ def test_what_the_engine_cannot_do_shows_before_the_work(tmp_path: Path) -> None
 def killed(command: list[str], layers: int) -> str:
     """Run a command, kill it and all that it started once so many layers are in its journal; what it said."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith(f"quantizing: layer {layers} of"):
-            os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    with ended(process):
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith(f"quantizing: layer {layers} of"):
+                os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
     assert process.returncode == -signal.SIGKILL, "".join(said)
     return "".join(said)
 

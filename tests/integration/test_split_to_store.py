@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import small_models
+from processes import ended
 from s3server import S3Server
 from shardprep.conduct import Conduct
 from shardprep.publish import StoreStaging, push
@@ -146,12 +147,13 @@ def test_a_killed_split_is_resumed_and_nothing_is_sent_twice(
     server.fault("delay", times=0, method="PUT", match="m/blobs/", delay=0.1)
     args = arguments(model, "s3://bucket/m", scratch, "--max-workers", 1)
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while len(list(scratch.glob("*/*.receipt"))) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < end
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    with ended(process):
+        end = time.monotonic() + 60
+        while len(list(scratch.glob("*/*.receipt"))) < 3:
+            assert process.poll() is None
+            assert time.monotonic() < end
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
     assert "manifests/main.json" not in objects(server)
     time.sleep(0.5)
     there = {each["key"] for each in requests(server, "PutObject")}
@@ -293,14 +295,19 @@ def test_a_scratch_folder_that_others_may_enter_is_refused(
 
 @pytest.mark.slow
 def test_the_same_split_twice_at_a_time_is_refused(model: Path, server: S3Server, scratch: Path) -> None:
-    server.fault("delay", times=0, method="PUT", match="m/blobs/", delay=0.3)
+    # the first cannot end before the faults are cleared: no blob but one is taken
+    server.fault("status", times=0, skip=1, code=503, method="PUT", match="m/blobs/")
     args = arguments(model, "s3://bucket/m", scratch, "--max-workers", 1)
     first = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(scratch.glob("*/*.receipt")):
+    with ended(first):
+        while not list(scratch.glob("*/*.receipt")):
+            assert first.poll() is None
+        first.send_signal(signal.SIGSTOP)  # or its pauses between tries would grow meanwhile
+        assert "another shardprep is at the same split" in run(args, 2)
         assert first.poll() is None
-    assert "another shardprep is at the same split" in run(args, 2)
-    server.clear()
-    assert first.wait(60) == 0
+        server.clear()
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 0
     assert objects(server) == contents(model / "store")
 
 

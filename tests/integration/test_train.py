@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import small_models
+from processes import ended
 from s3fixtures import BUCKET, isolate, opened
 from s3server import S3Server
 from shardprep.cli import main
@@ -492,9 +493,12 @@ with SplitTrainer(sys.argv[1], stages=2, learning_rate=1e-3, threads=1) as train
 
 @pytest.mark.slow
 def test_stages_end_with_the_process_that_started_them(case: Callable[[str], Case]) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", FRONT, case("tied").shards], stdout=subprocess.PIPE, text=True
-    ) as front:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", FRONT, case("tied").shards], stdout=subprocess.PIPE, text=True
+        ) as front,
+        ended(front),
+    ):
         assert front.stdout is not None
         pids = tuple(map(int, front.stdout.readline().split()))
         assert len(pids) == 2

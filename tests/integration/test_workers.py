@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from processes import ended
 from shardprep.split import split
 from shardprep_runtime.errors import (
     CacheLostError,
@@ -381,9 +382,12 @@ def test_workers_from_elsewhere(shards: Path, expected: list[int], tmp_path: Pat
 
 def test_workers_end_with_a_front_end_that_is_killed(shards: Path) -> None:
     program = FRONT_END.format(secret=SECRET, start=START)
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(shards)], stdout=subprocess.PIPE, text=True
-    ) as front_end:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(shards)], stdout=subprocess.PIPE, text=True
+        ) as front_end,
+        ended(front_end),
+    ):
         assert front_end.stdout is not None
         master, pids = json.loads(front_end.stdout.readline())
         joined = (
