@@ -1,11 +1,11 @@
-"""Unpack and pack the tensors that stand for a quantized weight: numbers of a few bits in words of 32."""
+"""Unpack the tensors that stand for a quantized weight: numbers of a few bits in words of 32."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from shardprep_runtime.errors import FormatError, LayoutError, UnsupportedError, quote
+from shardprep_runtime.errors import FormatError, UnsupportedError, quote
 
 from .layout.quantization import Scheme
 
@@ -75,75 +75,6 @@ def dequantized(tensors: Tensors, scheme: Scheme) -> dict[str, torch.Tensor]:
     return found | {f"{stem}.weight": dequantize(fields, scheme) for stem, fields in linears.items()}
 
 
-def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """The fields of a weight (out x in) of which each number is the nearest that its group can hold.
-
-    Scales span each group from its least to its greatest; there is no calibration. With act-order inputs are dealt
-    to groups by their norm, the largest first. Raises LayoutError where the weight does not divide into groups and
-    words.
-    """
-    import torch
-
-    if scheme.method not in PACKED:
-        raise UnsupportedError(f"{quote(scheme.method)}: expected one of {', '.join(PACKED)}")
-    rows, columns = weight.shape
-    size = scheme.group or columns
-    words = 32 // scheme.bits
-    if columns % size or columns % words or rows % words:
-        raise LayoutError(
-            f"a weight of {rows} x {columns} does not divide into groups of {size} inputs and words of {words} numbers"
-        )
-    group = torch.arange(columns, dtype=torch.int32, device=weight.device) // size
-    if scheme.act_order:
-        order = torch.argsort(weight.float().norm(dim=0), descending=True, stable=True)
-        group = torch.empty_like(group).scatter_(0, order, group)
-    compressed = scheme.method == "compressed-tensors"
-    narrow = torch.float16 if not compressed or weight.dtype == torch.float32 else weight.dtype
-    number, zero, scales = _round(weight.float(), group, columns // size, scheme, narrow)
-    if compressed:
-        fields = {
-            "weight_packed": _pack(number, scheme.bits, -1),  # out x in / words
-            "weight_scale": scales,  # out x groups
-            "weight_shape": torch.tensor([rows, columns]),
-        }
-        if not scheme.symmetric:
-            fields["weight_zero_point"] = _pack(zero, scheme.bits, -2)  # out / words x groups
-        return fields | ({"weight_g_idx": group} if scheme.act_order else {})
-    order_of_words = INTERLEAVED if scheme.method == "awq" else None
-    zeros = _pack(zero.t(), scheme.bits, -1, order_of_words)
-    fields = {
-        "qweight": _pack(number.t(), scheme.bits, -1 if order_of_words else -2, order_of_words),
-        "qzeros": zeros - _ones(scheme.bits) if scheme.format == "gptq" else zeros,
-        "scales": scales.t().contiguous(),  # groups x out
-    }
-    return fields | ({"g_idx": group} if scheme.method == "gptq" else {})
-
-
-def _round(
-    weight: torch.Tensor, group: torch.Tensor, groups: int, scheme: Scheme, narrow: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers (out x in), zero points and scales (out x groups)."""
-    import torch
-
-    top = 2**scheme.bits - 1
-    order = torch.argsort(group, stable=True)
-    grouped = weight[:, order].reshape(len(weight), groups, -1)
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    if scheme.symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    elif scheme.format == "gptq":
-        low = torch.minimum(low, -high / (top - 1))  # a zero point of 0 cannot be stored less one
-    scales = ((high - low) / top).to(narrow)
-    scales[scales == 0] = 1
-    wide = scales.float()
-    zero = torch.full_like(wide, 2 ** (scheme.bits - 1)) if scheme.symmetric else (-low / wide).round()
-    zero = zero.clamp(scheme.format == "gptq", top)
-    index = group.long()
-    number = (weight / wide[:, index]).round() + zero[:, index]
-    return number.clamp(0, top).int(), zero.int(), scales
-
-
 def _dequantize_compressed(fields: Tensors, scheme: Scheme) -> torch.Tensor:
     import torch
 
@@ -209,19 +140,3 @@ def _unpack(words: torch.Tensor, bits: int, dim: int, order: tuple[int, ...] | N
     shape = list(words.shape)
     shape[dim] *= len(shifts)
     return found.reshape(shape)
-
-
-def _pack(numbers: torch.Tensor, bits: int, dim: int, order: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Words of which each index along `dim` (-1 or -2) holds 32 / bits numbers."""
-    import torch
-
-    shifts = torch.tensor(_shifts(bits, order), dtype=torch.int32, device=numbers.device)
-    if dim == -2:
-        shifts = shifts[:, None]
-    shape = list(numbers.shape)
-    at = len(shape) + dim
-    shape[at : at + 1] = [shape[at] // (32 // bits), 32 // bits]
-    split = numbers.int().reshape(shape)
-    # numbers have no bits in common, so that their sum is their union; int32 wraps around
-    words: torch.Tensor = (split << shifts).sum(at + 1, dtype=torch.int32)
-    return words.contiguous()

@@ -45,12 +45,9 @@ _DOUBT: Final = bytes.maketrans(bytes([LANDED, VERIFIED]), bytes([DOUBTED, DOUBT
 class Landing:
     """One part that is arriving, in memory of this process or in a file that several processes fill."""
 
-    def __init__(
-        self, part: Part, data: int, chart: int, *, in_memory: bool, buffer: memoryview | None = None
-    ) -> None:
-        """Takes the descriptors of the data and of the map over. With `buffer`, blocks land there and not in the data."""
+    def __init__(self, part: Part, data: int, chart: int, *, in_memory: bool) -> None:
+        """Takes the descriptors of the data and of the map over."""
         self.part, self.data, self.chart, self.in_memory = part, data, chart, in_memory
-        self.buffer = buffer
 
     # ----------------------------------------------------------------------------------------------------- the map
     def state(self, count: int) -> bytearray:
@@ -153,13 +150,6 @@ def land_in_memory(part: Part) -> Landing:
         raise
     os.pwrite(chart, _head(part), 0)
     return Landing(part, data, chart, in_memory=True)
-
-
-def land_in_buffer(part: Part, buffer: memoryview) -> Landing:
-    """A part whose blocks arrive in place in `buffer`, as large as the part: memory that is pinned for a device, say."""
-    found = land_in_memory(part)
-    found.buffer = buffer
-    return found
 
 
 def land_in_file(part: Part, path: Path, *, trust: bool) -> Landing:
@@ -265,14 +255,12 @@ class LandingSink:
 
     def room(self) -> memoryview:
         # fresh memory is cheaper to write to than to receive into: the kernel need not clear its pages first
-        into = self._landing.buffer
-        return self._scratch[: self.left] if into is None else into[self._at : self._stop]
+        return self._scratch[: self.left]
 
     def landed(self, count: int) -> None:
         self._stopped()
         data = self.room()[:count]
-        if self._landing.buffer is None:
-            self._landing.write(data, self._at)
+        self._landing.write(data, self._at)
         while data:
             block = self._blocks[self._block]
             own = data[: block.stop - self._at]

@@ -64,25 +64,13 @@ class ObstoreStore:
     def __init__(self, scheme: str, bucket: str, prefix: str, access: Access) -> None:
         _import()
         made = _connect(scheme, bucket, access)
-        uri = f"{scheme}://{bucket}/{prefix}".rstrip("/")
-        self._set(made(0), made(10), prefix=prefix, uri=uri, access=access)
-
-    @classmethod
-    def over(cls, store: Any, *, uri: str, prefix: str = "", access: Access | None = None) -> ObstoreStore:
-        """The same over any object of obstore's stores, whose own settings hold."""
-        _import()
-        found = cls.__new__(cls)
-        found._set(store, store, prefix=prefix, uri=uri, access=access or Access())
-        return found
-
-    def _set(self, one_try: Any, patient: Any, *, prefix: str, uri: str, access: Access) -> None:
-        self._store = one_try
-        self.patient = patient
+        self._store = made(0)
+        self.patient = made(10)
         """Tries requests again by itself: for uploads of many."""
         self.prefix = f"{prefix}/" if prefix else ""
-        self.uri, self.access = uri, access
+        self.uri, self.access = f"{scheme}://{bucket}/{prefix}".rstrip("/"), access
         self._reached = False
-        self._only_reads = access.anonymous and uri.startswith("gs://")
+        self._only_reads = access.anonymous and scheme == "gs"
 
     def __enter__(self) -> ObstoreStore:
         return self

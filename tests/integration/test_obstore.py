@@ -24,6 +24,7 @@ import pytest
 
 from s3fixtures import BUCKET, chunk, content, http_server
 from s3server import S3Server
+from shardprep_runtime import obstore_store
 from shardprep_runtime.errors import (
     ConflictError,
     DeniedError,
@@ -94,6 +95,16 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AZURE_MSI_ENDPOINT", f"http://{NOBODY}/")
 
 
+def over(made: Any, *, uri: str, prefix: str = "", access: Access | None = None) -> ObstoreStore:
+    """Ours over any object of obstore's stores, whose own settings hold."""
+    scheme = uri.partition("://")[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(obstore_store, "_connect", lambda *_: lambda tries: made)
+        found = ObstoreStore(scheme, "", prefix, access or Access())
+    found.uri = uri
+    return found
+
+
 def over_s3(server: S3Server, *, prefix: str = "", bucket: str = BUCKET, **access: Any) -> ObstoreStore:
     """obstore on our S3 server, with our retries alone and the time limits that open_store would set."""
     limits = Access(**{"idle_timeout": 1.0, "deadline": 5.0} | access)
@@ -111,7 +122,7 @@ def over_s3(server: S3Server, *, prefix: str = "", bucket: str = BUCKET, **acces
         },
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=5)},
     )
-    return ObstoreStore.over(made, uri=f"s3://{bucket}/{prefix}".rstrip("/"), prefix=prefix, access=limits)
+    return over(made, uri=f"s3://{bucket}/{prefix}".rstrip("/"), prefix=prefix, access=limits)
 
 
 @pytest.fixture(params=KINDS)
@@ -121,9 +132,9 @@ def store(
     kind = request.param
     prefix = request.node.originalname
     if kind == "memory":
-        return ObstoreStore.over(MemoryStore(), uri="memory://", prefix=prefix)
+        return over(MemoryStore(), uri="memory://", prefix=prefix)
     if kind == "local":
-        return ObstoreStore.over(LocalStore(tmp_path / "objects", mkdir=True), uri="local://", prefix=prefix)
+        return over(LocalStore(tmp_path / "objects", mkdir=True), uri="local://", prefix=prefix)
     if kind == "s3":
         server.clear()
         return over_s3(server, prefix=prefix)

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantized_models import one_thread
+from quantized_models import one_thread, round_to_nearest
 from shardprep.layout import ModelLayout, PackedModel, Placed, Scheme
 from shardprep.layout.packed import derive_packed
-from shardprep.packing import dequantize, round_to_nearest
+from shardprep.packing import dequantize
 from shardprep_runtime.cut import Layout, Segment, allows, takes
 
 SIZES = (1, 2, 3, 4, 8)

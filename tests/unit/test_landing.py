@@ -25,7 +25,6 @@ from shardprep_runtime.landing import (
     VERIFIED,
     Landing,
     LandingSink,
-    land_in_buffer,
     land_in_file,
     land_in_memory,
     read_map,
@@ -278,15 +277,13 @@ def test_a_file_that_others_use_is_never_given_back(landed: Callable[..., Landin
 # ---------------------------------------------------------------------------------------------------------- the sink
 
 
-@pytest.mark.parametrize("place", ["file", "memory", "buffer"])
+@pytest.mark.parametrize("place", ["file", "memory"])
 def test_a_block_is_marked_when_it_is_whole_and_not_before(
     numbered: Numbered, landed: Callable[..., Landing], place: str
 ) -> None:
-    buffer = bytearray(PART.size)
     makers: dict[str, Callable[[], Landing]] = {
         "file": landed,
         "memory": lambda: land_in_memory(PART),
-        "buffer": lambda: land_in_buffer(PART, memoryview(buffer)),
     }
     landing = makers[place]()
     seen: list[tuple[int, int]] = []
@@ -310,7 +307,7 @@ def test_a_block_is_marked_when_it_is_whole_and_not_before(
         assert [n for n, value in enumerate(landing.state(len(numbered.blocks))) if value] == there
     assert seen == [(2, first.stop - first.start), (3, second.stop - second.start)]
     assert sink.bad == []
-    found = buffer if place == "buffer" else os.pread(landing.data, PART.size, 0)
+    found = os.pread(landing.data, PART.size, 0)
     assert found[first.start : second.stop] == RAW[first.start : second.stop]
     if place != "file":
         close(landing)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from quantized_models import legacy_config, quantization_config
+from quantized_models import legacy_config, quantization_config, round_to_nearest
 from shardprep.layout import Scheme, read_scheme
 from shardprep.layout.quantization import spell
-from shardprep.packing import dequantize, dequantized, round_to_nearest
+from shardprep.packing import dequantize, dequantized
 from shardprep_runtime.errors import FormatError, InputError, LayoutError, UnsupportedError
 
 
