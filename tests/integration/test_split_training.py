@@ -30,7 +30,7 @@ from shardprep.skeleton import build, quiet
 from shardprep.split import split
 from shardprep_runtime import load, read_manifest, remote
 from shardprep_runtime.errors import InputError, ProblemError, UnsupportedError, WorkerError, WorkerLostError
-from shardprep_runtime.train import INDEX, SplitTrainer, split_options
+from trainer import INDEX, SplitTrainer, split_options
 
 # processes of a second or two of imports each: not beside one another
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
@@ -483,7 +483,7 @@ def test_a_stage_that_hangs_counts_as_lost_after_the_timeout(stage: int, case: C
 
 FRONT = """
 import sys, time
-from shardprep_runtime.train import SplitTrainer
+from trainer import SplitTrainer
 with SplitTrainer(sys.argv[1], stages=2, learning_rate=1e-3, threads=1) as trainer:
     print(*trainer.pids, flush=True)
     while True:
@@ -495,7 +495,10 @@ with SplitTrainer(sys.argv[1], stages=2, learning_rate=1e-3, threads=1) as train
 def test_stages_end_with_the_process_that_started_them(case: Callable[[str], Case]) -> None:
     with (
         subprocess.Popen(
-            [sys.executable, "-c", FRONT, case("tied").shards], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", FRONT, case("tied").shards],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         ) as front,
         ended(front),
     ):

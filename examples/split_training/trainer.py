@@ -7,7 +7,7 @@
 
 The stages are processes of this host and meet on its loopback interface alone: RPC runs the code of any peer that
 reaches it, whoever else has an account here included. The caller's process takes no part in RPC; it tells the stages
-what to do through pipes, with which they end. docs/training.md says what this is for and what it cannot do.
+what to do through pipes, with which they end. README.md beside it says what this is for and what it cannot do.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, get_args
 
-from . import errors
-from . import manifest as manifests
-from .errors import (
+from shardprep_runtime import errors
+from shardprep_runtime import manifest as manifests
+from shardprep_runtime.errors import (
     InputError,
     ProblemError,
     UnsupportedError,
@@ -44,15 +44,15 @@ from .errors import (
     WriteError,
     quote,
 )
-from .filesystem import sync_folder
-from .grid import Stages
-from .load import Shard, Verify, load
-from .manifest import PLACEMENTS, Layer, Manifest, lines_of
-from .remote import DEFAULT_REVISION, read_manifest
-from .side_files import write_small
-from .stage import Stage, build_stage, side_folder
-from .store import Access, is_uri, open_store
-from .view import choose_stages
+from shardprep_runtime.filesystem import sync_folder
+from shardprep_runtime.grid import Stages
+from shardprep_runtime.load import Shard, Verify, load
+from shardprep_runtime.manifest import PLACEMENTS, Layer, Manifest, lines_of
+from shardprep_runtime.remote import DEFAULT_REVISION, read_manifest
+from shardprep_runtime.side_files import write_small
+from shardprep_runtime.stage import Stage, build_stage, side_folder
+from shardprep_runtime.store import Access, is_uri, open_store
+from shardprep_runtime.view import choose_stages
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,10 @@ INDEX: Final = "model.safetensors.index.json"
 
 LOOPBACK: Final = "lo"
 """The interface to which RPC is bound (and gloo, by which it meets)."""
+
+FOLDER: Final = Path(__file__).resolve().parent
+MODULE: Final = Path(__file__).stem
+"""This file, from which the stages' processes start; by the name MODULE, each finds the functions that others call."""
 
 END_SECONDS: Final = 5.0
 """After which a stage that was told to end is ended."""
@@ -453,15 +457,15 @@ class _Child:
         self.has_ended = False
         self._read = b""
         with log.open("wb") as stream:
-            self.process = subprocess.Popen(  # noqa: S603 - this very program
-                [sys.executable, "-P", "-c", f"import {__name__} as train; train.train_worker()"],
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"import {MODULE}; {MODULE}.train_worker()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 bufsize=0,
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "PYTHONPATH": os.pathsep.join([str(FOLDER), *filter(None, sys.path)]),
                     "TP_SOCKET_IFNAME": LOOPBACK,
                     "GLOO_SOCKET_IFNAME": LOOPBACK,
                     "CUDA_VISIBLE_DEVICES": "",  # RPC's autograd knows no other tensors than the CPU's

@@ -1,9 +1,9 @@
 """Fine-tune a small model in stages, and publish what has changed: split training from end to end.
 
-    python scripts/train_example.py --work /tmp/example
+    python examples/split_training/train.py --work /tmp/example
 
 Takes the trained model of the tests and a text that it has not seen, freezes the lower half, trains the upper half in
-`--stages` processes on all of the text but its end, and pushes the result beside the original in a store. docs/training.md has the limits.
+`--stages` processes on all of the text but its end, and pushes the result beside the original in a store. README.md has the limits.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shardprep_runtime.train import SplitTrainer
+from trainer import SplitTrainer
 
-TINY = Path(__file__).resolve().parent.parent / "tests/data/tiny-llama"
+TINY = Path(__file__).resolve().parents[2] / "tests/data/tiny-llama"
 SHARDPREP = Path(sys.executable).parent / "shardprep"
 
 
