@@ -300,8 +300,9 @@ def test_the_same_split_twice_at_a_time_is_refused(model: Path, server: S3Server
     args = arguments(model, "s3://bucket/m", scratch, "--max-workers", 1)
     first = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with ended(first):
-        while not list(scratch.glob("*/*.receipt")):
+        while not server.stats()["modes"].get("status"):
             assert first.poll() is None
+            time.sleep(0.02)
         first.send_signal(signal.SIGSTOP)  # or its pauses between tries would grow meanwhile
         assert "another shardprep is at the same split" in run(args, 2)
         assert first.poll() is None
