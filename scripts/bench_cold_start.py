@@ -502,7 +502,7 @@ class Bench:
 
         grid = ("-tp", str(SIZE), "--ranks", f"0-{SIZE - 1}", "--engine", "transformers")
         pin = ("--manifest-digest", digest(shards))
-        before = (sys.executable, "-m", "shardprep_runtime.prefetch_command", source, *grid, *pin, "--")
+        before = (sys.executable, "-m", "shardprep_runtime.shard.prefetch_command", source, *grid, *pin, "--")
         words = pinned(source, shards)
         cut = words.index(sys.executable)
         prefetched = (*inside, *words[:cut], *before, *words[cut:])
@@ -570,7 +570,7 @@ class Bench:
 
 def digest(payload: bench_s3.Payload) -> str:
     """Of its manifest."""
-    from shardprep_runtime import manifest as manifests
+    from shardprep_runtime.format import manifest as manifests
 
     return manifests.digest_of((payload.folder / manifests.FILE_NAME).read_bytes())
 

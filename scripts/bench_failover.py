@@ -32,9 +32,9 @@ from typing import Any
 
 import benchlib
 from benchlib import ROOT, Goal
-from shardprep_runtime.workers.generate import Generator, Sampling
 from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.pipeline import Event, Policy
+from shardprep_runtime.workers.text.generate import Generator, Sampling
 
 CHECKPOINT = ROOT / "tests/data/tiny-llama"
 STAGES = 3

@@ -32,15 +32,15 @@ from benchlib import MIB, Goal, Variant
 from shardprep.files import LocalFolder
 from shardprep.index import Extent, Index, Tensor
 from shardprep.layout import ModelLayout, Placed
-from shardprep.plan import Plan, plan_split
 from shardprep.split import DEFAULT_PART_BYTES
-from shardprep_runtime import manifest as manifests
-from shardprep_runtime.cut import WHOLE, Layout, Segment
-from shardprep_runtime.dtypes import nbytes
-from shardprep_runtime.header import dump_header
-from shardprep_runtime.load import load
-from shardprep_runtime.manifest import Entry, Manifest, Part
-from shardprep_runtime.view import View, plan_view
+from shardprep.write.plan import Plan, plan_split
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment
+from shardprep_runtime.format.dtypes import nbytes
+from shardprep_runtime.format.header import dump_header
+from shardprep_runtime.format.manifest import Entry, Manifest, Part
+from shardprep_runtime.format.view import View, plan_view
+from shardprep_runtime.shard.loading import load
 
 GRAIN = 8
 STAGES = 8

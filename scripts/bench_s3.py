@@ -118,7 +118,7 @@ def make_payloads(chosen: argparse.Namespace, work: Path, root: Path) -> dict[st
 
 def publish_set(checkpoint: Path, folder: Path, root: Path, prefix: str, grain: int) -> Payload:
     """Split, and lay the parts out as a push would: blobs by digest, and the manifest."""
-    from shardprep_runtime import manifest as manifests
+    from shardprep_runtime.format import manifest as manifests
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     benchlib.run_once(SHARDPREP, "split", checkpoint, folder, "--tensor-parallel-size", str(grain))
@@ -730,7 +730,7 @@ class Bench:
         add(PREFETCHED, "ours", "prefetch")
         shard = ("-tp", str(share.size), "--rank", str(share.rank), "--cache", str(folder))
         uri = f"s3://{BUCKET}/{payload.prefix}"
-        become = (sys.executable, "-m", "shardprep_runtime.prefetch_command", uri, *shard, "--")
+        become = (sys.executable, "-m", "shardprep_runtime.shard.prefetch_command", uri, *shard, "--")
         add(BECOME, "ours", "load", before=become)
         every = f"start-{payload.prefix}"
         name = "s5cmd cp of the set; load_file"

@@ -33,11 +33,11 @@ from typing import Any
 
 import benchlib
 from benchlib import Goal
-from shardprep_runtime.workers.breakdown import Breakdown
-from shardprep_runtime.workers.breakdown import table as where_it_goes
-from shardprep_runtime.workers.generate import Generator, Sampling
 from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.pipeline import Policy
+from shardprep_runtime.workers.text.breakdown import Breakdown
+from shardprep_runtime.workers.text.breakdown import table as where_it_goes
+from shardprep_runtime.workers.text.generate import Generator, Sampling
 
 HIDDEN, VOCABULARY = 512, 4096
 CONFIG = {
@@ -84,7 +84,7 @@ def make_model(work: Path) -> tuple[Path, Any]:
     """The shard set, and the model as transformers has it."""
     import transformers
 
-    from shardprep import skeleton
+    from shardprep.model import skeleton
 
     model: Any = skeleton.build(CONFIG)
     model.save_pretrained(work / "checkpoint")

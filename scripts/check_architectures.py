@@ -16,9 +16,9 @@ import warnings
 from pathlib import Path
 
 import golden
-from shardprep import skeleton
 from shardprep.check import CheckReport, Ranks, check_arch
 from shardprep.layout import known_types
+from shardprep.model import skeleton
 from shardprep_runtime.errors import LayoutError, ShardprepError
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from padding import difference, small_config
-from shardprep import skeleton
-from shardprep.pad import HARMLESS
+from shardprep.layout.pad import HARMLESS
+from shardprep.model import skeleton
 
 MOST = 1e-12
 """Of the largest logit."""

@@ -29,7 +29,7 @@ import torch._inductor.config
 from torch.utils._triton import has_triton
 
 from shardprep.split import split
-from shardprep_runtime import sglang_plugin
+from shardprep_runtime.engines import sglang_plugin
 from shardprep_runtime.errors import ShardprepError
 
 STUBS = ("triton", "tvm_ffi", "vllm", "sentencepiece", "torchvision", "traitlets")

@@ -75,8 +75,8 @@ def main() -> int:
 def check_states(job: Mapping[str, Any]) -> dict[str, Any]:
     """Export one shard set, and compare every rank's model with the default loader's."""
     from shardprep.cli.render import plain
-    from shardprep.sharded_state import export_sharded_state
-    from shardprep.vllm_ranks import as_rank, build_config, build_model, load_weights, state
+    from shardprep.vllm.ranks import as_rank, build_config, build_model, load_weights, state
+    from shardprep.vllm.sharded_state import export_sharded_state
     from shardprep_runtime import ShardprepError
 
     began = time.monotonic()
@@ -167,8 +167,8 @@ def engines(*, store: bool) -> int:
 def starts(scratch: Path, *, store: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, answer) of the default loader first."""
     from s3server import S3Server
-    from shardprep.sharded_state import export_sharded_state
     from shardprep.split import split
+    from shardprep.vllm.sharded_state import export_sharded_state
 
     checkpoint, shards, folder = ROOT / "tests/data/tiny-llama", scratch / "shards", scratch / "exported"
     split(checkpoint, shards, tensor_parallel_size=2)

@@ -138,8 +138,8 @@ def in_fetch(module: Any) -> None:
 HOOKS: dict[str, Callable[[Any], None]] = {
     "vllm.model_executor.model_loader.base_loader": in_base_loader,
     "transformers.modeling_utils": in_modeling_utils,
-    "shardprep_runtime.load": in_load,
-    "shardprep_runtime.fetch": in_fetch,
+    "shardprep_runtime.shard.loading": in_load,
+    "shardprep_runtime.shard.fetch": in_fetch,
 }
 
 
@@ -165,8 +165,8 @@ class Finder:
 # ---------------------------------------------------------------------------------------------------------------- vLLM
 def serve(spec: dict[str, Any]) -> None:
     """What `shardprep vllm` does before it becomes `vllm serve`; becomes the engine of `vllm` instead."""
-    from shardprep.serve_vllm import prepare_vllm
-    from shardprep_runtime.prefetch_command import fetch_beside
+    from shardprep.vllm.serve import prepare_vllm
+    from shardprep_runtime.shard.prefetch_command import fetch_beside
 
     launch = prepare_vllm(spec["source"], ["--tensor-parallel-size", str(spec["size"])])
     assert launch.prefetching is not None
@@ -211,7 +211,7 @@ def vllm(spec: dict[str, Any]) -> None:
 
 def one(spec: dict[str, Any]) -> None:
     """A rank of vLLM in this process alone: its model is built, filled and made ready, and not run."""
-    from shardprep.vllm_ranks import as_rank, build_config, build_model, load_weights, process_weights
+    from shardprep.vllm.ranks import as_rank, build_config, build_model, load_weights, process_weights
 
     config = build_config(spec["model"], load_format=spec["load_format"], extra=spec.get("extra"))
     if spec.get("weights"):
@@ -285,7 +285,7 @@ def transformers(spec: dict[str, Any]) -> None:
     }
     note("grouped", disk=disk_read(), **so_far())
     if spec["how"] == "ours":
-        from shardprep_runtime.transformers_state import transformers_state
+        from shardprep_runtime.engines.transformers_state import transformers_state
 
         config = LlamaConfig.from_pretrained(spec["side_files"])
         pin, verify = spec["manifest_digest"], spec["verify"]

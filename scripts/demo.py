@@ -560,7 +560,7 @@ def _dequantized_equal(folder: Path, shards: Path, grids: dict[tuple[int, int], 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from shardprep.layout import read_scheme
-    from shardprep.packing import dequantized
+    from shardprep.quantize.packing import dequantized
 
     config = AutoConfig.from_pretrained(folder)
     scheme = read_scheme(config.to_dict())

@@ -27,10 +27,10 @@ import torch
 import transformers
 
 import golden
-from shardprep import shrink, skeleton
 from shardprep.layout.rules import evaluate, normalize
-from shardprep_runtime.cut import chunk
+from shardprep.model import shrink, skeleton
 from shardprep_runtime.errors import ShardprepError
+from shardprep_runtime.format.cut import chunk
 
 LAYOUT = Path(__file__).parents[1] / "shardprep" / "layout"
 PLANS = ("tp2", "tp4")

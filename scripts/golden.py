@@ -1,6 +1,6 @@
 """Golden plans: which ranges of each checkpoint tensor the ranks of an engine read, as that engine's loader says.
 
-One JSON file per engine and model type, of a small config (shardprep/shrink.py), one tensor a line:
+One JSON file per engine and model type, of a small config (shardprep/model/shrink.py), one tensor a line:
 
     engine, version   who was asked
     config            the config.json
@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from shardprep import skeleton
-from shardprep.shrink import Sizes
+from shardprep.model import skeleton
+from shardprep.model.shrink import Sizes
 
 FOLDER = Path(__file__).parents[1] / "tests" / "golden"
 

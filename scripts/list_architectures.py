@@ -16,11 +16,11 @@ from pathlib import Path
 import transformers
 
 import golden
-from shardprep import skeleton
 from shardprep.layout import ModelLayout, derive_layout, known_types
-from shardprep_runtime import dtypes
-from shardprep_runtime.cut import allows, takes
+from shardprep.model import skeleton
 from shardprep_runtime.errors import LayoutError, ShardprepError
+from shardprep_runtime.format import dtypes
+from shardprep_runtime.format.cut import allows, takes
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 SIZES = (2, 4, 8)

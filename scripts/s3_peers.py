@@ -177,7 +177,7 @@ def ours_pull(job: Job, out: str) -> None:
 def ours_memory(job: Job, verify: str, rank: str = "0", size: str = "1", idle: str = "") -> None:
     """shardprep_runtime.load without a cache, until every tensor is there."""
     from shardprep_runtime import load
-    from shardprep_runtime.store import Access
+    from shardprep_runtime.stores.store import Access
 
     more = {"idle_timeout": float(idle)} if idle else {}
     access = Access(endpoint_url=job.endpoint, **more)

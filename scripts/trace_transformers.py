@@ -33,9 +33,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import golden
-from shardprep import skeleton
-from shardprep_runtime import dtypes
+from shardprep.model import skeleton
 from shardprep_runtime.errors import ShardprepError
+from shardprep_runtime.format import dtypes
 
 SIZES = (2, 4, 8)
 ENCODERS = ("bert", "distilbert", "electra", "modernbert", "nomic_bert", "roberta", "xlm-roberta")

@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 import golden
-from shardprep.shrink import Sizes
-from shardprep.skeleton import Shapes, shapes_of
+from shardprep.model.shrink import Sizes
+from shardprep.model.skeleton import Shapes, shapes_of
 from shardprep_runtime.errors import ShardprepError
 
 HERE = Path(__file__).resolve().parent

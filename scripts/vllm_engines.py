@@ -152,8 +152,8 @@ def write_packed(model_type: str, method: str, folder: Path) -> None:
 
     from quantized_models import write_quantized
     from shardprep.layout.quantization import Scheme
-    from shardprep.shrink import Sizes
-    from shardprep.skeleton import default_config, shapes_of, shrink
+    from shardprep.model.shrink import Sizes
+    from shardprep.model.skeleton import default_config, shapes_of, shrink
 
     config = shrink(default_config(model_type), Sizes(intermediate=512, expert=256))
     shapes = {name: shape for name, (_, shape) in shapes_of(config).items()}
@@ -307,7 +307,7 @@ class Loaded:
 
 
 def loaded(folder: Path, dtype: str, place: Mapping[str, Any], *, load_format: str = "auto") -> Loaded:
-    from shardprep.vllm_ranks import as_rank, build_config, build_model, load_weights, process_weights, state
+    from shardprep.vllm.ranks import as_rank, build_config, build_model, load_weights, process_weights, state
 
     config = build_config(folder, dtype=dtype, load_format=load_format)
     with as_rank(**place), reports() as said:
@@ -402,7 +402,7 @@ def try_load(
     **more: Any,
 ) -> Print:
     """The state of one rank by our loader, before post-processing."""
-    from shardprep.vllm_ranks import as_rank, build_config, build_model, load_weights, state
+    from shardprep.vllm.ranks import as_rank, build_config, build_model, load_weights, state
 
     config = build_config(folder, load_format="shardprep", extra=extra, **more)
     with as_rank(tp_rank=rank, tp_size=tp, expert_parallel=ep):
@@ -667,9 +667,9 @@ def apart(start: Start, environment: Mapping[str, str]) -> dict[str, Any]:
 def check_engines(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Found]:
     """Tokens by all ways of starting an engine, against those of vLLM's own loader in one process."""
     from s3server import S3Server
-    from shardprep.pull import pull
+    from shardprep.publish.pull import pull
     from shardprep.split import split
-    from shardprep_runtime.store import Access
+    from shardprep_runtime.stores.store import Access
 
     checkpoint, shards = ROOT / "tests" / "data" / "tiny-llama", folder / "shards"
     split(checkpoint, shards, tensor_parallel_size=2)

@@ -1,6 +1,6 @@
 """Say which indices of which checkpoint tensor each rank of vLLM reads, by asking vLLM's own weight loaders.
 
-vLLM's model of a rank is built (shardprep.vllm_ranks), and its `load_weights` is handed tensors without data that tick
+vLLM's model of a rank is built (shardprep.vllm.ranks), and its `load_weights` is handed tensors without data that tick
 off what is read of them. Runs in an environment with vLLM and shardprep (scripts/make_vllm makes it); requests come as
 lines of JSON on standard input, answers leave as such. Each is served by a forked process, for vLLM's registries
 remember.
@@ -42,7 +42,7 @@ from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedE
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
-from shardprep.vllm_ranks import as_rank, build_config, build_model, current
+from shardprep.vllm.ranks import as_rank, build_config, build_model, current
 
 aten = torch.ops.aten
 Block = list[list[int]]

@@ -10,15 +10,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from shardprep_runtime.errors import InputError, quote
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
-from .conduct import Conduct
 from .index import Index, LeftOut
-from .plan import Plan, check_cast, plan_convert, settle_aliases
-from .side_files import copy_side_files
 from .source import open_source, read_checkpoint
-from .staging import Staging
-from .write import carry_out, fingerprint
+from .write.conduct import Conduct
+from .write.mover import carry_out, fingerprint
+from .write.plan import Plan, check_cast, plan_convert, settle_aliases
+from .write.side_files import copy_side_files
+from .write.staging import Staging
 
 INDEX_NAME = "model.safetensors.index.json"
 DEFAULT_PART_BYTES = 5 * 10**9

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from shardprep_runtime import cut
 from shardprep_runtime.errors import IntegrityError, quote
-from shardprep_runtime.manifest import Manifest
+from shardprep_runtime.format import cut
+from shardprep_runtime.format.manifest import Manifest
 
-from .conduct import Conduct
 from .convert import DEFAULT_PART_BYTES, ConvertReport, report, write_checkpoint
 from .files import LocalFolder
-from .plan import Move, Plan, PlannedPart, PlannedPiece, plan_convert
-from .side_files import check_side_file
 from .source import locate_pieces, open_parts, read_shard_set
 from .source.checkpoint import read_weights
-from .write import digest_pieces
+from .write.conduct import Conduct
+from .write.mover import digest_pieces
+from .write.plan import Move, Plan, PlannedPart, PlannedPiece, plan_convert
+from .write.side_files import check_side_file
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from shardprep_runtime.dtypes import nbytes
+from shardprep_runtime.format.dtypes import nbytes
 
 from .files import Folder
 

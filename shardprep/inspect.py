@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import InputError
-from shardprep_runtime.manifest import Part
-from shardprep_runtime.store import Access
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.manifest import Part
+from shardprep_runtime.stores.store import Access
 
 from .index import Index, LeftOut, SourceFile, Tensor, natural
 from .layout import Scheme
 from .layout.packed import unpack
-from .model import scheme_of
+from .model.describe import scheme_of
 from .source import open_source, read_checkpoint
 
 

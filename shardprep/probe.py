@@ -1,6 +1,6 @@
 """Record what a model gives for fixed inputs, layer by layer, while its parts wait for their manifest.
 
-What the inputs are and what is recorded, `shardprep_runtime.probe` decides: it builds each layer as a worker does, from
+What the inputs are and what is recorded, `shardprep_runtime.stage.probe` decides: it builds each layer as a worker does, from
 the parts themselves. torch and transformers are imported when that begins, and one layer is in memory at a time.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import (
     InputError,
     IntegrityError,
@@ -22,12 +21,13 @@ from shardprep_runtime.errors import (
     ShardprepError,
     UnsupportedError,
 )
-from shardprep_runtime.load import load_parts
-from shardprep_runtime.manifest import Manifest, Probe, Response
-from shardprep_runtime.store import read
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.manifest import Manifest, Probe, Response
+from shardprep_runtime.shard.loading import load_parts
+from shardprep_runtime.stores.store import read
 
-from .side_files import CONFIG
-from .staging import Destination
+from .write.side_files import CONFIG
+from .write.staging import Destination
 
 
 def check_can_probe(config: Mapping[str, Any], layers: int) -> None:
@@ -38,9 +38,9 @@ def check_can_probe(config: Mapping[str, Any], layers: int) -> None:
                 f"--probe computes the model's layers, and {module} is not installed: "
                 "pip install 'shardprep[transformers]', or split without --probe"
             )
-    from shardprep_runtime.stage_model import find_layers
+    from shardprep_runtime.stage.model import find_layers
 
-    from .skeleton import bare
+    from .model.skeleton import bare
 
     try:
         find_layers(bare(config), layers)
@@ -85,8 +85,8 @@ def _observed(
     manifest: Manifest, written: Destination, number: int, folder: Path, digest: str, workers: int | None
 ) -> dict[int | str, Response]:
     """The responses of one layer, and of the embedding or head beside it."""
-    from shardprep_runtime.probe import observe, responses
-    from shardprep_runtime.stage import build_stage
+    from shardprep_runtime.stage.probe import observe, responses
+    from shardprep_runtime.stage.stage import build_stage
 
     store, key = written.reopen()
     try:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from shardprep_runtime import __version__
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import FormatError, InputError, quote
-from shardprep_runtime.grid import Stages, check_stage_needs, check_stages, even_stages
-from shardprep_runtime.manifest import (
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.grid import Stages, check_stage_needs, check_stages, even_stages
+from shardprep_runtime.format.manifest import (
     Entry,
     Form,
     Manifest,
@@ -23,22 +23,22 @@ from shardprep_runtime.manifest import (
     QuantizationReport,
     SideFile,
 )
-from shardprep_runtime.remote import DEFAULT_REVISION, check_revision
-from shardprep_runtime.store import Access, is_uri
+from shardprep_runtime.shard.revisions import DEFAULT_REVISION, check_revision
+from shardprep_runtime.stores.store import Access, is_uri
 
-from .conduct import Conduct
 from .index import Index, LeftOut
 from .layout import ModelLayout, Scheme, normalize
 from .layout.quantization import spell, with_lists
-from .model import lay_out_index, read_legacy
-from .plan import Plan, plan_split, settle_aliases, uncollected
+from .model.describe import lay_out_index, read_legacy
 from .probe import check_can_probe, record_probe
-from .publish import StoreStaging
-from .side_files import copy_side_files
+from .publish.push import StoreStaging
 from .source import Source, open_source, read_checkpoint
 from .source.checkpoint import read_json
-from .staging import Destination, Staging, Written
-from .write import carry_out, fingerprint
+from .write.conduct import Conduct
+from .write.mover import carry_out, fingerprint
+from .write.plan import Plan, plan_split, settle_aliases, uncollected
+from .write.side_files import copy_side_files
+from .write.staging import Destination, Staging, Written
 
 DEFAULT_PART_BYTES = 2**30
 

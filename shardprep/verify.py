@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardprep_runtime import manifest as manifests
-from shardprep_runtime.parts import Block, blocks_of, check_blocks, default_workers
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.shard.parts import Block, blocks_of, check_blocks, default_workers
 
 from .files import LocalFolder
-from .side_files import check_side_file
 from .source import locate_pieces, open_parts
+from .write.side_files import check_side_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from shardprep_runtime.dtypes import BITS
+from shardprep_runtime.format.dtypes import BITS
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import golden
-from shardprep import skeleton
 from shardprep.check.models import forward
-from shardprep.conduct import Conduct
 from shardprep.convert import write_checkpoint
 from shardprep.index import Index
-from shardprep.pad import Padding, pad_to
-from shardprep.plan import plan_convert, settle_aliases
+from shardprep.layout.pad import Padding, pad_to
+from shardprep.model import skeleton
 from shardprep.source import open_source, read_checkpoint
+from shardprep.write.conduct import Conduct
+from shardprep.write.plan import plan_convert, settle_aliases
 
 GROUP, RANKS = 16, 2
 

@@ -20,8 +20,8 @@ def probe(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    from shardprep_runtime.probe import check_stage
-    from shardprep_runtime.stage import build_stage
+    from shardprep_runtime.stage.probe import check_stage
+    from shardprep_runtime.stage.stage import build_stage
 
     stage = build_stage(
         job["source"],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shardprep.layout.packed import _names
 from shardprep.layout.quantization import Scheme
-from shardprep.packing import INTERLEAVED, PACKED, _ones, _shifts
+from shardprep.quantize.packing import INTERLEAVED, PACKED, _ones, _shifts
 from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
 
 ROUTERS = ("gate", "router", "shared_expert_gate")

@@ -19,9 +19,9 @@ import pytest
 
 from s3server import S3Server
 from shardprep_runtime import read_manifest
-from shardprep_runtime.remote import blob_key
-from shardprep_runtime.s3 import S3Store
-from shardprep_runtime.store import Access, Chunk, Store, open_store
+from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.stores.s3 import S3Store
+from shardprep_runtime.stores.store import Access, Chunk, Store, open_store
 
 BUCKET = "shards"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardprep.split import split
-from shardprep_runtime.manifest import digest_of
+from shardprep_runtime.format.manifest import digest_of
 from shardprep_runtime.workers.transport import Step, Transport
 from shardprep_runtime.workers.worker import WorkerOptions
 

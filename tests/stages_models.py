@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import torch
 
-from shardprep import skeleton
-from shardprep.shrink import Sizes
+from shardprep.model import skeleton
+from shardprep.model.shrink import Sizes
 from shardprep.split import split
 from shardprep_runtime.errors import UnsupportedError
-from shardprep_runtime.stage import Stage, build_stage
+from shardprep_runtime.stage.stage import Stage, build_stage
 
 SMALL: Final = Sizes(heads=4, kv_heads=2, head_dim=16, intermediate=64, expert=32, experts=4)
 

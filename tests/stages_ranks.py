@@ -21,7 +21,7 @@ def greedy(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    from shardprep_runtime.stage import build_stage
+    from shardprep_runtime.stage.stage import build_stage
 
     size, stages = job["tp"], job["stages"]
     pp_rank, tp_rank = divmod(rank, size)
@@ -68,7 +68,7 @@ def quantized(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     import torch
 
     import shardprep_runtime
-    from shardprep_runtime.stage import build_stage
+    from shardprep_runtime.stage.stage import build_stage
     from stages_models import generated, greedy, whole
 
     shards, ids, stages = Path(job["source"]), torch.tensor(job["ids"]), job["stages"]

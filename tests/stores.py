@@ -11,10 +11,10 @@ from pathlib import Path
 from types import TracebackType
 
 from shardprep_runtime.errors import SourceError
-from shardprep_runtime.manifest import FILE_NAME, Manifest
-from shardprep_runtime.manifest import read as read_manifest
-from shardprep_runtime.remote import blob_key, manifest_key
-from shardprep_runtime.store import Sink, Stat, Store, Upload, where
+from shardprep_runtime.format.manifest import FILE_NAME, Manifest
+from shardprep_runtime.format.manifest import read as read_manifest
+from shardprep_runtime.shard.revisions import blob_key, manifest_key
+from shardprep_runtime.stores.store import Sink, Stat, Store, Upload, where
 
 
 def make_store(shard_set: Path, folder: Path, revision: str = "main") -> Path:

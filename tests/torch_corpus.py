@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shardprep.index import Tensor
-from shardprep_runtime.dtypes import BITS
+from shardprep_runtime.format.dtypes import BITS
 
 
 def tensor_bytes(tensor: Tensor, root: Path) -> bytes:

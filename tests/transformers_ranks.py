@@ -174,7 +174,7 @@ def state(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Load with `transformers_state`; `how_loaded`: by transformers' own call, `checked` or not."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-    from shardprep_runtime.transformers_state import transformers_state
+    from shardprep_runtime.engines.transformers_state import transformers_state
 
     config = AutoConfig.from_pretrained(job["config"])
     for key, value in job.get("changes", {}).items():

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, get_args
 
 from shardprep_runtime import errors
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import (
     InputError,
     ProblemError,
@@ -44,15 +43,16 @@ from shardprep_runtime.errors import (
     WriteError,
     quote,
 )
-from shardprep_runtime.filesystem import sync_folder
-from shardprep_runtime.grid import Stages
-from shardprep_runtime.load import Shard, Verify, load
-from shardprep_runtime.manifest import PLACEMENTS, Layer, Manifest, lines_of
-from shardprep_runtime.remote import DEFAULT_REVISION, read_manifest
-from shardprep_runtime.side_files import write_small
-from shardprep_runtime.stage import Stage, build_stage, side_folder
-from shardprep_runtime.store import Access, is_uri, open_store
-from shardprep_runtime.view import choose_stages
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.grid import Stages
+from shardprep_runtime.format.manifest import PLACEMENTS, Layer, Manifest, lines_of
+from shardprep_runtime.format.view import choose_stages
+from shardprep_runtime.shard.filesystem import sync_folder
+from shardprep_runtime.shard.loading import Shard, Verify, load
+from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_manifest
+from shardprep_runtime.shard.side_files import write_small
+from shardprep_runtime.stage.stage import Stage, build_stage, side_folder
+from shardprep_runtime.stores.store import Access, is_uri, open_store
 
 if TYPE_CHECKING:
     import torch

@@ -7,16 +7,16 @@ makes tensors of mapped bytes, `load` puts them together. Importing this package
 nor blake3: each is imported when its first tensor or digest is asked for.
 """
 
-from .cache import Cache
+from .engines.transformers_state import transformers_state
 from .errors import ShardprepError
-from .grid import Grid
-from .load import Shard, load
-from .manifest import Manifest
-from .manifest import read as read_manifest
-from .prefetch import Prefetch, prefetch
-from .store import Access
-from .transformers_state import transformers_state
-from .view import View, plan_view
+from .format.grid import Grid
+from .format.manifest import Manifest
+from .format.manifest import read as read_manifest
+from .format.view import View, plan_view
+from .shard.cache import Cache
+from .shard.loading import Shard, load
+from .shard.prefetch import Prefetch, prefetch
+from .stores.store import Access
 
 __version__ = "0.1.0"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from shardprep_runtime.shardview import runs_of
-from shardprep_runtime.view import TensorView
+from shardprep_runtime.engines.shardview import runs_of
+from shardprep_runtime.format.view import TensorView
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from shardprep_runtime.shardview import runs_of
+from shardprep_runtime.engines.shardview import runs_of
 
 from .models import head_dim, is_flipped
 from .report import Differs, Proof, Workers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.grid import Grid
+from shardprep_runtime.format.grid import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from shardprep_runtime.errors import InputError, UnsupportedError, quote
-from shardprep_runtime.manifest import ENGINES
-from shardprep_runtime.store import Access
+from shardprep_runtime.format.manifest import ENGINES
+from shardprep_runtime.stores.store import Access
 
-from .. import skeleton
 from ..files import LocalFolder
+from ..model import skeleton
 from ..source import open_source
 from ..source.checkpoint import read_config, read_json
 from .heads import prove_heads

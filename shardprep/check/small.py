@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import shardprep_runtime
 from shardprep_runtime.errors import LayoutError, ProblemError, UnsupportedError, quote
-from shardprep_runtime.grid import Stages, even_stages
-from shardprep_runtime.manifest import Manifest
+from shardprep_runtime.format.grid import Stages, even_stages
+from shardprep_runtime.format.manifest import Manifest
 
-from .. import skeleton
 from ..layout import ModelLayout, derive_layout
+from ..model import skeleton
 from .blocks import Views
 from .models import answers
 from .report import Differs, Workers

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 import shardprep_runtime
-from shardprep_runtime.view import TensorView
+from shardprep_runtime.format.view import TensorView
 
 from .blocks import Block, Views, blocks_of, same_bits
 from .report import Differs, Proof, Workers

@@ -19,8 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from shardprep_runtime.engines.transformers_state import check_loaded, transformers_state
 from shardprep_runtime.errors import LayoutError
-from shardprep_runtime.transformers_state import check_loaded, transformers_state
 
 from .models import answers, model_class
 from .processes import Answer, Job

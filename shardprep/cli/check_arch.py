@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardprep_runtime.errors import ProblemError
-from shardprep_runtime.manifest import ENGINES
-from shardprep_runtime.store import Access
+from shardprep_runtime.format.manifest import ENGINES
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 

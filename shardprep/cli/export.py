@@ -13,7 +13,7 @@ from shardprep_runtime.errors import quote
 from . import parse, render
 
 if TYPE_CHECKING:
-    from shardprep.sharded_state import ShardedStateReport
+    from shardprep.vllm.sharded_state import ShardedStateReport
 
 CHECKPOINT: Final = "checkpoint"
 SHARDED_STATE: Final = "vllm-sharded-state"
@@ -96,7 +96,7 @@ def command(
             )
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        from shardprep.sharded_state import export_sharded_state
+        from shardprep.vllm.sharded_state import export_sharded_state
 
         with render.conduct("export", max_workers) as conduct:
             made = export_sharded_state(

@@ -12,10 +12,10 @@ import click
 
 from shardprep_runtime import environment
 from shardprep_runtime.errors import quote
-from shardprep_runtime.grid import parse_stages
-from shardprep_runtime.manifest import ENGINES
-from shardprep_runtime.remote import DEFAULT_REVISION
-from shardprep_runtime.store import SCHEMES, Access, is_uri
+from shardprep_runtime.format.grid import parse_stages
+from shardprep_runtime.format.manifest import ENGINES
+from shardprep_runtime.shard.revisions import DEFAULT_REVISION
+from shardprep_runtime.stores.store import SCHEMES, Access, is_uri
 
 if TYPE_CHECKING:
     _SizeType = click.ParamType[int]

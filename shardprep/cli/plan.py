@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.manifest import ENGINES, TORCH
-from shardprep_runtime.store import Access
+from shardprep_runtime.format.manifest import ENGINES, TORCH
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 
 if TYPE_CHECKING:
-    from shardprep.budget import GridFit
-    from shardprep.fit import FitReport
-    from shardprep.search import Refused
+    from shardprep.fit.budget import GridFit
+    from shardprep.fit.report import FitReport
+    from shardprep.fit.search import Refused
 
     _MemoryType = click.ParamType[tuple[int, ...]]
     _RateType = click.ParamType[int]
@@ -161,7 +161,7 @@ def command(
 
     Exits with 1 where nothing fits, and says what would make it fit.
     """
-    from shardprep.fit import plan_fit
+    from shardprep.fit.report import plan_fit
 
     report = plan_fit(
         source,
@@ -211,7 +211,7 @@ def as_object(report: FitReport) -> dict[str, Any]:
 
 def recommended(source: Path | str, **options: Any) -> GridFit:
     """The grid that `plan` recommends. Raises LayoutError, with what would make it fit, where nothing does."""
-    from shardprep.fit import plan_fit
+    from shardprep.fit.report import plan_fit
     from shardprep_runtime.errors import LayoutError
 
     report = plan_fit(source, **options)

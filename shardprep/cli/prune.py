@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 
@@ -43,7 +43,7 @@ def command(
 
     Refuses, and removes nothing, where it finds no revision or one that it cannot read. Pushing meanwhile is safe.
     """
-    from shardprep.prune import prune
+    from shardprep.publish.prune import prune
 
     with render.conduct("prune", None) as conduct:
         report = prune(

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.manifest import TORCH
-from shardprep_runtime.store import Access
+from shardprep_runtime.format.manifest import TORCH
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 
@@ -63,7 +63,7 @@ def command(
     Only the ranges that the rank needs are fetched, every block is checked as it lands, and the same command goes on
     after a kill. Several ranks may be pulled into one folder, also at once.
     """
-    from shardprep.pull import choose_rank, pull
+    from shardprep.publish.pull import choose_rank, pull
 
     rank = choose_rank(
         rank,

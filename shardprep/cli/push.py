@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 
@@ -36,7 +36,7 @@ def command(
     Only what the store lacks is sent, and every byte of it is compared with its digest on the way. The revision
     changes at the very end; the same command resumes after a kill.
     """
-    from shardprep.publish import push
+    from shardprep.publish.push import push
 
     with render.conduct("push", max_workers) as conduct:
         report = push(

@@ -15,7 +15,7 @@ import click
 
 from shardprep.quantize.engines.main import ENGINES
 from shardprep_runtime.errors import quote
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 

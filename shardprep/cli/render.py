@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shardprep.conduct import Conduct
+from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import quote
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 
@@ -19,7 +19,7 @@ from . import parse, render
 @parse.json_option
 def command(store: Path | str, access: Access, as_json: bool) -> None:
     """List the revisions in STORE (s3://bucket/prefix, or a folder) and the digests of their manifests."""
-    from shardprep.prune import revisions
+    from shardprep.publish.prune import revisions
 
     found = revisions(store, access=access)
     if as_json:

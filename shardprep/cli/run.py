@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardprep_runtime.errors import InputError, quote
-from shardprep_runtime.grid import Stages, parse_stages
-from shardprep_runtime.load import Verify
-from shardprep_runtime.store import Access
+from shardprep_runtime.format.grid import Stages, parse_stages
+from shardprep_runtime.shard.loading import Verify
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 
 if TYPE_CHECKING:
-    from shardprep_runtime.workers.generate import Completion, Generator
     from shardprep_runtime.workers.pipeline import Event, Pipeline
+    from shardprep_runtime.workers.text.generate import Completion, Generator
     from shardprep_runtime.workers.transport import WorkerInfo
 
     _CountType = click.ParamType[int | Stages]
@@ -178,11 +178,11 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
     """The workers, the pipeline, the draft model and the tokenizer; `where`: further arguments of `launch`."""
-    from shardprep_runtime.stage import side_folder
-    from shardprep_runtime.workers.generate import Generator
+    from shardprep_runtime.stage.stage import side_folder
     from shardprep_runtime.workers.launch import launch
     from shardprep_runtime.workers.local import open_local
     from shardprep_runtime.workers.pipeline import Pipeline, Policy
+    from shardprep_runtime.workers.text.generate import Generator
     from shardprep_runtime.workers.worker_process import quiet
 
     quiet()
@@ -399,7 +399,7 @@ def command(
         raise click.UsageError(
             "--chat puts texts into the model's template; give --prompt instead of --tokens"
         )
-    from shardprep_runtime.workers.sampling import Sampling
+    from shardprep_runtime.workers.text.sampling import Sampling
 
     sampling = Sampling(
         max_tokens=max_tokens,
@@ -434,7 +434,7 @@ def command(
     trips, tokens = sum(each.trips for each in completions), sum(len(each.tokens) for each in completions)
     click.echo(f"{tokens} tokens in {trips} trips through the stages, {seconds:.2f} s", err=True)
     if breakdown:
-        from shardprep_runtime.workers.breakdown import table
+        from shardprep_runtime.workers.text.breakdown import table
 
         click.echo(table([trip for each in completions for trip in each.breakdowns]), err=True, nl=False)
     if as_json:
@@ -453,7 +453,7 @@ def encode(generator: Generator, prompts: Sequence[str | tuple[int, ...]], *, ch
     if generator.tokenizer is None and any(isinstance(each, str) for each in prompts):
         raise InputError("this shard set has no tokenizer; give --tokens 1,2,3 instead of text")
     if chat:
-        from shardprep_runtime.workers.http_api import chat_tokens
+        from shardprep_runtime.workers.http.app import chat_tokens
 
         return [chat_tokens(generator.tokenizer, [{"role": "user", "content": each}]) for each in prompts]
     return [generator.encode(each) for each in prompts]
@@ -490,7 +490,7 @@ def complete(
     import queue
     from concurrent.futures import ThreadPoolExecutor
 
-    from shardprep_runtime.workers.generate import completion_of
+    from shardprep_runtime.workers.text.generate import completion_of
 
     is_over = threading.Event()
     streams = [generator.stream(each, sampling) for each in prompts]  # refuses before anything is printed

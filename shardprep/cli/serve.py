@@ -85,7 +85,7 @@ def command(
         raise click.UsageError(
             f"--transport {split.transport} has no workers from elsewhere; use links or rpc"
         )
-    from shardprep_runtime.workers.http_api import build_app, check_installed
+    from shardprep_runtime.workers.http.app import build_app, check_installed
     from shardprep_runtime.workers.meeting import check_secret, parse_address
 
     check_installed()

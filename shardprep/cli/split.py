@@ -8,7 +8,7 @@ from typing import Final
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 from .plan import KV_DTYPES, DeviceMemory, recommended, written

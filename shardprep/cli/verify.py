@@ -25,8 +25,8 @@ def command(
     A folder that `export --format vllm-sharded-state` wrote is checked against its record, whose digest it is then
     that --manifest-digest means.
     """
-    from shardprep.sharded_state import is_sharded_state, verify_record
     from shardprep.verify import verify
+    from shardprep.vllm.sharded_state import is_sharded_state, verify_record
 
     if is_sharded_state(shard_set):
         found = verify_record(shard_set, fast=fast, record_digest=manifest_digest)

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.load import Verify
-from shardprep_runtime.store import Access
+from shardprep_runtime.shard.loading import Verify
+from shardprep_runtime.stores.store import Access
 
 from . import parse, render
 
@@ -59,7 +59,7 @@ def command(
     Sizes that the shard set does not serve are refused before vLLM is started. SOURCE may also be what `shardprep export
     --format vllm-sharded-state` wrote: whether its files are this vLLM's and of these sizes is checked, which vLLM does not.
     """
-    from shardprep.serve_vllm import become_vllm, prepare_vllm
+    from shardprep.vllm.serve import become_vllm, prepare_vllm
 
     launch = prepare_vllm(
         source,

@@ -9,8 +9,8 @@ from types import FrameType
 
 import click
 
-from shardprep_runtime.load import Verify
-from shardprep_runtime.store import Access
+from shardprep_runtime.shard.loading import Verify
+from shardprep_runtime.stores.store import Access
 
 from . import parse
 

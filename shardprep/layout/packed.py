@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from math import gcd, lcm, prod
 from typing import Any, Final
 
-from shardprep_runtime.cut import WHOLE, Layout, Segment, allows, sizes_that_work
 from shardprep_runtime.errors import FormatError, LayoutError, UnsupportedError, quote
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment, allows, sizes_that_work
 
 from .quantization import Scheme, check_method, read_scheme
 from .rules import ModelLayout, Placed, derive_layout, normalize

@@ -11,9 +11,9 @@ from functools import cache
 from importlib import resources
 from typing import Any, Final
 
-from shardprep_runtime.cut import WHOLE, Layout, Segment, allows, sizes_that_work
 from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
-from shardprep_runtime.manifest import ENGINES, PLACEMENTS, TORCH, Layer
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment, allows, sizes_that_work
+from shardprep_runtime.format.manifest import ENGINES, PLACEMENTS, TORCH, Layer
 
 VOCABULARY_MULTIPLE: Final = 64
 """To which vLLM and SGLang pad the rows of a vocabulary before they share them (vllm DEFAULT_VOCAB_PADDING_SIZE)."""

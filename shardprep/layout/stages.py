@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from math import inf
 
-from shardprep_runtime.grid import Stages
+from shardprep_runtime.format.grid import Stages
 
 ROUNDS = 32
 """Halvings of the search for the least share of a device: what is left of it is less than a kilobyte."""

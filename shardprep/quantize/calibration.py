@@ -40,7 +40,7 @@ from shardprep_runtime.errors import (
     WriteError,
     quote,
 )
-from shardprep_runtime.filesystem import sync_folder
+from shardprep_runtime.shard.filesystem import sync_folder
 
 from ..files import open_regular
 

@@ -26,14 +26,14 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
-from shardprep_runtime import dtypes
-from shardprep_runtime.cut import allows
 from shardprep_runtime.errors import InputError, quote
+from shardprep_runtime.format import dtypes
+from shardprep_runtime.format.cut import allows
 
+from ..fit.kv_cache import text_config
 from ..layout.packed import PackedModel, fields_of, pack
-from ..memory import text_config
-from ..model import QUANTIZERS, Model
-from ..pad import share_evenly
+from ..layout.pad import share_evenly
+from ..model.describe import QUANTIZERS, Model
 
 if TYPE_CHECKING:
     import torch

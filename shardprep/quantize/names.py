@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from .. import skeleton
 from ..index import Index, Tensor
+from ..model import skeleton
 
 FIELDS: Final = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from shardprep_runtime import __version__
 
 from ..layout import Scheme
-from ..pad import Padding
+from ..layout.pad import Padding
 from .calibration import Tokens
 from .checks import Evaluation
 from .forecast import Forecast

@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shardprep_runtime.dtypes import TORCH
 from shardprep_runtime.errors import InputError, ProblemError, quote
+from shardprep_runtime.format.dtypes import TORCH
 
 from ..index import Index
 from ..layout import Scheme, normalize
 from ..layout.quantization import PACKED, Modules, list_modules, with_lists
-from ..model import lay_out_index, scheme_of
-from ..read import Sources, numpy_dtype, open_reader
+from ..model.describe import lay_out_index, scheme_of
+from ..source.bytes import Sources, numpy_dtype, open_reader
 from .names import PARTS
 
 FIELDS: Final = re.compile(

@@ -19,17 +19,17 @@ from typing import Any
 
 from shardprep_runtime import __version__
 from shardprep_runtime.errors import ProblemError, quote
-from shardprep_runtime.filesystem import sync_folder
-from shardprep_runtime.manifest import QUANTIZATION_REPORT
-from shardprep_runtime.store import Access
+from shardprep_runtime.format.manifest import QUANTIZATION_REPORT
+from shardprep_runtime.shard.filesystem import sync_folder
+from shardprep_runtime.stores.store import Access
 
-from ..conduct import Conduct, silent
 from ..convert import DEFAULT_PART_BYTES, write_checkpoint
 from ..index import Index
-from ..model import model_of
-from ..pad import Padding, pad_to
-from ..plan import plan_convert, settle_aliases
+from ..layout.pad import Padding, pad_to
+from ..model.describe import model_of
 from ..source import open_source, read_checkpoint
+from ..write.conduct import Conduct, silent
+from ..write.plan import plan_convert, settle_aliases
 from .calibration import Tokens, read_calibration, write_tokens
 from .checks import (
     Evaluation,

@@ -18,16 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, InputError, UnsupportedError, quote
+from shardprep_runtime.format import dtypes
 
-from .. import skeleton
 from ..index import Index, Tensor
 from ..layout.quantization import Scheme
-from ..model import scheme_of
-from ..packing import FIELDS, PACKED, dequantize
-from ..read import Sources, open_reader
+from ..model import skeleton
+from ..model.describe import scheme_of
 from ..source import open_source, read_checkpoint
+from ..source.bytes import Sources, open_reader
+from .packing import FIELDS, PACKED, dequantize
 
 if TYPE_CHECKING:
     import torch

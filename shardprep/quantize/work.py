@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from shardprep_runtime.errors import InputError, WriteError, quote
-from shardprep_runtime.filesystem import sync_folder
+from shardprep_runtime.shard.filesystem import sync_folder
 
 SUFFIX: Final = ".quantizing"
 JOURNAL: Final = "journal.json"

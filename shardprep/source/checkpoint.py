@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from shardprep_runtime.errors import FormatError, UnsupportedError, quote
-from shardprep_runtime.header import loads_strict
-from shardprep_runtime.manifest import FILE_NAME
+from shardprep_runtime.format.header import loads_strict
+from shardprep_runtime.format.manifest import FILE_NAME
 
 from ..files import Folder, read_at
 from ..index import Index, LeftOut, SourceFile, Tensor
-from ..staging import FOLDER, JOURNAL
+from ..write.staging import FOLDER, JOURNAL
 from .locate import Source
 from .names import SAFETENSORS, choose_weights, is_side_file
 from .safetensors_files import SafetensorsFile, read_safetensors_file

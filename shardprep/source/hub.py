@@ -20,7 +20,7 @@ from shardprep_runtime.errors import (
     StoreError,
     quote,
 )
-from shardprep_runtime.store import Sink, Stat
+from shardprep_runtime.stores.store import Sink, Stat
 
 from ..files import LocalFolder
 from .locate import Source

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Final
 
 from shardprep_runtime.errors import DeniedError, FormatError, UnsupportedError, quote
-from shardprep_runtime.remote import MANIFESTS
-from shardprep_runtime.store import Access, is_uri, open_store
+from shardprep_runtime.shard.revisions import MANIFESTS
+from shardprep_runtime.stores.store import Access, is_uri, open_store
 
 from ..files import Folder, LocalFolder
 from .names import is_weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from shardprep_runtime.manifest import FILE_NAME
+from shardprep_runtime.format.manifest import FILE_NAME
 
 SAFETENSORS: Final = (".safetensors",)
 TORCH: Final = (".bin", ".pt", ".pth", ".ckpt")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shardprep_runtime.header import header_length, parse_header
-from shardprep_runtime.manifest import digest_of
+from shardprep_runtime.format.header import header_length, parse_header
+from shardprep_runtime.format.manifest import digest_of
 
 from ..files import Folder, read_at
 from ..index import Extent, SourceFile, Tensor

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shardprep_runtime import cut
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import ManifestError, quote
-from shardprep_runtime.manifest import Manifest
-from shardprep_runtime.parts import OpenPart, PieceSpan, open_part
+from shardprep_runtime.format import cut
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.manifest import Manifest
+from shardprep_runtime.shard.parts import OpenPart, PieceSpan, open_part
 
 from ..files import LocalFolder
 from ..index import Extent, Index, SourceFile, Tensor

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Final, Protocol
 
 from shardprep_runtime.errors import FormatError, quote
-from shardprep_runtime.store import BufferSink, Sink, Stat
+from shardprep_runtime.stores.store import BufferSink, Sink, Stat
 
 from ..files import File, Stretch
 

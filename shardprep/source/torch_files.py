@@ -16,9 +16,9 @@ from itertools import accumulate
 from math import prod
 from typing import Final
 
-from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, UnsupportedError, quote
-from shardprep_runtime.header import MAX_DIMS, is_size
+from shardprep_runtime.format import dtypes
+from shardprep_runtime.format.header import MAX_DIMS, is_size
 
 from ..files import File, Folder, read_at
 from ..index import Extent, LeftOut, Record, SourceFile, Tensor

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, quote
-from shardprep_runtime.header import MAX_DIMS, is_size
+from shardprep_runtime.format import dtypes
+from shardprep_runtime.format.header import MAX_DIMS, is_size
 
 MAX_PICKLE_BYTES: Final = 256 * 2**20
 MAX_OPCODES: Final = 8_000_000

@@ -28,11 +28,11 @@ import yaml
 from referencing import Registry, Resource
 
 from shardprep.cli import main as shardprep
-from shardprep.serve_vllm import read_sizes
+from shardprep.vllm.serve import read_sizes
 from shardprep_runtime import __version__
 from shardprep_runtime.environment import cache_bytes
-from shardprep_runtime.grid import Grid
-from shardprep_runtime.prefetch_command import parse_ranks, parser, ranks_of_node
+from shardprep_runtime.format.grid import Grid
+from shardprep_runtime.shard.prefetch_command import parse_ranks, parser, ranks_of_node
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "manifests/k8s"

@@ -77,7 +77,7 @@ def test_every_module_of_the_runtime_is_standard_library_alone() -> None:
         for module in pkgutil.iter_modules(shardprep_runtime.__path__)
         if f"shardprep_runtime.{module.name}" not in OF_ENGINES
     ]
-    assert "shardprep_runtime.tensors" in modules
+    assert "shardprep_runtime.shard.tensors" in modules
     assert imported_by("import " + ", ".join(modules)) == {"shardprep_runtime"}
 
 
@@ -119,9 +119,7 @@ def test_a_store_in_a_folder_needs_no_client(tmp_path: Path) -> None:
 
 
 def test_the_command_that_fetches_before_a_worker_is_the_runtime_alone() -> None:
-    code = (
-        "from shardprep_runtime.prefetch_command import main\ntry: main(['--help'])\nexcept SystemExit: pass"
-    )
+    code = "from shardprep_runtime.shard.prefetch_command import main\ntry: main(['--help'])\nexcept SystemExit: pass"
     assert imported_by(code) == {"shardprep_runtime"}
 
 
@@ -275,7 +273,12 @@ def test_importing_the_runtime_does_nothing_at_all() -> None:
 
 
 def test_importing_what_a_worker_calls_first_does_nothing_at_all() -> None:
-    assert deeds("import shardprep_runtime.prefetch, shardprep_runtime.cache, shardprep_runtime.store") == []
+    assert (
+        deeds(
+            "import shardprep_runtime.shard.prefetch, shardprep_runtime.shard.cache, shardprep_runtime.stores.store"
+        )
+        == []
+    )
 
 
 def test_importing_any_module_of_ours_does_nothing() -> None:

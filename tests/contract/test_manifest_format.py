@@ -21,11 +21,11 @@ from shardprep.export import export
 from shardprep.layout import ModelLayout, Placed, known_types
 from shardprep.split import split
 from shardprep.verify import verify
-from shardprep_runtime import dtypes
-from shardprep_runtime import manifest as manifests
-from shardprep_runtime.cut import Layout, Segment
 from shardprep_runtime.errors import LayoutError, ManifestError
-from shardprep_runtime.header import MAX_DIMS, MAX_HEADER_BYTES, PAGE, parse_header
+from shardprep_runtime.format import dtypes
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.cut import Layout, Segment
+from shardprep_runtime.format.header import MAX_DIMS, MAX_HEADER_BYTES, PAGE, parse_header
 
 ROOT = Path(__file__).parents[2]
 PAGE_OF_THE_FORMAT = ROOT / "docs/manifest-format.md"
@@ -67,7 +67,7 @@ def split_again(name: str, folder: Path) -> Path:
     blocks = {} if model.block_bytes is None else {"block_bytes": model.block_bytes}
     with pytest.MonkeyPatch.context() as patch:
         if model.layouts is not None:  # no model type has such rules: they show what the format can say
-            patch.setattr("shardprep.model.derive_layout", lambda *_, **__: layout_of(model))
+            patch.setattr("shardprep.model.describe.derive_layout", lambda *_, **__: layout_of(model))
         split(
             source,
             destination,

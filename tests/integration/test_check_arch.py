@@ -14,14 +14,14 @@ from click.testing import CliRunner
 
 import shardprep.check.shard_set
 import shardprep.check.small
-import shardprep.model
+import shardprep.model.describe
 from s3server import S3Server, file_name
 from shardprep.check import CheckReport, Ranks, check_arch, read_model_config
 from shardprep.cli import main
 from shardprep.layout import ModelLayout, Placed, derive_layout
-from shardprep.skeleton import default_config
-from shardprep_runtime.cut import WHOLE, Layout, Segment
+from shardprep.model.skeleton import default_config
 from shardprep_runtime.errors import InputError, UnsupportedError
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 
 pytestmark = pytest.mark.xdist_group("transformers")  # one process that has imported transformers
 
@@ -140,7 +140,7 @@ def test_the_rules_hold_for_variants_of_llama(
 def test_sizes_that_no_number_of_ranks_divides_are_shared_unevenly(
     key: str, value: int, config_of: Callable[..., Path], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardprep import skeleton
+    from shardprep.model import skeleton
 
     real = skeleton.shrink
     monkeypatch.setattr(skeleton, "shrink", lambda config: {**real(config), key: value})
@@ -196,7 +196,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str, Placed], 
             )
 
         monkeypatch.setattr(shardprep.check.small, "derive_layout", derive)
-        monkeypatch.setattr(shardprep.model, "derive_layout", derive)
+        monkeypatch.setattr(shardprep.model.describe, "derive_layout", derive)
 
     return change
 
@@ -292,14 +292,14 @@ def test_a_vocabulary_of_one_row_less_is_not_split(
 def test_an_expert_that_no_rank_holds_is_found(
     config_of: Callable[..., Path], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shardprep_runtime.view
-    from shardprep_runtime.grid import experts_of
+    import shardprep_runtime.format.view
+    from shardprep_runtime.format.grid import experts_of
 
     def too_few(experts: int, size: int, rank: int) -> tuple[int, int]:
         start, stop = experts_of(experts, size, rank)
         return start, stop - (rank == 1)
 
-    monkeypatch.setattr(shardprep_runtime.view, "experts_of", too_few)
+    monkeypatch.setattr(shardprep_runtime.format.view, "experts_of", too_few)
     report = check_arch(config_of("mixtral", num_hidden_layers=2), tensor_parallel_size=2, ranks=ranks)
     assert report.difference is not None
     assert report.difference.proof == "views"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import small_models
 from shardprep_runtime import __version__, load, read_manifest
-from shardprep_runtime.manifest import digest_of
+from shardprep_runtime.format.manifest import digest_of
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))
 

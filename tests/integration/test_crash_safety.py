@@ -23,9 +23,9 @@ from click.testing import CliRunner
 import small_models
 from processes import ended
 from shardprep.cli import main
-from shardprep.conduct import Conduct
 from shardprep.convert import convert
 from shardprep.split import split
+from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import IntegrityError, SourceError
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))

@@ -24,10 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantized_models import quantized_tensors
 from shardprep.layout.quantization import Scheme, read_scheme
-from shardprep.packing import dequantized
 from shardprep.quantize.engine import Engine
 from shardprep.quantize.engines import old_transformers
 from shardprep.quantize.engines.main import Job
+from shardprep.quantize.packing import dequantized
 from shardprep_runtime.errors import UnsupportedError
 
 DATA = Path(__file__).parents[1] / "data/tiny-llama"

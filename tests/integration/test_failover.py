@@ -15,9 +15,9 @@ import pytest
 
 from shardprep.split import split
 from shardprep_runtime.errors import WorkerError
-from shardprep_runtime.workers.generate import Generator, Sampling
 from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.pipeline import Policy
+from shardprep_runtime.workers.text.generate import Generator, Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failover")]
 

@@ -17,15 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from shardprep.shrink import shrink
-from shardprep.skeleton import build, default_config
+from shardprep.model.shrink import shrink
+from shardprep.model.skeleton import build, default_config
 from shardprep.split import split
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import CacheLostError, InputError, WorkerError, WorkerLostError
-from shardprep_runtime.grid import Stages, even_stages
-from shardprep_runtime.load import load
-from shardprep_runtime.tensors import is_mapped
-from shardprep_runtime.workers.generate import Completion, Generator, Sampling, Token
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.grid import Stages, even_stages
+from shardprep_runtime.shard.loading import load
+from shardprep_runtime.shard.tensors import is_mapped
 from shardprep_runtime.workers.local import (
     LayerByLayer,
     LocalTransport,
@@ -36,6 +35,7 @@ from shardprep_runtime.workers.local import (
     open_local,
 )
 from shardprep_runtime.workers.pipeline import Pipeline, Policy
+from shardprep_runtime.workers.text.generate import Completion, Generator, Sampling, Token
 from shardprep_runtime.workers.transport import Health, Output, Step, WorkerInfo
 
 transformers = pytest.importorskip("transformers")
@@ -505,7 +505,7 @@ def test_a_model_is_opened_whole_where_memory_suffices_and_layer_by_layer_where_
 
 ANONYMOUS = """
 import sys, threading
-from shardprep_runtime.workers.generate import Generator, Sampling
+from shardprep_runtime.workers.text.generate import Generator, Sampling
 from shardprep_runtime.workers.local import open_fallback
 from shardprep_runtime.workers.pipeline import Pipeline
 import torch, transformers

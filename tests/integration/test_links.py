@@ -32,9 +32,9 @@ from shardprep_runtime.errors import (
     WorkerError,
     WorkerLostError,
 )
-from shardprep_runtime.workers import link
-from shardprep_runtime.workers.link import BrokenLink, Header, Limits, Link, Op, Parcel
-from shardprep_runtime.workers.links import LinkTransport
+from shardprep_runtime.workers.links import link
+from shardprep_runtime.workers.links.link import BrokenLink, Header, Limits, Link, Op, Parcel
+from shardprep_runtime.workers.links.transport import LinkTransport
 from shardprep_runtime.workers.meeting import Meeting, Plan, open_meeting
 from shardprep_runtime.workers.transport import Output, Step
 
@@ -482,7 +482,7 @@ FRONT_END = """
 import os, signal, sys, time
 import torch
 from echo_worker import DIGEST, SECRET
-from shardprep_runtime.workers.links import LinkTransport
+from shardprep_runtime.workers.links.transport import LinkTransport
 from shardprep_runtime.workers.meeting import Plan, open_meeting
 from shardprep_runtime.workers.transport import Step
 plan = Plan(transport="links", stages=((0, 1), (1, 2)), manifest_digest=DIGEST)

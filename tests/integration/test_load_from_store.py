@@ -28,9 +28,6 @@ from s3fixtures import isolate
 from s3server import S3Server
 from shardprep.split import split
 from shardprep_runtime import Shard, load, read_manifest
-from shardprep_runtime import fetch as fetching
-from shardprep_runtime import manifest as manifests
-from shardprep_runtime.cache import Cache
 from shardprep_runtime.errors import (
     InputError,
     IntegrityError,
@@ -40,10 +37,13 @@ from shardprep_runtime.errors import (
     SourceError,
     StoreError,
 )
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.landing import VERIFIED
-from shardprep_runtime.parts import Numbered, open_part
-from shardprep_runtime.store import open_store
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.shard import fetch as fetching
+from shardprep_runtime.shard.cache import Cache
+from shardprep_runtime.shard.landing import VERIFIED
+from shardprep_runtime.shard.parts import Numbered, open_part
+from shardprep_runtime.stores.folder import FolderStore
+from shardprep_runtime.stores.store import open_store
 from stores import CountingStore, make_store, part_keys
 
 FROZEN = Path(__file__).parents[1] / "data/v1"
@@ -101,7 +101,7 @@ def counted(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingSt
     """The store that `load` opens; every request of it is short, so that there are many."""
     monkeypatch.setattr(fetching, "RUN_BYTES", 2048)
     found = CountingStore(FolderStore(store))
-    module = importlib.import_module("shardprep_runtime.load")
+    module = importlib.import_module("shardprep_runtime.shard.loading")
     monkeypatch.setattr(module, "open_store", lambda *_: found)
     yield found
 
@@ -346,13 +346,13 @@ import hashlib, importlib, json, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from shardprep_runtime import fetch, load
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.store import open_store
+from shardprep_runtime.stores.folder import FolderStore
+from shardprep_runtime.stores.store import open_store
 from stores import CountingStore
 fetch.RUN_BYTES = 1024
 store = CountingStore(FolderStore(Path({store!r})))
 store.delay(0.003)
-importlib.import_module("shardprep_runtime.load").open_store = lambda *_: store
+importlib.import_module("shardprep_runtime.shard.loading").open_store = lambda *_: store
 print("ready", flush=True)
 sys.stdin.readline()
 with load("file:///x", cache={cache!r}, workers=4, **{grid!r}) as shard:

@@ -243,7 +243,7 @@ def test_the_split_reads_every_source_byte_once(tmp_path: Path) -> None:
     """By the kernel's count of bytes read: the records once, and the little that describes them."""
     script = (
         "import sys\nfrom pathlib import Path\nfrom shardprep.split import split\n"
-        "import shardprep.source, shardprep.side_files, blake3, isal.isal_zlib, json, ast, importlib.resources\n"
+        "import shardprep.source, shardprep.write.side_files, blake3, isal.isal_zlib, json, ast, importlib.resources\n"
         "def rchar(): return int(next(l for l in open('/proc/self/io') if l.startswith('rchar')).split()[1])\n"
         "before = rchar()\n"
         "split(Path(sys.argv[1]), Path(sys.argv[2]), tensor_parallel_size=4)\n"

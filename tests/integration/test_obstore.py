@@ -24,7 +24,6 @@ import pytest
 
 from s3fixtures import BUCKET, chunk, content, http_server
 from s3server import S3Server
-from shardprep_runtime import obstore_store
 from shardprep_runtime.errors import (
     ConflictError,
     DeniedError,
@@ -34,8 +33,9 @@ from shardprep_runtime.errors import (
     StoreError,
     WriteError,
 )
-from shardprep_runtime.obstore_store import SENT_BYTES, ObstoreStore
-from shardprep_runtime.store import Access, BufferSink, Chunk, FileRange, open_store, read, read_small
+from shardprep_runtime.stores import gs_az as obstore_store
+from shardprep_runtime.stores.gs_az import SENT_BYTES, ObstoreStore
+from shardprep_runtime.stores.store import Access, BufferSink, Chunk, FileRange, open_store, read, read_small
 
 obstore = pytest.importorskip("obstore", reason="needs obstore: pip install 'shardprep[obstore]'")
 

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 import small_models
 from padding import difference, padded, small_config
-from shardprep.conduct import Conduct
-from shardprep.pad import HARMLESS
-from shardprep.read import CHUNK
+from shardprep.layout.pad import HARMLESS
 from shardprep.source import locate
+from shardprep.source.bytes import CHUNK
+from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import IntegrityError
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.store import Sink
+from shardprep_runtime.stores.folder import FolderStore
+from shardprep_runtime.stores.store import Sink
 
 ONE_PROCESS = pytest.mark.xdist_group("transformers, too")  # one process that has imported transformers
 

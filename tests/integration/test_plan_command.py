@@ -13,7 +13,7 @@ import pytest
 
 import header_checkpoints as published
 import small_models
-from shardprep.fit import FitReport, plan_fit
+from shardprep.fit.report import FitReport, plan_fit
 from shardprep_runtime import plan_view, read_manifest
 from shardprep_runtime.errors import InputError
 

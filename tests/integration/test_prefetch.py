@@ -19,12 +19,12 @@ import pytest
 
 from shardprep_runtime import load, prefetch
 from shardprep_runtime.errors import IntegrityError, MissingError, ShardprepError
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.grid import Grid
-from shardprep_runtime.manifest import digest_of
-from shardprep_runtime.manifest import read as read_manifest
-from shardprep_runtime.prefetch_command import Prefetching, fetch, ranks_of_node
-from shardprep_runtime.remote import blob_key
+from shardprep_runtime.format.grid import Grid
+from shardprep_runtime.format.manifest import digest_of
+from shardprep_runtime.format.manifest import read as read_manifest
+from shardprep_runtime.shard.prefetch_command import Prefetching, fetch, ranks_of_node
+from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.stores.folder import FolderStore
 from stores import CountingStore, make_store
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"
@@ -32,7 +32,7 @@ GRID: dict[str, Any] = {"tensor_parallel_size": 2, "rank": 1}
 COMMAND = [
     sys.executable,
     "-c",
-    "import sys; from shardprep_runtime.prefetch_command import main; sys.exit(main())",
+    "import sys; from shardprep_runtime.shard.prefetch_command import main; sys.exit(main())",
 ]
 """As the console script does."""
 
@@ -426,12 +426,12 @@ SLOW = """
 import importlib, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.prefetch_command import main
+from shardprep_runtime.stores.folder import FolderStore
+from shardprep_runtime.shard.prefetch_command import main
 from stores import CountingStore
 store = CountingStore(FolderStore(Path({store!r})))
 store.delay({delay})
-importlib.import_module("shardprep_runtime.load").open_store = lambda *_: store
+importlib.import_module("shardprep_runtime.shard.loading").open_store = lambda *_: store
 sys.exit(main())
 """
 
@@ -478,7 +478,7 @@ def test_a_worker_that_is_run_so_has_its_shard(store: Path, tmp_path: Path) -> N
 
 BESIDE = """
 import os, sys
-from shardprep_runtime.prefetch_command import Prefetching, fetch_beside
+from shardprep_runtime.shard.prefetch_command import Prefetching, fetch_beside
 fetch_beside(Prefetching(source=sys.argv[1], ranks=(0, 1), tensor_parallel_size=2, cache=sys.argv[2]))
 os.execvp("sh", ["sh", "-c", "echo became; exec cat"])
 """

@@ -19,15 +19,15 @@ from quantized_models import write_quantized
 from shardprep.cli import main
 from shardprep.inspect import inspect
 from shardprep.layout.quantization import Scheme
-from shardprep.skeleton import build, default_config, shrink
+from shardprep.model.skeleton import build, default_config, shrink
 from shardprep.split import split
 from shardprep.verify import verify
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import IntegrityError, ProblemError, UnsupportedError
-from shardprep_runtime.probe import Checked, check_stage
-from shardprep_runtime.remote import read_manifest
-from shardprep_runtime.stage import build_stage
-from shardprep_runtime.store import open_store
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.shard.revisions import read_manifest
+from shardprep_runtime.stage.probe import Checked, check_stage
+from shardprep_runtime.stage.stage import build_stage
+from shardprep_runtime.stores.store import open_store
 
 # one process that starts the ranks for all of this file
 pytestmark = pytest.mark.xdist_group("transformers, probed")
@@ -330,19 +330,21 @@ def test_a_split_that_was_killed_while_it_renamed_is_probed_again(probed: Path, 
     """Some parts then stand under their final names, others still wait."""
     folder = tmp_path / "shards"
     with pytest.MonkeyPatch.context() as patch:
-        import shardprep.staging
+        import shardprep.write.staging
 
         renamed: list[str] = []
 
         def publish(
-            self: shardprep.staging.Staging, name: str, real: Any = shardprep.staging.Staging._publish
+            self: shardprep.write.staging.Staging,
+            name: str,
+            real: Any = shardprep.write.staging.Staging._publish,
         ) -> None:
             if len(renamed) == 2:
                 raise KeyboardInterrupt
             real(self, name)
             renamed.append(name)
 
-        patch.setattr(shardprep.staging.Staging, "_publish", publish)
+        patch.setattr(shardprep.write.staging.Staging, "_publish", publish)
         with pytest.raises(KeyboardInterrupt):
             split(TRAINED, folder, tensor_parallel_size=2, probe=True)
     assert (folder / ".shardprep-partial").is_dir()

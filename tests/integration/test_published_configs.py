@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from shardprep.fit.weights import Census
 from shardprep.index import natural
 from shardprep.layout import derive_layout
-from shardprep.skeleton import shapes_of
-from shardprep.weights import Census
-from shardprep_runtime import dtypes
+from shardprep.model.skeleton import shapes_of
 from shardprep_runtime.errors import LayoutError
+from shardprep_runtime.format import dtypes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which takes seconds to import
 

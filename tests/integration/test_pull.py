@@ -23,11 +23,11 @@ from shardprep.cli import main
 from shardprep.split import split
 from shardprep_runtime import load, read_manifest
 from shardprep_runtime.errors import FormatError
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.landing import ABSENT, HEAD, VERIFIED, read_map
-from shardprep_runtime.manifest import Part
-from shardprep_runtime.parts import Numbered, open_part
-from shardprep_runtime.remote import blob_key
+from shardprep_runtime.format.manifest import Part
+from shardprep_runtime.shard.landing import ABSENT, HEAD, VERIFIED, read_map
+from shardprep_runtime.shard.parts import Numbered, open_part
+from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.stores.folder import FolderStore
 from stores import make_store
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))
@@ -296,10 +296,10 @@ SLOW = """
 import importlib, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from shardprep.conduct import Conduct
-from shardprep_runtime.folder_store import FolderStore
+from shardprep.write.conduct import Conduct
+from shardprep_runtime.stores.folder import FolderStore
 from stores import CountingStore
-module = importlib.import_module("shardprep.pull")
+module = importlib.import_module("shardprep.publish.pull")
 store = CountingStore(FolderStore(Path({store!r})))
 log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 def landing(key, start, stop):
@@ -420,7 +420,7 @@ def test_a_kill_as_names_are_given_leaves_nothing_behind(shards: Path, store: Pa
 
 
 def manifest_digest(shards: Path) -> str:
-    from shardprep_runtime.manifest import digest_of
+    from shardprep_runtime.format.manifest import digest_of
 
     return digest_of((shards / "shardprep.json").read_bytes())
 

@@ -22,13 +22,14 @@ import torch
 import small_models
 from processes import ended
 from s3server import S3Server
-from shardprep import prune as pruning
-from shardprep import publish, send
-from shardprep.conduct import Conduct
-from shardprep.prune import prune, revisions
-from shardprep.publish import push
-from shardprep.send import Blob, Digested
+from shardprep.publish import prune as pruning
+from shardprep.publish import push as publish
+from shardprep.publish import send
+from shardprep.publish.prune import prune, revisions
+from shardprep.publish.push import push
+from shardprep.publish.send import Blob, Digested
 from shardprep.split import split
+from shardprep.write.conduct import Conduct
 from shardprep_runtime import read_manifest
 from shardprep_runtime.errors import (
     ConflictError,
@@ -37,10 +38,10 @@ from shardprep_runtime.errors import (
     ManifestError,
     StoreError,
 )
-from shardprep_runtime.folder_store import FolderStore, FolderUpload
-from shardprep_runtime.manifest import digest_of
-from shardprep_runtime.remote import blob_key
-from shardprep_runtime.store import Chunk, FileRange
+from shardprep_runtime.format.manifest import digest_of
+from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.stores.folder import FolderStore, FolderUpload
+from shardprep_runtime.stores.store import Chunk, FileRange
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))
 WEEK = 7 * 86400.0

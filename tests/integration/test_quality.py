@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 from quantized_models import one_thread, quantized_tensors, read_tensors, write_quantized
-from shardprep import skeleton
 from shardprep.index import Index
+from shardprep.layout.pad import pad_to
 from shardprep.layout.quantization import Scheme
-from shardprep.packing import dequantized
-from shardprep.pad import pad_to
+from shardprep.model import skeleton
+from shardprep.quantize.packing import dequantized
 from shardprep.quantize.quality import Quality, measure
 from shardprep.quantize.walk import Call, Walk, check_kind, walk
 from shardprep.source import open_source, read_checkpoint

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 import quantized_models
 import small_models
 from processes import ended
-from shardprep import skeleton
 from shardprep.convert import convert
 from shardprep.inspect import inspect
 from shardprep.layout import Scheme, read_scheme
-from shardprep.model import scheme_of
-from shardprep.packing import dequantized
+from shardprep.model import skeleton
+from shardprep.model.describe import scheme_of
 from shardprep.quantize import checks, run
 from shardprep.quantize.checks import Evaluation
 from shardprep.quantize.engine import Engine, EngineError
+from shardprep.quantize.packing import dequantized
 from shardprep.quantize.quality import Quality, measure
 from shardprep.quantize.recipe import Recipe
 from shardprep.quantize.report import QuantizeReport

@@ -27,17 +27,17 @@ from quantized_models import (
 )
 from shardprep.cli import main
 from shardprep.export import export
+from shardprep.fit.weights import Census
 from shardprep.inspect import inspect
 from shardprep.layout import ModelLayout, Scheme, derive_layout
-from shardprep.model import read_model
-from shardprep.packing import dequantized
+from shardprep.model.describe import read_model
+from shardprep.quantize.packing import dequantized
 from shardprep.split import split
 from shardprep.verify import verify
-from shardprep.weights import Census
-from shardprep_runtime import manifest as manifests
-from shardprep_runtime.cut import takes
 from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError
-from shardprep_runtime.manifest import Quantization
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.cut import takes
+from shardprep_runtime.format.manifest import Quantization
 
 CHECKPOINT = Path(__file__).parent.parent / "data" / "tiny-llama"
 ONE_PROCESS = pytest.mark.xdist_group("transformers, too")  # one process that has imported transformers

@@ -34,10 +34,10 @@ from s3server import S3Server
 from shardprep.split import split
 from shardprep_runtime import load, read_manifest
 from shardprep_runtime.errors import InputError, IntegrityError, ShardprepError
-from shardprep_runtime.manifest import digest_of
-from shardprep_runtime.ray_workers import Options, Wanted, read_options, read_request
-from shardprep_runtime.stage import side_folder
-from shardprep_runtime.store import open_store
+from shardprep_runtime.format.manifest import digest_of
+from shardprep_runtime.stage.stage import side_folder
+from shardprep_runtime.stores.store import open_store
+from shardprep_runtime.workers.ray_serve import Options, Wanted, read_options, read_request
 
 TINY = Path(__file__).parents[1] / "data/tiny-llama"
 MANIFESTS = Path(__file__).parents[2] / "manifests/ray"
@@ -63,7 +63,7 @@ ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, _t
 serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 
 def run(name, args):
-    from shardprep_runtime.ray_workers import build
+    from shardprep_runtime.workers.ray_serve import build
 
     serve.run(build(args), name=name, route_prefix="/" + name)
 
@@ -426,7 +426,7 @@ def test_the_service_of_kuberay_has_the_same_application() -> None:
 
 def test_the_workers_manifest_is_made_of_options() -> None:
     (application,) = serve_config("workers.yaml")["applications"]
-    assert application["import_path"] == "shardprep_runtime.ray_workers:build"
+    assert application["import_path"] == "shardprep_runtime.workers.ray_serve:build"
     assert read_options(application["args"]).tensor_parallel_size == 2
 
 
@@ -514,7 +514,7 @@ def test_the_manifests_are_configs_of_serve() -> None:
         "import sys, yaml\n"
         "from ray.serve.schema import ServeDeploySchema\n"
         "from ray.llm._internal.serve.core.configs.llm_config import LLMConfig\n"
-        "from shardprep_runtime.ray_llm import read_config\n"
+        "from shardprep_runtime.engines.ray_llm import read_config\n"
         "for path in sys.argv[1:]:\n"
         "    ServeDeploySchema.model_validate(yaml.safe_load(open(path)))\n"
         "args = yaml.safe_load(open(sys.argv[1]))['applications'][0]['args']\n"
@@ -528,9 +528,9 @@ def test_the_manifests_are_configs_of_serve() -> None:
 
 RANKS = """
 import json, sys
-from shardprep_runtime.engines import read_options
-from shardprep_runtime.prefetch_command import parser
-from shardprep_runtime.ray_llm import Wanted, prefetch_arguments, ranks_of
+from shardprep_runtime.engines.options import read_options
+from shardprep_runtime.shard.prefetch_command import parser
+from shardprep_runtime.engines.ray_llm import Wanted, prefetch_arguments, ranks_of
 from pathlib import Path
 
 gpus = {index: {"GPU": 1.0} for index in range(4)}

@@ -26,14 +26,14 @@ import pytest
 import torch
 
 import small_models
-from shardprep.publish import push
-from shardprep.pull import pull
-from shardprep.send import PART_BYTES
+from shardprep.publish.pull import pull
+from shardprep.publish.push import push
+from shardprep.publish.send import PART_BYTES
 from shardprep.split import split
 from shardprep_runtime import load
 from shardprep_runtime.errors import ConflictError, DeniedError, MissingError, SourceError, StoreError
-from shardprep_runtime.s3 import S3Store
-from shardprep_runtime.store import (
+from shardprep_runtime.stores.s3 import S3Store
+from shardprep_runtime.stores.store import (
     Access,
     BufferSink,
     Chunk,

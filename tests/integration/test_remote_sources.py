@@ -18,14 +18,14 @@ from click.testing import CliRunner
 import small_models
 import torch_corpus as corpus
 from shardprep.cli import main
-from shardprep.conduct import Conduct
 from shardprep.convert import convert
 from shardprep.inspect import inspect
 from shardprep.source import locate, store_files
 from shardprep.split import split
+from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import FormatError, IntegrityError, MissingError, SourceError, UnsupportedError
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.store import Access, Sink
+from shardprep_runtime.stores.folder import FolderStore
+from shardprep_runtime.stores.store import Access, Sink
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 

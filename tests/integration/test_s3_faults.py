@@ -16,10 +16,10 @@ import small_models
 from s3fixtures import BUCKET, chunk, content, opened
 from s3server import S3Server
 from shardprep.cli import main
-from shardprep.publish import push
-from shardprep.pull import pull
+from shardprep.publish.pull import pull
+from shardprep.publish.push import push
 from shardprep.split import split
-from shardprep_runtime import Shard, fetch, load, read_manifest
+from shardprep_runtime import Shard, load, read_manifest
 from shardprep_runtime.errors import (
     DeniedError,
     IntegrityError,
@@ -28,9 +28,10 @@ from shardprep_runtime.errors import (
     SourceError,
     StoreError,
 )
-from shardprep_runtime.manifest import Part
-from shardprep_runtime.remote import blob_key
-from shardprep_runtime.store import Access, Transfer, read
+from shardprep_runtime.format.manifest import Part
+from shardprep_runtime.shard import fetch
+from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.stores.store import Access, Transfer, read
 
 pytestmark = pytest.mark.slow  # a minute of waiting for what passes
 

@@ -14,12 +14,12 @@ from click.testing import CliRunner, Result
 import small_models
 from s3server import S3Server, file_name
 from shardprep.cli import main
-from shardprep.conduct import Conduct
 from shardprep.convert import convert
 from shardprep.inspect import inspect
 from shardprep.split import split
+from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import DeniedError, IntegrityError, SourceError
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.store import Access
 
 pytest.importorskip("botocore")
 

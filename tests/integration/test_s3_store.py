@@ -24,8 +24,6 @@ import pytest
 import s3fixtures
 from s3fixtures import BUCKET, chunk, content, opened
 from s3server import S3Server
-from shardprep_runtime import s3 as s3_module
-from shardprep_runtime.boto import BotoMover
 from shardprep_runtime.errors import (
     ConflictError,
     DeniedError,
@@ -35,8 +33,10 @@ from shardprep_runtime.errors import (
     SourceError,
     StoreError,
 )
-from shardprep_runtime.s3 import NativeMover, S3Store
-from shardprep_runtime.store import BufferSink, Chunk, FileRange, Transfer, read, read_small
+from shardprep_runtime.stores import s3 as s3_module
+from shardprep_runtime.stores.s3 import NativeMover, S3Store
+from shardprep_runtime.stores.s3_by_botocore import BotoMover
+from shardprep_runtime.stores.store import BufferSink, Chunk, FileRange, Transfer, read, read_small
 
 MIB = 2**20
 NUMBERS = itertools.count()

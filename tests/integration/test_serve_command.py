@@ -27,10 +27,10 @@ from typing import Any
 import pytest
 
 from shardprep.split import split
-from shardprep_runtime.workers.generate import Generator
-from shardprep_runtime.workers.http_api import MOST_BYTES, build_app
+from shardprep_runtime.workers.http.app import MOST_BYTES, build_app
 from shardprep_runtime.workers.local import open_local
 from shardprep_runtime.workers.pipeline import Pipeline, Policy
+from shardprep_runtime.workers.text.generate import Generator
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "prometheus_client", "uvicorn")),

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 import shardprep_runtime
-from shardprep.serve_vllm import Sizes, prepare_vllm, read_sizes
-from shardprep.sharded_state import RECORD, Record, StateFile, dump_record
 from shardprep.split import split
-from shardprep_runtime.engines import find_shard_set, read_options
+from shardprep.vllm.serve import Sizes, prepare_vllm, read_sizes
+from shardprep.vllm.sharded_state import RECORD, Record, StateFile, dump_record
+from shardprep_runtime.engines.options import find_shard_set, read_options
 from shardprep_runtime.errors import InputError, LayoutError, ManifestError
-from shardprep_runtime.manifest import FILE_NAME, digest_of
+from shardprep_runtime.format.manifest import FILE_NAME, digest_of
 from small_models import write_model
 from stores import make_store
 

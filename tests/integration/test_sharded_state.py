@@ -93,8 +93,8 @@ def write_packed(folder: Path, write: Callable[[Path], Path], method: str, *, dy
 
 def write_experts(folder: Path) -> Path:
     """A mixture whose experts vLLM's kernels for CPUs take in halves when they are quantized."""
-    from shardprep.shrink import Sizes
-    from shardprep.skeleton import default_config, shapes_of, shrink
+    from shardprep.model.shrink import Sizes
+    from shardprep.model.skeleton import default_config, shapes_of, shrink
 
     config = shrink(default_config("qwen3_moe"), Sizes(intermediate=512, expert=256))
     shapes = {name: tuple(shape) for name, (_, shape) in shapes_of(config).items()}
@@ -408,7 +408,7 @@ def test_a_model_that_vllm_does_not_know_is_refused_in_its_words(python: str, tm
     before = config.read_bytes()
     other = before.replace(b"LlamaForCausalLM", b"LlamaForWhatever")
     config.write_bytes(other)
-    from shardprep_runtime.manifest import digest_of
+    from shardprep_runtime.format.manifest import digest_of
 
     manifest.write_text(manifest.read_text().replace(digest_of(before), digest_of(other)))
     ended = shardprep(

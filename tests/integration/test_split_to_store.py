@@ -19,12 +19,12 @@ import torch
 import small_models
 from processes import ended
 from s3server import S3Server
-from shardprep.conduct import Conduct
-from shardprep.publish import StoreStaging, push
+from shardprep.publish.push import StoreStaging, push
 from shardprep.split import split
+from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import ConflictError, InputError, IntegrityError, StoreError
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.remote import read_manifest
+from shardprep_runtime.shard.revisions import read_manifest
+from shardprep_runtime.stores.folder import FolderStore
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))
 

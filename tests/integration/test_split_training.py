@@ -25,11 +25,12 @@ from s3fixtures import BUCKET, isolate, opened
 from s3server import S3Server
 from shardprep.cli import main
 from shardprep.convert import convert
-from shardprep.publish import push
-from shardprep.skeleton import build, quiet
+from shardprep.model.skeleton import build, quiet
+from shardprep.publish.push import push
 from shardprep.split import split
-from shardprep_runtime import load, read_manifest, remote
+from shardprep_runtime import load, read_manifest
 from shardprep_runtime.errors import InputError, ProblemError, UnsupportedError, WorkerError, WorkerLostError
+from shardprep_runtime.shard import revisions as remote
 from trainer import INDEX, SplitTrainer, split_options
 
 # processes of a second or two of imports each: not beside one another

@@ -24,7 +24,7 @@ from shardprep_runtime.errors import (
     LayoutError,
     UnsupportedError,
 )
-from shardprep_runtime.stage import build_stage, side_folder
+from shardprep_runtime.stage.stage import build_stage, side_folder
 from stages_models import (
     PROMPT,
     cuts,
@@ -113,7 +113,7 @@ def test_a_stage_says_what_it_is(made: Callable[..., Path]) -> None:
     for stage in (first, last):
         assert stage.pipeline_parallel_size == 2
         assert (stage.hidden_size, stage.vocab_size, stage.dtype) == (64, 259, torch.float32)
-        assert stage.manifest_digest == shardprep_runtime.manifest.digest_of(raw)
+        assert stage.manifest_digest == shardprep_runtime.format.manifest.digest_of(raw)
         assert stage.config.num_hidden_layers == 4
         assert stage.can_crop
         assert stage.max_positions == stage.config.max_position_embeddings

@@ -21,8 +21,8 @@ from shardprep.cli import main
 from shardprep.layout.quantization import Scheme
 from shardprep.split import split
 from shardprep_runtime import load, prefetch, read_manifest
+from shardprep_runtime.engines.transformers_state import check_loaded, transformers_state
 from shardprep_runtime.errors import InputError, IntegrityError, LayoutError
-from shardprep_runtime.transformers_state import check_loaded, transformers_state
 from stores import make_store
 from transformers_ranks import Ranks
 

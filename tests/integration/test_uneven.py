@@ -18,9 +18,9 @@ from shardprep.cli import main
 from shardprep.layout import ModelLayout, Placed
 from shardprep.split import split
 from shardprep_runtime import Shard, load
-from shardprep_runtime import tensors as joining
-from shardprep_runtime.cut import WHOLE, Layout, Segment
-from shardprep_runtime.store import open_store
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment
+from shardprep_runtime.shard import tensors as joining
+from shardprep_runtime.stores.store import open_store
 from stores import make_store
 
 EXPERTS = 5
@@ -108,7 +108,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with pytest.MonkeyPatch.context() as patch:
         # no model type is as awkward as this
-        patch.setattr("shardprep.model.derive_layout", lambda *_, **__: layout)
+        patch.setattr("shardprep.model.describe.derive_layout", lambda *_, **__: layout)
         split(folder / "source", folder / "set", tensor_parallel_size=GRAIN, block_bytes=4096)
     return folder / "set"
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shardprep_runtime import cut
 from shardprep_runtime.errors import LayoutError
-from shardprep_runtime.grid import (
+from shardprep_runtime.format import cut
+from shardprep_runtime.format.grid import (
     Grid,
     check_stage_needs,
     check_stages,

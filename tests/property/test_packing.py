@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from quantized_models import one_thread, round_to_nearest
 from shardprep.layout import ModelLayout, PackedModel, Placed, Scheme
 from shardprep.layout.packed import derive_packed
-from shardprep.packing import dequantize
-from shardprep_runtime.cut import Layout, Segment, allows, takes
+from shardprep.quantize.packing import dequantize
+from shardprep_runtime.format.cut import Layout, Segment, allows, takes
 
 SIZES = (1, 2, 3, 4, 8)
 NAMES = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from shardprep.files import LocalFolder
 from shardprep.index import Extent, Index, SourceFile, Tensor
 from shardprep.layout import ModelLayout, Placed
-from shardprep.plan import Plan, plan_convert, plan_split
-from shardprep.write import fingerprint
-from shardprep_runtime.cut import WHOLE, Layout, Segment
-from shardprep_runtime.dtypes import BITS
-from shardprep_runtime.header import parse_header
+from shardprep.write.mover import fingerprint
+from shardprep.write.plan import Plan, plan_convert, plan_split
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment
+from shardprep_runtime.format.dtypes import BITS
+from shardprep_runtime.format.header import parse_header
 
 GRAIN = 4
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)  # half a surrogate pair is no name

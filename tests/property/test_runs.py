@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardprep_runtime import fetch, read_manifest
-from shardprep_runtime.fetch import RUN_BYTES, Arrival, Run, plan_runs
-from shardprep_runtime.landing import LANDED, VERIFIED, LandingSink, land_in_file, land_in_memory
-from shardprep_runtime.parts import Block, Numbered, OpenPart, open_part
+from shardprep_runtime import read_manifest
+from shardprep_runtime.shard import fetch
+from shardprep_runtime.shard.fetch import RUN_BYTES, Arrival, Run, plan_runs
+from shardprep_runtime.shard.landing import LANDED, VERIFIED, LandingSink, land_in_file, land_in_memory
+from shardprep_runtime.shard.parts import Block, Numbered, OpenPart, open_part
 
 SHARDS = Path(__file__).parents[1] / "data/v1/phi3-fused-tp2"
 MANIFEST = read_manifest(SHARDS)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import s3fixtures
 from s3fixtures import BUCKET, content, opened
 from s3server import S3Server
-from shardprep_runtime.s3 import S3Store
-from shardprep_runtime.store import read
+from shardprep_runtime.stores.s3 import S3Store
+from shardprep_runtime.stores.store import read
 
 SIZE = 3 * 2**20 + 12345
 WHOLE = content(SIZE)

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardprep_runtime.cut import Layout, Segment, takes
+from shardprep_runtime.engines.shardtensor import AwaitedTensor, ShardTensor, shard_tensor
 from shardprep_runtime.errors import LayoutError
-from shardprep_runtime.manifest import Form
-from shardprep_runtime.shardtensor import AwaitedTensor, ShardTensor, shard_tensor
-from shardprep_runtime.view import TensorView
+from shardprep_runtime.format.cut import Layout, Segment, takes
+from shardprep_runtime.format.manifest import Form
+from shardprep_runtime.format.view import TensorView
 
 View = Callable[[torch.Tensor], torch.Tensor]
 

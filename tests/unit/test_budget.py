@@ -10,15 +10,15 @@ import pytest
 
 import header_checkpoints as published
 import small_models
-from shardprep.budget import RUNTIME_BYTES, Shape, Workload, allowance, fill, transfer
-from shardprep.fit import plan_fit
+from shardprep.fit.budget import RUNTIME_BYTES, Shape, Workload, allowance, fill, transfer
+from shardprep.fit.kv_cache import Kept
+from shardprep.fit.report import plan_fit
+from shardprep.fit.weights import Census
 from shardprep.layout import ModelLayout, Placed, derive_layout
-from shardprep.memory import Kept
 from shardprep.split import split
-from shardprep.weights import Census
 from shardprep_runtime import plan_view, read_manifest
-from shardprep_runtime.cut import WHOLE, Layout, Segment
 from shardprep_runtime.errors import LayoutError
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 
 GIB = 2**30
 

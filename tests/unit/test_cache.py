@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from shardprep_runtime import environment, load, read_manifest
-from shardprep_runtime.cache import Cache
 from shardprep_runtime.errors import InputError, WriteError
-from shardprep_runtime.landing import Landing
-from shardprep_runtime.manifest import Part, digest_of
+from shardprep_runtime.format.manifest import Part, digest_of
+from shardprep_runtime.shard.cache import Cache
+from shardprep_runtime.shard.landing import Landing
 from stores import make_store
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from shardprep_runtime.engines import Options, find_shard_set, read_options
+from shardprep_runtime.engines.options import Options, find_shard_set, read_options
 from shardprep_runtime.errors import InputError, ManifestError, MissingError
-from shardprep_runtime.manifest import FILE_NAME, digest_of
+from shardprep_runtime.format.manifest import FILE_NAME, digest_of
 from stores import make_store
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"

@@ -12,8 +12,8 @@ from shardprep.files import LocalFolder, ended, read_at
 from shardprep.source import store_files
 from shardprep.source.store_files import StoreFolder, is_plain
 from shardprep_runtime.errors import FormatError, SourceError
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.store import Sink
+from shardprep_runtime.stores.folder import FolderStore
+from shardprep_runtime.stores.store import Sink
 
 DATA = os.urandom(100_000)
 

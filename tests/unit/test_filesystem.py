@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from shardprep_runtime import filesystem, load
+from shardprep_runtime import load
 from shardprep_runtime.errors import InputError, IntegrityError, SourceError
-from shardprep_runtime.filesystem import choose_io, file_system, is_network
+from shardprep_runtime.shard import filesystem
+from shardprep_runtime.shard.filesystem import choose_io, file_system, is_network
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"
 

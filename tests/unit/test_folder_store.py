@@ -20,8 +20,8 @@ from shardprep_runtime.errors import (
     SourceError,
     StoreError,
 )
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.store import BufferSink, Chunk, FileRange, open_store, read, read_small
+from shardprep_runtime.stores.folder import FolderStore
+from shardprep_runtime.stores.store import BufferSink, Chunk, FileRange, open_store, read, read_small
 
 HOSTILE = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "a/", "a\\b", "a\0b", "\udcff\ud800"]
 

@@ -12,12 +12,12 @@ import pytest
 
 import header_checkpoints as published
 from shardprep.layout.packed import pack
-from shardprep.model import Model, model_of, read_model
-from shardprep.pad import pad_to
+from shardprep.layout.pad import pad_to
+from shardprep.model.describe import Model, model_of, read_model
 from shardprep.quantize.forecast import Forecast, Rates, forecast, measure
 from shardprep.source import open_source, read_checkpoint
-from shardprep_runtime import dtypes
 from shardprep_runtime.errors import InputError
+from shardprep_runtime.format import dtypes
 
 RATES = Rates(matmul=1e12, matmul32=1e11, products=1e9, columns=1e4)
 GIB = 2**30

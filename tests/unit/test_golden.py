@@ -12,8 +12,8 @@ import pytest
 
 import golden
 from shardprep.layout import derive_layout, known_types
-from shardprep_runtime.manifest import Entry, Form, Manifest
-from shardprep_runtime.view import TensorView, View, plan_view
+from shardprep_runtime.format.manifest import Entry, Form, Manifest
+from shardprep_runtime.format.view import TensorView, View, plan_view
 
 TYPES = {
     engine: sorted({path.stem for path in (golden.FOLDER / engine).glob("*.json")} & set(known_types()))

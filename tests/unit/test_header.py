@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors import deserialize as reference
 
-from shardprep_runtime.dtypes import BITS, nbytes
 from shardprep_runtime.errors import FormatError
-from shardprep_runtime.header import (
+from shardprep_runtime.format.dtypes import BITS, nbytes
+from shardprep_runtime.format.header import (
     MAX_HEADER_BYTES,
     PAGE,
     Header,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import header_checkpoints as published
-from shardprep.memory import Kept, read_kept
+from shardprep.fit.kv_cache import Kept, read_kept
 from shardprep_runtime.errors import LayoutError
 
 KIB = 2**10

@@ -16,7 +16,8 @@ import pytest
 
 from shardprep_runtime import read_manifest
 from shardprep_runtime.errors import WriteError
-from shardprep_runtime.landing import (
+from shardprep_runtime.format.manifest import Part
+from shardprep_runtime.shard.landing import (
     ABSENT,
     DOUBTED,
     GIVEN,
@@ -29,8 +30,7 @@ from shardprep_runtime.landing import (
     land_in_memory,
     read_map,
 )
-from shardprep_runtime.manifest import Part
-from shardprep_runtime.parts import Numbered, open_part
+from shardprep_runtime.shard.parts import Numbered, open_part
 
 SHARDS = Path(__file__).parents[1] / "data/v1/phi3-fused-tp2"
 MANIFEST = read_manifest(SHARDS)
@@ -199,7 +199,7 @@ import sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from test_landing import PART
-from shardprep_runtime.landing import land_in_file
+from shardprep_runtime.shard.landing import land_in_file
 landing = land_in_file(PART, Path({path!r}), trust=False)
 print(landing.claim(2, 5), flush=True)
 time.sleep(60)

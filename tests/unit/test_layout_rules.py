@@ -10,9 +10,9 @@ import pytest
 import golden
 from shardprep.layout import derive_layout, known_types
 from shardprep.layout.rules import _data, evaluate, normalize
-from shardprep_runtime.cut import WHOLE, Layout, Segment
 from shardprep_runtime.errors import LayoutError, ShardprepError, UnsupportedError
-from shardprep_runtime.manifest import PLACEMENTS
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment
+from shardprep_runtime.format.manifest import PLACEMENTS
 from tests.small_models import gpt2_config, gpt2_shapes, llama_config, llama_shapes
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardprep_runtime.errors import FormatError, WorkerError
-from shardprep_runtime.workers.link import (
+from shardprep_runtime.workers.links.link import (
     DEFAULT_LIMITS,
     DTYPES,
     HEADER,

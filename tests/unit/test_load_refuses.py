@@ -15,14 +15,14 @@ import pytest
 import torch
 
 import small_models
-from shardprep import model as models
+from shardprep.model import describe as models
 from shardprep.split import split
 from shardprep.verify import verify
 from shardprep_runtime import Manifest, load, plan_view, read_manifest
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import FormatError, IntegrityError, LayoutError, ManifestError
-from shardprep_runtime.header import parse_header
-from shardprep_runtime.load import Verify
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.header import parse_header
+from shardprep_runtime.shard.loading import Verify
 
 FROZEN = Path(__file__).parents[1] / "data/v1"
 BLOCK = 256

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardprep_runtime import manifest as manifests
-from shardprep_runtime.cut import WHOLE, Layout, Segment
 from shardprep_runtime.errors import ManifestError
-from shardprep_runtime.manifest import (
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment
+from shardprep_runtime.format.manifest import (
     Entry,
     Form,
     Manifest,

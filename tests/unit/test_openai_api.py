@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from shardprep_runtime.workers.openai_api import (
+from shardprep_runtime.workers.http.openai import (
     MOST_PROMPTS,
     Answer,
     Choice,

@@ -12,8 +12,8 @@ import small_models
 from quantized_models import is_linear, one_thread, quantization_config, quantized_tensors
 from shardprep.layout import ModelLayout, Placed, Scheme, derive_layout, lay_out
 from shardprep.layout.packed import PackedModel, derive_packed, pack
-from shardprep_runtime.cut import WHOLE, Layout, Segment, allows, chunk
 from shardprep_runtime.errors import FormatError, InputError, LayoutError, UnsupportedError
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment, allows, chunk
 
 CONFIG = {
     **published.LLAMA_3_70B,

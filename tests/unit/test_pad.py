@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import header_checkpoints as published
-from shardprep import pad, read
 from shardprep.files import LocalFolder
 from shardprep.index import Extent, Index, SourceFile, Tensor
-from shardprep.layout import known_types
-from shardprep.pad import Padding, pad_tensor, pad_to
-from shardprep.plan import plan_convert
-from shardprep.read import Sources, open_reader
+from shardprep.layout import known_types, pad
+from shardprep.layout.pad import Padding, pad_tensor, pad_to
+from shardprep.source import bytes as read
 from shardprep.source import open_source, read_checkpoint
-from shardprep.write import fingerprint
+from shardprep.source.bytes import Sources, open_reader
+from shardprep.write.mover import fingerprint
+from shardprep.write.plan import plan_convert
 from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from shardprep_runtime.errors import IntegrityError
-from shardprep_runtime.manifest import PROBE_POSITIONS, Probe, Response
-from shardprep_runtime.probe import (
+from shardprep_runtime.format.manifest import PROBE_POSITIONS, Probe, Response
+from shardprep_runtime.stage.probe import (
     Observed,
     Rows,
     check_stage,

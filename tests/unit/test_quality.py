@@ -12,8 +12,8 @@ import torch
 from shardprep.quantize import quality
 from shardprep.quantize.quality import LayerQuality, Quality, measure
 from shardprep.quantize.walk import _read_rows, _read_tensor
-from shardprep.read import Sources
 from shardprep.source import open_source, read_checkpoint
+from shardprep.source.bytes import Sources
 from shardprep_runtime.errors import InputError, WriteError
 from small_models import llama_config, llama_shapes, random_tensors, write_checkpoint, write_model
 

@@ -10,7 +10,7 @@ import torch
 from quantized_models import legacy_config, quantization_config, round_to_nearest
 from shardprep.layout import Scheme, read_scheme
 from shardprep.layout.quantization import spell
-from shardprep.packing import dequantize, dequantized
+from shardprep.quantize.packing import dequantize, dequantized
 from shardprep_runtime.errors import FormatError, InputError, LayoutError, UnsupportedError
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from shardprep_runtime import manifest as manifests
-from shardprep_runtime import remote
 from shardprep_runtime.errors import InputError, ManifestError, MissingError
-from shardprep_runtime.folder_store import FolderStore
-from shardprep_runtime.manifest import digest_of
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.manifest import digest_of
+from shardprep_runtime.shard import revisions as remote
+from shardprep_runtime.stores.folder import FolderStore
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"
 RAW = (SHARDS / "shardprep.json").read_bytes()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardprep_runtime.errors import InputError, WorkerError
-from shardprep_runtime.workers.breakdown import Breakdown, breakdown_of, table
-from shardprep_runtime.workers.generate import Text, check_prompt
-from shardprep_runtime.workers.sampling import Sampler, Sampling, eos_of
+from shardprep_runtime.workers.text.breakdown import Breakdown, breakdown_of, table
+from shardprep_runtime.workers.text.generate import Text, check_prompt
+from shardprep_runtime.workers.text.sampling import Sampler, Sampling, eos_of
 from shardprep_runtime.workers.transport import Output, Timing
 
 transformers = pytest.importorskip("transformers")

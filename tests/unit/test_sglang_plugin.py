@@ -18,8 +18,8 @@ import torch
 import small_models
 from shardprep.split import split
 from shardprep_runtime import load
+from shardprep_runtime.engines.sglang_plugin import weights
 from shardprep_runtime.errors import LayoutError, UnsupportedError
-from shardprep_runtime.sglang_plugin import weights
 
 
 def from_files(loader: Any, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,7 +17,8 @@ import small_models
 from quantized_models import write_quantized
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme
-from shardprep.sharded_state import (
+from shardprep.split import split
+from shardprep.vllm.sharded_state import (
     RECORD,
     Record,
     StateFile,
@@ -29,8 +30,6 @@ from shardprep.sharded_state import (
     read_record,
     verify_record,
 )
-from shardprep.split import split
-from shardprep_runtime import manifest as manifests
 from shardprep_runtime.errors import (
     FormatError,
     InputError,
@@ -39,7 +38,8 @@ from shardprep_runtime.errors import (
     ManifestError,
     UnsupportedError,
 )
-from shardprep_runtime.manifest import Manifest, Quantization, SideFile, digest_of
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.manifest import Manifest, Quantization, SideFile, digest_of
 
 
 @pytest.fixture

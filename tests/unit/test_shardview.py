@@ -12,11 +12,11 @@ from safetensors import safe_open
 
 import shardprep_runtime
 from shardprep.split import split
-from shardprep_runtime.cut import WHOLE, Layout, Segment, takes
+from shardprep_runtime.engines.shardview import ShardSlice, runs_of, shard_slices
 from shardprep_runtime.errors import LayoutError
-from shardprep_runtime.manifest import Form
-from shardprep_runtime.shardview import ShardSlice, runs_of, shard_slices
-from shardprep_runtime.view import TensorView
+from shardprep_runtime.format.cut import WHOLE, Layout, Segment, takes
+from shardprep_runtime.format.manifest import Form
+from shardprep_runtime.format.view import TensorView
 from small_models import phi3_config, write_model
 
 

@@ -14,9 +14,9 @@ from shardprep_runtime.errors import (
     MissingError,
     StoreError,
 )
-from shardprep_runtime.retry import Patience, Transient
-from shardprep_runtime.s3 import S3Store, _may_lack_checksums
-from shardprep_runtime.store import Access
+from shardprep_runtime.stores.retry import Patience, Transient
+from shardprep_runtime.stores.s3 import S3Store, _may_lack_checksums
+from shardprep_runtime.stores.store import Access
 
 
 @pytest.mark.parametrize("kind", [StoreError, MissingError, DeniedError, ConflictError])
@@ -114,7 +114,7 @@ def test_the_words_of_obstore_become_facts(
     from obstore.exceptions import GenericError
     from obstore.store import MemoryStore
 
-    from shardprep_runtime.obstore_store import ObstoreStore
+    from shardprep_runtime.stores.gs_az import ObstoreStore
 
     error = ObstoreStore.over(MemoryStore(), uri="gs://bucket")._meaning("k", GenericError(text))
     assert type(error) is kind

@@ -27,8 +27,8 @@ import torch_corpus as corpus
 from shardprep.files import LocalFolder
 from shardprep.source import torch_files
 from shardprep.source.torch_files import TorchFile, is_torch_file, read_torch_file
-from shardprep_runtime import dtypes
 from shardprep_runtime.errors import FormatError, UnsupportedError
+from shardprep_runtime.format import dtypes
 
 LEGACY = {"_use_new_zipfile_serialization": False}
 FORMATS = [

@@ -23,14 +23,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from .. import environment
+from ..engines.transformers_state import ENGINE
 from ..errors import InputError, ShardprepError, WorkerError, quote
-from ..grid import Stages
-from ..load import Verify, open_cache
-from ..manifest import TORCH, Manifest
-from ..remote import DEFAULT_REVISION, read_manifest_of
-from ..store import Access, is_uri
-from ..transformers_state import ENGINE
-from ..view import choose_stages, plan_view
+from ..format.grid import Stages
+from ..format.manifest import TORCH, Manifest
+from ..format.view import choose_stages, plan_view
+from ..shard.loading import Verify, open_cache
+from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
+from ..stores.store import Access, is_uri
 from .failures import Failure, raised
 from .meeting import (
     Meeting,
@@ -492,7 +492,7 @@ def _say_how(say: Callable[[str], None], meeting: Meeting, source: str, tensor_p
 
 def _transport_of(running: Launch, meeting: Meeting, count: int, timeout: float | None) -> Transport:
     if meeting.plan.transport == "links":
-        from .links import LinkTransport
+        from .links.transport import LinkTransport
 
         return LinkTransport(meeting)
     from .rpc import RpcTransport

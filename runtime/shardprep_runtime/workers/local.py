@@ -22,24 +22,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from .. import dtypes
-from .. import manifest as manifests
+from ..engines.transformers_state import ENGINE
 from ..errors import InputError, ShardprepError, WorkerError, WorkerLostError, quote
-from ..filesystem import choose_io
-from ..grid import Stages, even_stages, stages_with
-from ..load import Verify
-from ..manifest import Manifest
-from ..remote import DEFAULT_REVISION, read_manifest_of
-from ..store import Access, is_uri
-from ..transformers_state import ENGINE
-from ..view import View, plan_view
+from ..format import dtypes
+from ..format import manifest as manifests
+from ..format.grid import Stages, even_stages, stages_with
+from ..format.manifest import Manifest
+from ..format.view import View, plan_view
+from ..shard.filesystem import choose_io
+from ..shard.loading import Verify
+from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
+from ..stores.store import Access, is_uri
 from .transport import Health, Output, Step, Timing, Transport, WorkerInfo, check_name
 from .worker import Worker, WorkerOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from ..stage import Stage
+    from ..stage.stage import Stage
 
 SHARE: Final = 0.8
 """Of the memory that is free: the rest is for caches of sequences, and for what a forward needs."""
@@ -177,7 +177,7 @@ class LayerByLayer(Transport):
         access: Access | None = None,
     ) -> None:
         """Proves each of the cuts once. `cuts`: layers [start, stop) that are in memory together, in order."""
-        from ..stage import side_folder
+        from ..stage.stage import side_folder
 
         self._cuts = cuts
         self._max_sequences = max_sequences
@@ -211,7 +211,7 @@ class LayerByLayer(Transport):
             raise
 
     def _prove(self, verify: Verify) -> None:
-        from ..probe import check_stage
+        from ..stage.probe import check_stage
 
         began = time.monotonic()
         for place in range(len(self._cuts)):
@@ -222,7 +222,7 @@ class LayerByLayer(Transport):
         self._seconds["verify and prove"] = time.monotonic() - began
 
     def _build(self, place: int, verify: Verify = "off") -> Stage:
-        from ..stage import build_stage
+        from ..stage.stage import build_stage
 
         return build_stage(self._source, pp_rank=place, verify=verify, **self._options)
 
@@ -384,7 +384,7 @@ def open_fallback(
             is free. A dtype other than the stored one, tensors joined of several pieces and fused experts take it
     Raises WorkerError where not even the largest layer fits.
     """
-    from ..stage import side_folder
+    from ..stage.stage import side_folder
 
     access = access or Access()
     manifest, manifest_digest = read_manifest_of(

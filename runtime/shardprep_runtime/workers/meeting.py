@@ -37,7 +37,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InputError, WorkerError, quote
-from ..grid import Stages
+from ..format.grid import Stages
 from .transport import WorkerInfo, check_name
 
 if TYPE_CHECKING:

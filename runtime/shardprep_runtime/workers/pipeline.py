@@ -35,7 +35,7 @@ from ..errors import (
     WorkerLostError,
     quote,
 )
-from ..grid import Stages
+from ..format.grid import Stages
 from .transport import Health, Keep, Output, Step, Transport, WorkerInfo
 
 if TYPE_CHECKING:

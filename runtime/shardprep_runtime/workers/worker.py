@@ -16,22 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .. import manifest as manifests
+from ..engines.transformers_state import ENGINE
 from ..errors import InputError, IntegrityError, ShardprepError, WorkerError, quote
-from ..grid import Stages
-from ..load import Verify
-from ..manifest import TORCH, Manifest
-from ..prefetch import Prefetch
-from ..remote import DEFAULT_REVISION
-from ..store import Access, is_uri
-from ..transformers_state import ENGINE
+from ..format import manifest as manifests
+from ..format.grid import Stages
+from ..format.manifest import TORCH, Manifest
+from ..shard.loading import Verify
+from ..shard.prefetch import Prefetch
+from ..shard.revisions import DEFAULT_REVISION
+from ..stores.store import Access, is_uri
 from .tensor_group import IDLE, Command, Op, TensorGroup
 from .transport import Health, Step, Timing, WorkerInfo, check_name
 
 if TYPE_CHECKING:
     import torch
 
-    from ..stage import Stage
+    from ..stage.stage import Stage
 
 BETWEEN_STEPS: Final = 0.05
 """Seconds that the leader of tensor ranks waits for a step to end before it leaves the sign of life to that step."""
@@ -208,8 +208,8 @@ class Worker:
         import torch
         import transformers
 
-        from ..stage import side_folder
-        from ..stage_model import read_config
+        from ..stage.model import read_config
+        from ..stage.stage import side_folder
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
@@ -254,7 +254,7 @@ class Worker:
 
     def _take(self, pp_rank: int) -> None:
         """Build a stage and prove it."""
-        from ..stage import build_stage
+        from ..stage.stage import build_stage
 
         options = self.options
         self._stage = build_stage(
@@ -286,7 +286,7 @@ class Worker:
 
     def _prove(self) -> Any:
         """A forward of the stage on known inputs. Raises IntegrityError where it gives something else than it must."""
-        from ..probe import check_stage
+        from ..stage.probe import check_stage
 
         stage, pp_rank = self._held()
         found = check_stage(stage)

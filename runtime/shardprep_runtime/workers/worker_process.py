@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 from .. import environment
+from ..engines.quiet import hush_loggers
 from ..errors import InputError, WorkerError, quote
-from ..noise import hush_loggers
 from .failures import failure_of
 from .meeting import (
     Invitation,
@@ -236,7 +236,7 @@ class _Process:
 
 def _serve_by(transport: str) -> Serve:
     if transport == "links":
-        from .links import serve_links
+        from .links.transport import serve_links
 
         return serve_links
     from .rpc import serve_rpc

@@ -1,0 +1,203 @@
+"""Have ray.serve.llm start vLLM from a shard set: nodes get side files and their own ranks' bytes, never the whole model.
+
+    LLMConfig(
+        model_loading_config={"model_id": "llama-70b", "model_source": "/var/lib/shardprep/llama-70b"},
+        engine_kwargs={
+            "tensor_parallel_size": 8,
+            "load_format": "shardprep",
+            "model_loader_extra_config": {"uri": "s3://bucket/llama-70b"},
+        },
+        callback_config={"callback_class": "shardprep_runtime.engines.ray_llm.ShardprepCallback"},
+    )
+
+`model_source` is a folder that is made on each node; where the weights come from is said once, to vLLM's loader
+(vllm_loader.py). Imports Ray: nothing imports this module but Ray, by its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.common.utils.download_utils import NodeModelDownloadable
+
+from ..errors import InputError, quote
+from ..format import manifest as manifests
+from ..format.grid import even_stages
+from ..shard.side_files import fetch_side_files
+from ..stores.store import is_uri
+from .options import Options, read_options
+from .vllm_plugin import LOAD_FORMAT
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an LLMConfig says of its shard set."""
+
+    uri: str
+    folder: Path
+    """The same on every node; vLLM's model."""
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    is_expert_parallel: bool
+    options: Options
+    """vLLM's `model_loader_extra_config`."""
+
+
+def read_config(llm_config: Any) -> Wanted:
+    """Raises InputError for an LLMConfig that would have Ray, or vLLM, take the weights from elsewhere."""
+    engine = llm_config.engine_kwargs
+    source = llm_config.model_loading_config.model_source
+    if engine.get("load_format") != LOAD_FORMAT:
+        raise InputError(
+            f"engine_kwargs: load_format is {quote(engine.get('load_format'))}, expected {LOAD_FORMAT}"
+        )
+    options = read_options(engine.get("model_loader_extra_config") or {})
+    uri = options.uri
+    if uri is None or not is_uri(uri):
+        raise InputError(
+            f"engine_kwargs: model_loader_extra_config has {quote(uri)} as uri, expected s3://bucket/prefix of the shard set"
+        )
+    if not isinstance(source, str) or is_uri(source) or not Path(source).is_absolute():
+        raise InputError(
+            f"model_loading_config: model_source is {quote(source)}, expected the path of a folder that each node makes "
+            f"for itself (/var/lib/shardprep/NAME); the weights come from {quote(uri)}"
+        )
+    return Wanted(
+        uri,
+        Path(source),
+        engine.get("tensor_parallel_size", 1),
+        engine.get("pipeline_parallel_size", 1),
+        bool(engine.get("enable_expert_parallel")),
+        options,
+    )
+
+
+class ShardprepCallback(CallbackBase):
+    """Ray's callback. On each node: side files and the manifest into the folder, and a fetch of its ranks begun.
+
+    `callback_kwargs` may have prefetch: false, where others fill the nodes' caches, or where VLLM_RAY_BUNDLE_INDICES or
+    VLLM_PP_LAYER_PARTITION deal ranks and layers out in an order of their own.
+    """
+
+    def __init__(self, *, prefetch: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._prefetch = prefetch
+        self._engine_node: str | None = None
+        self.wanted = read_config(self.llm_config)
+        self.ctx.worker_node_download_model = NodeModelDownloadable.NONE
+
+    async def on_before_node_init(self) -> None:
+        """In the replica, beside the engine: vLLM gives the first ranks to its node."""
+        import ray
+
+        self._engine_node = ray.get_runtime_context().get_node_id()
+
+    def on_before_download_model_files_distributed(self) -> None:
+        """On each node of the replica. Raises what fetching the side files does."""
+        wanted = self.wanted
+        fetch_side_files(
+            wanted.uri,
+            wanted.folder,
+            revision=wanted.options.revision,
+            manifest_digest=wanted.options.manifest_digest,
+            access=wanted.options.access,
+        )
+        if not self._prefetch or wanted.options.cache is None:
+            return
+        ranks = self._own_ranks()
+        if not ranks:
+            logger.info("shardprep: which ranks this node gets is not known yet; they fetch when they load")
+            return
+        # a process of its own, which outlives this task; vLLM's workers find in the cache what has come
+        subprocess.run(  # noqa: S603 - our own command
+            [
+                sys.executable,
+                "-m",
+                "shardprep_runtime.shard.prefetch_command",
+                *prefetch_arguments(wanted, ranks),
+            ],
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+        logger.info("shardprep: began to fetch ranks %d to %d into the host's cache", ranks[0], ranks[-1])
+
+    def _own_ranks(self) -> range:
+        """The ranks that vLLM will put on this node; none where that is open."""
+        import ray
+
+        size = self.wanted.tensor_parallel_size * self.wanted.pipeline_parallel_size
+        table = ray.util.placement_group_table(self.ctx.placement_group)
+        return ranks_of(
+            table["bundles"],
+            table["bundles_to_node_id"],
+            size=size,
+            node=ray.get_runtime_context().get_node_id(),
+            engine_node=self._engine_node,
+        )
+
+
+def ranks_of(
+    bundles: Mapping[int, Mapping[str, float]],
+    nodes: Mapping[int, str],
+    *,
+    size: int,
+    node: str,
+    engine_node: str | None,
+) -> range:
+    """The ranks of `node` of `size` that vLLM deals out to bundles of devices: its engine's node first, then the others.
+
+    Of three nodes and more, vLLM's versions order those after the first differently: then only the first is known.
+    """
+    with_device = [
+        index for index in sorted(bundles) if bundles[index].get("GPU") or bundles[index].get("TPU")
+    ]
+    chosen = [nodes[index] for index in (with_device or sorted(bundles))[:size]]
+    if len(chosen) < size:
+        return range(0)
+    if set(chosen) == {node}:
+        return range(size)
+    first = chosen.count(engine_node) if engine_node is not None else 0
+    if not first:
+        return range(0)
+    if node == engine_node:
+        return range(first)
+    return range(first, size) if set(chosen) == {node, engine_node} else range(0)
+
+
+def prefetch_arguments(wanted: Wanted, ranks: range) -> list[str]:
+    """Of `shardprep-prefetch`, for `ranks` as vLLM loads them; `wanted.folder` has the manifest that they pin."""
+    manifest, digest = manifests.read_named(wanted.folder)
+    arguments = [wanted.uri, "--engine", "vllm", "--ranks", f"{ranks[0]}-{ranks[-1]}"]
+    arguments += ["--manifest-digest", digest]
+    arguments += ["--tensor-parallel-size", str(wanted.tensor_parallel_size)]
+    if wanted.pipeline_parallel_size > 1:
+        stages = even_stages(
+            manifest.layers, wanted.pipeline_parallel_size
+        )  # vLLM's, whatever the split has made
+        arguments += ["--stages", ",".join(f"{start}-{stop - 1}" for start, stop in stages)]
+    if wanted.is_expert_parallel:
+        arguments += ["--expert-parallel-size", str(wanted.tensor_parallel_size)]
+    for option, name in (
+        ("--revision", "revision"),
+        ("--cache", "cache"),
+        ("--max-workers", "workers"),
+        ("--processes", "processes"),
+        ("--endpoint-url", "endpoint_url"),
+        ("--profile", "profile"),
+        ("--region", "region"),
+    ):
+        value = getattr(wanted.options, name)
+        if value is not None:
+            arguments += [option, str(value)]
+    if wanted.options.anonymous:
+        arguments.append("--no-sign-request")
+    return [*arguments, "--", "true"]

@@ -1,0 +1,223 @@
+"""Let transformers' own loader read a rank's shard: each process opens and reads only its own bytes.
+
+    with transformers_state("s3://bucket/llama-70b") as state:
+        model = state.from_pretrained(
+            AutoModelForCausalLM, config=config, distributed_config=DistributedConfig(tp_size=8)
+        )
+
+A state is a mapping that `from_pretrained(None, config=..., state_dict=state)` takes: its slices have full shapes, of
+which only the rank's block is there. transformers fills what it finds no weight for with random numbers and logs a
+warning: `TransformersState.from_pretrained` raises, and so does leaving the `with` of a state that nobody checked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from .. import environment
+from ..errors import InputError, LayoutError, UnsupportedError, quote
+from ..format.manifest import TORCH
+from ..shard.cache import Cache
+from ..shard.filesystem import Io
+from ..shard.loading import Shard, Verify, load
+from ..shard.prefetch import Prefetch
+from ..shard.revisions import DEFAULT_REVISION
+from ..stores.store import Access
+from .shardview import ShardSlice, shard_slices
+
+ENGINE: Final = "transformers"
+
+WHOLE: Final = ("gptq", "awq")
+"""Quantizations whose linears transformers does not cut: it leaves them whole on every tensor rank."""
+
+
+class TransformersState(Mapping[str, ShardSlice]):
+    """The tensors of a checkpoint by name, as one rank holds them, for transformers' loader.
+
+    Tied names are here once, as in the checkpoint: transformers ties them. An index outside of what the rank holds
+    raises LayoutError. The tensors that were read stay valid after `close`.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self._slices = shard_slices(shard)
+        self._asked = self._checked = False
+
+    def from_pretrained(self, model_class: Any, **options: Any) -> Any:
+        """The model, from this state and no other weights.
+
+        `model_class` is transformers' (`AutoModelForCausalLM`, `LlamaForCausalLM`), `options` are those of its
+        `from_pretrained`: `config`, and where there are several ranks `distributed_config`. Raises LayoutError where
+        the model and the checkpoint differ in a name or a shape, or where transformers cuts otherwise than the view.
+        """
+        if "state_dict" in options:
+            raise InputError("state_dict: it is this state; leave it out")
+        wants_info = options.pop("output_loading_info", False)
+        # a shape that differs is refused by `check`, which names it
+        options |= {"state_dict": self, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = _concrete(model_class, options.get("config")).from_pretrained(None, **options)
+        self.check(found)
+        return (model, found) if wants_info else model
+
+    def check(self, found: Mapping[str, Collection[Any]]) -> None:
+        """`check_loaded`; after it the `with` of this state may end."""
+        self._checked = True
+        check_loaded(found)
+
+    # ------------------------------------------------------------------------------------------------- the mapping
+    def __getitem__(self, name: str) -> ShardSlice:
+        return self._slices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self._asked = True
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    # ------------------------------------------------------------------------------------------------- bookkeeping
+    def close(self) -> None:
+        """Close the shard. What was not read yet can no longer be."""
+        self.shard.close()
+
+    def __enter__(self) -> TransformersState:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if kind is None and self._asked and not self._checked:
+            raise LayoutError(
+                "nobody looked whether each weight of the model was found; load it with state.from_pretrained, or "
+                "pass output_loading_info=True and give what it returns to state.check"
+            )
+
+
+def check_loaded(found: Mapping[str, Collection[Any]]) -> None:
+    """Raise LayoutError unless every weight of the model was found, and every tensor of the checkpoint was used.
+
+    `found` is what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+    """
+    wrong = [
+        f"{what} {_some(names)}"
+        for what, names in (
+            ("the checkpoint lacks", sorted(found["missing_keys"])),
+            ("the model lacks", sorted(found["unexpected_keys"])),
+            ("shapes differ in", sorted({str(each[0]) for each in found["mismatched_keys"]})),
+        )
+        if names
+    ]
+    if wrong:
+        raise LayoutError(
+            f"the model and the checkpoint differ, so its weights would be random in part: {'; '.join(wrong)}; "
+            "load the class that `architectures` names, with the config.json of the shard set"
+        )
+
+
+def transformers_state(
+    source: str | os.PathLike[str] | Prefetch,
+    *,
+    tensor_parallel_size: int | None = None,
+    rank: int | None = None,
+    pipeline_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    stages: Sequence[Sequence[int]] | None = None,
+    verify: Verify = "blocks",
+    manifest_digest: str | None = None,
+    workers: int | None = None,
+    processes: int = 1,
+    revision: str = DEFAULT_REVISION,
+    cache: Cache | str | os.PathLike[str] | None = "host",
+    access: Access | None = None,
+    io: Io = "auto",
+) -> TransformersState:
+    """The state of a rank, from a shard set's folder or a store; the arguments are those of `load`.
+
+    tensor_parallel_size  default: the processes of torch.distributed, if it is initialized, else WORLD_SIZE, else 1,
+                          divided by the pipeline stages
+    rank                  default: torch.distributed's, else RANK, else 0
+    source                may also be what `prefetch(..., engine="transformers")` has begun before the imports, of a folder
+                          too: then verifying is over, or near it, when transformers is there. Other arguments are its
+    stages                transformers gives each stage layers // size of them and the last one the rest
+
+    Raises what `load` raises, and UnsupportedError for GPTQ and AWQ on several tensor ranks.
+    """
+    if isinstance(source, Prefetch):
+        return _state_of(source.shard())
+    own_rank, size = _place()
+    if tensor_parallel_size is None:
+        tensor_parallel_size, rest = divmod(size, pipeline_parallel_size)
+        if rest:
+            raise LayoutError(f"{size} processes cannot be {pipeline_parallel_size} stages of one size")
+    if rank is None:
+        if tensor_parallel_size * pipeline_parallel_size not in (1, size):
+            raise LayoutError(
+                f"there are {size} processes, for a grid of {tensor_parallel_size} x {pipeline_parallel_size}; "
+                "pass rank=, of the grid: pp_rank * tensor_parallel_size + tp_rank"
+            )
+        rank = own_rank if size > 1 and tensor_parallel_size * pipeline_parallel_size > 1 else 0
+    # one rank asks for whole tensors, also of a model that transformers cannot cut
+    alone = tensor_parallel_size == pipeline_parallel_size == expert_parallel_size == 1
+    shard = load(
+        source,
+        rank=rank,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        expert_parallel_size=expert_parallel_size,
+        stages=stages,
+        engine=TORCH if alone else ENGINE,
+        verify=verify,
+        manifest_digest=manifest_digest,
+        workers=workers,
+        processes=processes,
+        revision=revision,
+        cache=cache,
+        access=access,
+        io=io,
+    )
+    return _state_of(shard)
+
+
+def _state_of(shard: Shard) -> TransformersState:
+    """The state of a shard, which it closes where it refuses."""
+    grid, quantization = shard.view.grid, shard.manifest.quantization
+    wrong: LayoutError | UnsupportedError | None = None
+    if quantization is not None and quantization.method in WHOLE and grid.tensor_parallel_size > 1:
+        wrong = UnsupportedError(
+            f"{quote(quantization.method)} at tensor parallel size {grid.tensor_parallel_size}: transformers does not cut "
+            "these linears; load on one rank, or serve the same shard set with vLLM"
+        )
+    elif grid.world_size > 1 and shard.view.engine != ENGINE:
+        wrong = LayoutError(
+            f"this shard is cut as {quote(shard.view.engine)} asks; pass engine={ENGINE!r} to what loads it"
+        )
+    if wrong is not None:
+        shard.close()
+        raise wrong
+    return TransformersState(shard)
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of the processes that this one belongs to."""
+    distributed = sys.modules.get("torch.distributed")  # where nobody has imported it, it is not initialized
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return environment.rank() or 0, environment.world_size() or 1
+
+
+def _concrete(model_class: Any, config: object) -> Any:
+    """The model's own class where an auto class is given: that one fails without a path (transformers 5.23)."""
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is None:
+        return model_class
+    if type(config) not in mapping:
+        raise LayoutError(f"{model_class.__name__} knows no model of a {type(config).__name__}; pass config=")
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(quote(name) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -1,0 +1,100 @@
+"""Begin to fetch a shard before the worker that needs it has finished importing: into the host's cache, in threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ..format.manifest import TORCH
+from ..stores.store import Access
+from .cache import Cache
+from .loading import Shard, Verify, load
+from .revisions import DEFAULT_REVISION
+
+
+class Prefetch:
+    """A shard that is being fetched into the host's cache. Use `shard` for it in this process, `load` in others."""
+
+    def __init__(self, source: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
+        self._error: BaseException | None = None
+        self._shard: Shard | None = None
+        self._opened = threading.Event()
+        # a daemon: the worker may end before it
+        self._thread = threading.Thread(
+            target=self._run, args=(source, arguments), name="shardprep-prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, source: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
+        try:
+            self._shard = load(source, **arguments)
+            self._opened.set()
+            self._shard.wait()
+        except BaseException as error:  # noqa: BLE001 - told to whoever waits, in whose thread it belongs
+            self._error = error
+        finally:
+            self._opened.set()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shard; 0 until its manifest has come."""
+        return self._shard.nbytes if self._shard is not None else 0
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Of them, those that this process has brought so far."""
+        return self._shard.bytes_fetched if self._shard is not None else 0
+
+    def shard(self) -> Shard:
+        """The very shard that is being fetched, as `load` gives it: nothing is asked for, or verified, a second time.
+
+        It is the caller's to close. Raises what `load` would.
+        """
+        self._opened.wait()
+        if self._shard is None:
+            assert self._error is not None
+            raise self._error
+        return self._shard
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether all has come within `timeout` seconds (None: however long it takes). Raises what went wrong."""
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        return not self._thread.is_alive()
+
+    def close(self) -> None:
+        """Stop, where nobody wants the rest; what has come stays in the cache."""
+        self._opened.wait()
+        if self._shard is not None:
+            self._shard.close()
+        self._thread.join()
+
+
+def prefetch(
+    source: str | os.PathLike[str],
+    *,
+    rank: int = 0,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int | None = None,
+    expert_parallel_size: int = 1,
+    stages: Sequence[Sequence[int]] | None = None,
+    engine: str = TORCH,
+    verify: Verify = "blocks",
+    manifest_digest: str | None = None,
+    workers: int | None = None,
+    processes: int = 1,
+    revision: str = DEFAULT_REVISION,
+    cache: Cache | str | os.PathLike[str] = "host",
+    access: Access | None = None,
+) -> Prefetch:
+    """Begin to fetch the shard of `rank` into the host's cache; returns at once, before any request. Of a folder, begin
+    to verify it.
+
+    The arguments are those of `load`; `Prefetch.shard` gives this process its shard once the imports are done. Nothing
+    fails here, and a fetch that ends early leaves the rest to the next `load`.
+    """
+    arguments = {name: value for name, value in locals().items() if name != "source"}
+    return Prefetch(source, arguments)

@@ -1,0 +1,445 @@
+"""Hold one pipeline stage of a model: build it from a shard set, run positions of sequences through it.
+
+    with build_stage("s3://bucket/llama-70b", pp_rank=1, pipeline_parallel_size=2) as stage:
+        hidden = stage.step("a", hidden, past=0)
+
+Any causal language model that transformers builds of one list of layers; the others are refused, with the reason.
+torch and transformers are imported when a stage is built.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ..engines.transformers_state import ENGINE, WHOLE
+from ..errors import CacheLostError, InputError, IntegrityError, LayoutError, UnsupportedError, quote
+from ..format import manifest as manifests
+from ..format.manifest import TORCH, Manifest
+from ..shard.cache import Cache
+from ..shard.filesystem import Io
+from ..shard.loading import Shard, Verify, load
+from ..shard.prefetch import Prefetch
+from ..shard.revisions import DEFAULT_REVISION
+from ..shard.side_files import fetch_side_files, is_here
+from ..stores.store import Access, is_uri
+from ..workers.transport import Keep
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedConfig
+
+    from .kv_cache import StageCache
+    from .relay import Built
+
+MAX_SEQUENCES: Final = 64
+"""Of which a stage keeps caches."""
+
+
+class Stage:
+    """Layers [start, stop) of a model, and what goes before or after them where it is the first or last stage.
+
+    Safe to use from several threads, which wait for each other.
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        shard: Shard,
+        *,
+        config: PreTrainedConfig,
+        manifest_digest: str,
+        device: torch.device,
+        max_sequences: int,
+    ) -> None:
+        self.pp_rank = shard.view.pp_rank
+        self.pipeline_parallel_size = shard.view.grid.pipeline_parallel_size
+        self.layers = shard.view.layers
+        self.is_first = self.pp_rank == 0
+        self.is_last = self.pp_rank == self.pipeline_parallel_size - 1
+        self.config = config
+        """Of the whole model."""
+        self.hidden_size = built.hidden_size
+        text: Any = config.get_text_config(decoder=True)
+        self.vocab_size: int = text.vocab_size
+        found = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = found if isinstance(found, int) and found > 0 else None
+        self.dtype = built.dtype
+        self.device = device
+        self.module: nn.Module = built.module
+        self.layer_modules = built.layers
+        self.manifest: Manifest = shard.manifest
+        self.manifest_digest = manifest_digest
+        self.bytes_fetched = shard.bytes_fetched
+        """Of the tensors, those that this process brought from a store."""
+        self.nbytes = _nbytes(built.module)
+        """Of the tensors that the stage holds, tied ones once."""
+        self._built: Built | None = built
+        self._max_sequences = max_sequences
+        self._caches: OrderedDict[str, StageCache] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @property
+    def can_crop(self) -> bool:
+        """Whether a sequence can forget its last step: always so, or never, for one architecture.
+
+        Where not (linear attention keeps no past states), a step that begins before the end of what is cached raises
+        CacheLostError.
+        """
+        from .kv_cache import can_crop_layer
+
+        return self._can_cache() and all(map(can_crop_layer, self._new_cache(1).own))
+
+    @property
+    def sequences(self) -> Mapping[str, int]:
+        """Positions that are cached, by sequence; the least recently used first."""
+        with self._lock:
+            return {name: cache.positions for name, cache in self._caches.items()}
+
+    def step(self, sequence: str, inputs: torch.Tensor, past: int, keep: Keep = "last") -> torch.Tensor:
+        """Run positions [past, past + L) of a sequence through the stage, and cache their keys and values.
+
+        inputs    ids of tokens, [B, L] int64, in the first stage; in others hidden states, [B, L, H], of `dtype` or, as
+                  some models keep them, float32: whatever the stage before gave
+        past      positions before them. 0 begins anew; fewer than are cached: the rest is forgotten
+        keep      for which positions the last stage computes logits
+        Gives hidden states [B, L, H], or logits [B, 1 or L, V] in the last stage, on the stage's device.
+        Raises InputError for inputs that do not fit, UnsupportedError for a model whose caches are not known here, and
+        CacheLostError where less than `past` is cached, or what is cached beyond cannot be forgotten.
+        """
+        import torch
+
+        with self._lock:
+            built = self._open()
+            given = self._checked(inputs, past)
+            if not self._can_cache():
+                raise UnsupportedError(
+                    f"{quote(self.config.model_type)}: it keeps its past in a way of its own, which cannot be split"
+                )
+            cache = self._cache_of(sequence, past, len(inputs))
+            try:
+                with torch.no_grad():
+                    found = self._run(built, given, keep, cache)
+                cache.end(inputs.shape[1])
+            except BaseException:
+                self._caches.pop(sequence, None)  # some layers have cached the positions, others not
+                raise
+            return found
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Hidden states, or logits of the last stage, of all positions. Caches nothing; gradients can flow back."""
+        with self._lock:
+            return self._run(self._open(), self._checked(inputs, 0), "all", None)
+
+    def reset(self, sequence: str) -> None:
+        """Forget a sequence, if it is known."""
+        with self._lock:
+            self._caches.pop(sequence, None)
+
+    def swap_caches(self, caches: OrderedDict[str, StageCache]) -> OrderedDict[str, StageCache]:
+        """Take what another stage of the same layers had cached, and give what this one has: for layers that are built
+        anew for each step."""
+        with self._lock:
+            found, self._caches = self._caches, caches
+            return found
+
+    def close(self) -> None:
+        """Let go of the caches and of the model, whose tensors are freed at once: `module` cannot be used any more."""
+        import torch
+
+        with self._lock:
+            self._caches.clear()
+            if self._built is not None:
+                # the module refers to itself, so Python alone would find it some time later
+                for tensor in (*self.module.parameters(), *self.module.buffers()):
+                    local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
+                    local.data = torch.empty(0, dtype=local.dtype, device=local.device)
+            self._built = None
+            self.layer_modules = []
+            self.__dict__.pop("module", None)
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------------- how it is done
+    def _open(self) -> Built:
+        if self._built is None:
+            raise InputError("this stage was closed")
+        return self._built
+
+    def _can_cache(self) -> bool:
+        return self._open().cache_name is not None
+
+    def _new_cache(self, batch: int) -> StageCache:
+        from .kv_cache import StageCache
+
+        return StageCache(self._open().module.config, *self.layers, batch)
+
+    def _checked(self, inputs: torch.Tensor, past: int) -> torch.Tensor:
+        """The inputs on the stage's device. Raises InputError."""
+        import torch
+
+        dims, dtypes = (2, [torch.int64]) if self.is_first else (3, [self.dtype, torch.float32])
+        what = "ids of tokens" if self.is_first else "hidden states"
+        if inputs.dim() != dims or inputs.dtype not in dtypes or not all(inputs.shape):
+            raise InputError(
+                f"stage {self.pp_rank} takes {what}, {dims} dims of {dtypes[0]}, none empty; this is a tensor of "
+                f"{inputs.dtype} and shape {list(inputs.shape)}"
+            )
+        if self.is_first:
+            low, high = inputs.aminmax()
+            if int(low) < 0 or int(high) >= self.vocab_size:
+                wrong = int(low) if int(low) < 0 else int(high)
+                raise InputError(f"token {wrong}: this model knows {self.vocab_size}")
+        elif inputs.shape[-1] != self.hidden_size:
+            raise InputError(f"hidden states of {inputs.shape[-1]}; this model's are {self.hidden_size}")
+        if past < 0:
+            raise InputError(f"{past} positions before this step; expected at least 0")
+        if self.max_positions is not None and past + inputs.shape[1] > self.max_positions:
+            raise InputError(
+                f"{past + inputs.shape[1]} positions; this model has at most {self.max_positions}"
+            )
+        return inputs.to(self.device)
+
+    def _cache_of(self, sequence: str, past: int, batch: int) -> StageCache:
+        """The sequence's cache, as long as `past`; it counts as used now."""
+        if past == 0:
+            self._caches.pop(sequence, None)
+            while len(self._caches) >= self._max_sequences:
+                self._caches.popitem(last=False)
+            self._caches[sequence] = self._new_cache(batch)
+        cache = self._caches.get(sequence)
+        if cache is None:
+            raise CacheLostError(f"{quote(sequence)}: no such sequence here; send it from its beginning")
+        if cache.batch != batch:
+            raise InputError(f"{quote(sequence)}: a batch of {batch}, it was begun with one of {cache.batch}")
+        try:
+            cache.begin(past)
+        except CacheLostError as error:
+            raise CacheLostError(f"{quote(sequence)}: {error}") from None
+        self._caches.move_to_end(sequence)
+        return cache
+
+    def _run(self, built: Built, given: torch.Tensor, keep: Keep, cache: StageCache | None) -> torch.Tensor:
+        import torch
+
+        from .relay import forward
+
+        ids, hidden = given, None
+        if not self.is_first:
+            ids, hidden = torch.zeros(given.shape[:2], dtype=torch.int64, device=self.device), given
+        return forward(built, ids, hidden, keep=1 if keep == "last" else 0, cache=cache)
+
+
+def build_stage(
+    source: str | os.PathLike[str] | Prefetch | Shard,
+    *,
+    pp_rank: int = 0,
+    tp_rank: int = 0,
+    pipeline_parallel_size: int | None = None,
+    stages: Sequence[Sequence[int]] | None = None,
+    tensor_parallel_size: int = 1,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    mesh: DeviceMesh | None = None,
+    max_sequences: int = MAX_SEQUENCES,
+    trainable: bool = False,
+    verify: Verify = "blocks",
+    manifest_digest: str | None = None,
+    workers: int | None = None,
+    processes: int = 1,
+    revision: str = DEFAULT_REVISION,
+    cache: Cache | str | os.PathLike[str] | None = "host",
+    access: Access | None = None,
+    io: Io = "auto",
+) -> Stage:
+    """Build a stage of the shard set at `source`; nothing outside of the stage gets memory.
+
+    source        a folder, a URI, or what a Prefetch or `load` has begun (with engine="transformers" where there are
+                  several tensor ranks), whose grid, rank and stages then count; a Shard stays the caller's to close
+    stages        layers [start, stop) of each stage; default: those of the split, else even ones
+    dtype         of the weights, cast as they load; default: the checkpoint's, whose tensors then stay mapped
+    folder        with config.json; default: the set's own, or fetched. A Prefetch or Shard needs it
+    mesh          of the stage's tensor ranks, one dim, where there are several
+    max_sequences whose caches are kept; the least recently used are forgotten
+    trainable     copy the weights, and keep gradients for them
+
+    Other arguments are those of `load`. Raises what that raises; UnsupportedError for a model that cannot be split so,
+    LayoutError where its weights would be missing in part.
+    """
+    with ExitStack() as stack:
+        if isinstance(source, Shard | Prefetch):
+            if folder is None:
+                raise InputError("a shard knows no config.json; pass folder=, where the set's side files are")
+            shard = source if isinstance(source, Shard) else source.shard()
+            if isinstance(source, Prefetch):
+                stack.callback(shard.close)
+        else:
+            stages_of = pipeline_parallel_size if stages is None else len(stages)
+            if folder is None:
+                folder = stack.enter_context(
+                    side_folder(source, revision=revision, manifest_digest=manifest_digest, access=access)
+                )
+            # one tensor rank takes whole tensors, also of a model that transformers cannot cut
+            shard = load(
+                source,
+                rank=pp_rank * tensor_parallel_size + tp_rank,
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=stages_of,
+                stages=stages,
+                engine=ENGINE if tensor_parallel_size > 1 else TORCH,
+                verify=verify,
+                manifest_digest=manifest_digest,
+                workers=workers,
+                processes=processes,
+                revision=revision,
+                cache=cache,
+                access=access,
+                io=io,
+            )
+            stack.callback(shard.close)
+        return _stage_of(
+            shard,
+            Path(folder),
+            device=device,
+            dtype=dtype,
+            mesh=mesh,
+            max_sequences=max_sequences,
+            trainable=trainable,
+            manifest_digest=manifest_digest,
+        )
+
+
+def _stage_of(
+    shard: Shard,
+    folder: Path,
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    mesh: DeviceMesh | None,
+    max_sequences: int,
+    trainable: bool,
+    manifest_digest: str | None,
+) -> Stage:
+    grid, view = shard.view.grid, shard.view
+    if max_sequences < 1:
+        raise InputError(f"max_sequences must be at least 1, not {max_sequences}")
+    if grid.expert_parallel_size > 1:
+        raise UnsupportedError(
+            "a stage shares no experts among its tensor ranks: leave expert_parallel_size out"
+        )
+    if grid.tensor_parallel_size > 1 and view.engine != ENGINE:
+        raise LayoutError(
+            f"this shard is cut as {quote(view.engine)} asks; pass engine={ENGINE!r} to what loads it"
+        )
+    quantization = shard.manifest.quantization
+    if quantization is not None and quantization.method in WHOLE and grid.tensor_parallel_size > 1:
+        raise UnsupportedError(
+            f"{quote(quantization.method)} at tensor parallel size {grid.tensor_parallel_size}: transformers does not cut "
+            "these linears; use more stages of one rank"
+        )
+    sizes = 1 if mesh is None else mesh.size()
+    if sizes != grid.tensor_parallel_size or (mesh is not None and mesh.ndim != 1):
+        raise LayoutError(
+            f"{grid.tensor_parallel_size} tensor ranks need a mesh of one dim and so many processes; this one has {sizes}"
+        )
+    import torch
+
+    from .model import build_model, read_config
+
+    config = read_config(folder)
+    place = torch.device(device)
+    built = build_model(
+        config,
+        shard,
+        _cuts(shard),
+        dtype=_dtype(dtype, config),
+        device=place,
+        mesh=mesh,
+        trainable=trainable,
+    )
+    return Stage(
+        built,
+        shard,
+        config=config,
+        manifest_digest=manifest_digest or _digest(shard, folder),
+        device=place,
+        max_sequences=max_sequences,
+    )
+
+
+@contextmanager
+def side_folder(
+    source: str | os.PathLike[str],
+    *,
+    revision: str = DEFAULT_REVISION,
+    manifest_digest: str | None = None,
+    access: Access | None = None,
+) -> Iterator[Path]:
+    """A folder with config.json and the tokenizer: the set's own, whose side files are checked, or a temporary one.
+
+    Raises IntegrityError where a side file is not the manifest's.
+    """
+    if is_uri(source):
+        with tempfile.TemporaryDirectory(prefix="shardprep-") as folder:
+            yield fetch_side_files(
+                str(source),
+                Path(folder, "side"),
+                revision=revision,
+                manifest_digest=manifest_digest,
+                access=access,
+            )
+        return
+    own = manifests.find(source).parent
+    for side in manifests.read(source, digest=manifest_digest).side_files:
+        if (own / side.path).exists() and not is_here(own, side):
+            raise IntegrityError(
+                f"{quote(own / side.path)}: does not match its digest in the manifest; the copy that lies here is "
+                "damaged, or was edited"
+            )
+    yield own
+
+
+def _cuts(shard: Shard) -> list[int]:
+    """The layers in front of which the model is cut, as far as this stage is concerned."""
+    start, stop = shard.view.layers
+    return [cut for cut in (start, stop) if 0 < cut < shard.manifest.layers]
+
+
+def _digest(shard: Shard, folder: Path) -> str:
+    """Of the manifest, by its file where that lies in the folder."""
+    file = folder / manifests.FILE_NAME
+    return manifests.digest_of(file.read_bytes() if file.is_file() else manifests.dump(shard.manifest))
+
+
+def _nbytes(module: nn.Module) -> int:
+    found = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        local: Any = getattr(tensor, "_local_tensor", tensor)
+        found[id(tensor)] = local.nbytes
+    return sum(found.values())
+
+
+def _dtype(wanted: str | torch.dtype | None, config: PreTrainedConfig) -> torch.dtype:
+    import torch
+
+    found: Any = wanted if wanted is not None else config.dtype or config.get_text_config(decoder=True).dtype
+    if isinstance(found, str):
+        found = getattr(torch, found.removeprefix("torch."), None)
+    if found is None:
+        found = torch.float32
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {quote(wanted)}: expected float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,288 @@
+"""Say what a store of named objects can do, and open the one that a URI names.
+
+A store is a flat map of keys to immutable-while-read bytes: a folder, an S3 bucket under a prefix, or another object
+store. Everything that moves bytes over a network goes through these verbs. Importing this module imports no client;
+opening `s3://` imports botocore, `gs://` and `az://` import obstore.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, Protocol
+
+from ..errors import FormatError, InputError, MissingError, SourceError, StoreError, quote
+
+SCHEMES: Final = ("file", "s3", "gs", "az")
+"""Of URIs that name a store. `hf://` is a source only, and is read through huggingface_hub."""
+
+SCRATCH: Final = 256 * 2**10
+"""Bytes that are received at a time where they do not land in memory of their own."""
+
+Transfer = Literal["auto", "native", "boto3"]
+"""What moves the data of `s3://`: our own connections or boto3; auto: our own, and boto3 behind a proxy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a store is reached. What is left out comes from the user's environment and files, as for `aws` and boto3.
+
+    Never filled from a manifest or anything else that was fetched.
+    """
+
+    endpoint_url: str | None = None
+    profile: str | None = None
+    region: str | None = None
+    anonymous: bool = False
+    """Send requests unsigned: for public buckets."""
+    transfer: Transfer = "auto"
+    idle_timeout: float = 15.0
+    """Seconds after which a connection that brings (almost) nothing is given up for a new one."""
+    connect_timeout: float = 5.0
+    deadline: float = 120.0
+    """Seconds without any progress after which retrying ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """One object."""
+
+    key: str
+    size: int
+    version: str
+    """Changes whenever the object is replaced: an ETag, or what a file system knows."""
+    modified: float
+    """Seconds since the epoch."""
+
+
+class Sink(Protocol):
+    """Where the bytes of one range go, front to back. Not used by two threads at once."""
+
+    def room(self) -> memoryview:
+        """Writable bytes, at least one, where the next bytes are to be put. Never more than are still wanted."""
+
+    def landed(self, count: int) -> None:
+        """The first `count` bytes of the last `room()` are there now. May raise, which ends the read."""
+
+    @property
+    def left(self) -> int:
+        """Bytes that are still wanted; 0 once all have landed."""
+
+
+@dataclass(slots=True)
+class FileRange:
+    """Bytes [start, stop) of an open file, to be sent from the file itself where the store can."""
+
+    fd: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes, through one buffer. Raises OSError where the file has become shorter."""
+        buffer = memoryview(bytearray(min(SCRATCH, len(self))))
+        at = self.start
+        while at < self.stop:
+            got = os.preadv(self.fd, [buffer[: self.stop - at]], at)
+            if not got:
+                raise OSError("the file became shorter while it was read")
+            yield buffer[:got]
+            at += got
+
+
+Body = bytes | memoryview | FileRange
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One part of an upload."""
+
+    body: Body
+    crc32: int | None = None
+    """zlib's; sent along where the store checks it."""
+
+
+class Upload(Protocol):
+    """An object that is being put in parts, which may be sent in any order and from several threads.
+
+    Nothing stands under the key before `finish`.
+    """
+
+    @property
+    def parts(self) -> Sequence[tuple[int, int]]:
+        """Bytes [start, stop) of each part."""
+
+    def has(self, number: int, chunk: Callable[[], Chunk]) -> bool:
+        """Whether an earlier, unfinished upload has left this part in the store. Calls `chunk` only to compare."""
+
+    def send(self, number: int, chunk: Chunk) -> bool:
+        """Send one part. True where the store has checked its checksum. Raises StoreError."""
+
+    def finish(self) -> Stat:
+        """Make the object of its parts, all of which were sent. Raises StoreError."""
+
+    def leave(self) -> None:
+        """Stop, and leave what was sent to a later upload of the same key."""
+
+
+class Store(Protocol):
+    """Named objects. Keys are relative, with `/` between words. Safe to use from several threads.
+
+    Every verb retries what is transient, with full jitter, until `Access.deadline` has passed without progress, and
+    raises StoreError (MissingError, ConflictError, DeniedError) at once for what is not.
+    """
+
+    @property
+    def uri(self) -> str:
+        """Without credentials; fit for messages."""
+
+    def head(self, key: str) -> Stat | None:
+        """What is known of an object; None where there is none."""
+
+    def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
+        """Put the bytes from `start` on into `sink` until it wants no more, and give the version that they are of.
+
+        With `version` it must still be that one. A broken transfer is resumed at the byte. Raises SourceError where
+        the object changed meanwhile or ends before the sink has all, MissingError where there is none.
+        """
+
+    def put(self, key: str, data: bytes) -> Stat:
+        """Put a small object whole, whatever was there."""
+
+    def put_if(self, key: str, data: bytes, *, version: str | None) -> Stat:
+        """Put a small object only where the key has this `version` now (None: only where it is absent).
+
+        Raises ConflictError, and changes nothing, otherwise.
+        """
+
+    def upload(self, key: str, parts: Sequence[tuple[int, int]]) -> Upload:
+        """Begin to put an object whose parts may be cut at `parts`, bytes [start, stop) that follow each other.
+
+        The upload says in its own `parts` how it wants them: the same, or several joined to one.
+        """
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        """Every object whose key begins with `prefix`, in no order. Raises rather than giving a part of them."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; those that are gone already are no error."""
+
+    def abort_uploads(self, prefix: str, *, before: float) -> int:
+        """Drop unfinished uploads begun before that time (seconds since the epoch); how many there were."""
+
+    def close(self) -> None:
+        """Close connections. The store cannot be used any more."""
+
+    def __enter__(self) -> Store: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class BufferSink:
+    """Takes a range into memory of the caller."""
+
+    def __init__(self, into: memoryview) -> None:
+        self._rest = into
+
+    @property
+    def left(self) -> int:
+        return len(self._rest)
+
+    def room(self) -> memoryview:
+        return self._rest
+
+    def landed(self, count: int) -> None:
+        self._rest = self._rest[count:]
+
+
+def read(store: Store, key: str, start: int, stop: int, *, version: str | None = None) -> bytes:
+    """Bytes [start, stop) of an object."""
+    found = bytearray(stop - start)
+    if found:
+        with memoryview(found) as into:
+            store.get(key, start, BufferSink(into), version=version)
+    return bytes(found)
+
+
+def read_small(store: Store, key: str, *, most: int) -> tuple[bytes, Stat] | None:
+    """A whole object of at most `most` bytes, and what is known of it; None where there is none.
+
+    Raises FormatError for a larger one, before any of it is fetched.
+    """
+    stat = store.head(key)
+    if stat is None:
+        return None
+    if stat.size > most:
+        raise FormatError(f"{where(store, key)}: {stat.size} bytes, more than the {most} that it may have")
+    return read(store, key, 0, stat.size, version=stat.version), stat
+
+
+def where(store: Store, key: str) -> str:
+    """How a message names an object."""
+    return quote(f"{store.uri.rstrip('/')}/{key}")
+
+
+def changed(store: Store, key: str) -> SourceError:
+    """The error of an object that was replaced while it was read."""
+    return SourceError(f"{where(store, key)}: the object was replaced while it was read; run again")
+
+
+def is_uri(source: object) -> bool:
+    """Whether `source` is written as a URI rather than as a path."""
+    return isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
+
+
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """(scheme, bucket, prefix without slashes around it). Raises InputError for what is no URI of a store."""
+    scheme, _, rest = uri.partition("://")
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{each}://" for each in SCHEMES)
+        raise InputError(f"{quote(uri)}: no store is reached by {quote(scheme)}://; known are {known}")
+    if scheme == "file":
+        return scheme, "", rest
+    bucket, _, prefix = rest.partition("/")
+    prefix = prefix.strip("/")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{1,254}", bucket):
+        raise InputError(
+            f"{quote(uri)}: {quote(bucket)} is no name of a bucket; write {scheme}://bucket/prefix"
+        )
+    if any(word in ("", ".", "..") for word in prefix.split("/")) and prefix:
+        raise InputError(f"{quote(uri)}: the prefix {quote(prefix)} has an empty or dotted word")
+    return scheme, bucket, prefix
+
+
+def open_store(uri: str | Path, access: Access | None = None) -> Store:
+    """The store at `s3://bucket/prefix`, `gs://`, `az://`, `file:///folder`, or in a folder given as a path.
+
+    Makes no request. Raises InputError for a URI that names none, and for a client that is not installed.
+    """
+    access = access or Access()
+    if not is_uri(uri):
+        from .folder import FolderStore
+
+        return FolderStore(Path(uri))
+    scheme, bucket, prefix = split_uri(str(uri))
+    if scheme == "file":
+        from .folder import FolderStore
+
+        return FolderStore(Path(str(uri).partition("://")[2]))
+    if scheme == "s3":
+        from .s3 import S3Store
+
+        return S3Store(bucket, prefix, access)
+    from .gs_az import ObstoreStore
+
+    return ObstoreStore(scheme, bucket, prefix, access)
+
+
+def missing(store: Store, key: str) -> StoreError:
+    """The error of an object that is not there."""
+    return MissingError(f"{where(store, key)}: no such object")

@@ -1,0 +1,290 @@
+"""Say how a model can be divided so that it fits: weights, KV cache and what running takes, against devices' memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from shardprep_runtime.errors import InputError, LayoutError, quote
+from shardprep_runtime.format.manifest import TORCH
+from shardprep_runtime.stores.store import Access
+
+from ..model.describe import QUANTIZERS, quantized, read_model
+from .budget import GridFit, Workload
+from .kv_cache import text_config
+from .search import KV_BYTES, MOST_DEVICES, Devices, Refused, Search, gib
+
+CONTEXT: Final = 8192
+"""Tokens of a sequence unless more or fewer are asked for, or the model takes no more than fewer."""
+
+TRIES: Final = 24
+"""Shorter contexts that are tried for one that fits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds that bytes take over the network."""
+
+    tensor_token: float
+    """Of the all-reduces of a token, if tensor ranks are on several hosts."""
+    pipeline_token: float
+    tensor_prefill: float
+    """Of a prompt that fills the context."""
+    pipeline_prefill: float
+    cold_checkpoint: float
+    """Until a worker that reads the whole checkpoint has it."""
+    cold_shard: float
+    """Until a worker that reads its own shard alone has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitReport:
+    """Whether, and how, a model fits."""
+
+    source: Path | str
+    model_type: str
+    architecture: str | None
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    quantization: str | None
+    quantize: bool
+    """Whether it is yet to be quantized so."""
+    layers: int
+    experts: int
+    engine: str
+    workload: Workload
+    kv_dtype: str
+    kv_token: int
+    """Bytes of KV cache of one token, in all layers, were it not divided."""
+    kv_sequence: int
+    """Bytes of one sequence of the whole context, state included."""
+    state: int
+    """Bytes of one sequence that do not grow with it."""
+    attention: Mapping[str, int]
+    """Kind of layer -> how many."""
+    devices: Devices
+    grids: tuple[GridFit, ...]
+    """Those that were looked at, the fewest devices first."""
+    refused: tuple[Refused, ...]
+    recommended: GridFit | None
+    reasons: tuple[str, ...]
+    """For the recommended grid; without one, why there is none."""
+    advice: tuple[str, ...]
+    """What would make it fit, where nothing does."""
+    notes: tuple[str, ...]
+    network: int | None
+    """Bytes a second between hosts."""
+    bandwidth: int | None
+    """Bytes a second from where the weights lie to each worker."""
+
+    def times(self, grid: GridFit) -> Times | None:
+        """What a grid's bytes take; None where no network was given."""
+        network, bandwidth = self.network or self.bandwidth, self.bandwidth or self.network
+        if network is None or bandwidth is None:
+            return None
+        tensor, pipeline = grid.transfer.tensor_bytes / network, grid.transfer.pipeline_bytes / network
+        tokens = self.workload.context
+        whole, own = self.nbytes / bandwidth, grid.shard_bytes / bandwidth
+        return Times(tensor, pipeline, tensor * tokens, pipeline * tokens, whole, own)
+
+
+def plan_fit(
+    source: Path | str,
+    *,
+    memory: Sequence[int],
+    per_host: int = 8,
+    context: int | None = None,
+    batch: int = 1,
+    kv_dtype: str = "auto",
+    reserve: int | None = None,
+    quantize: str | None = None,
+    group_size: int = 128,
+    engine: str = TORCH,
+    allow_generic: bool = False,
+    tensor_parallel_size: int | None = None,
+    network: int | None = None,
+    bandwidth: int | None = None,
+    access: Access | None = None,
+) -> FitReport:
+    """How the model at `source`, a checkpoint, a shard set, a URI or a config.json, fits devices of `memory` bytes.
+
+    memory                  of each device, all of which are used; one alone: as many such as it takes
+    per_host                devices that reach each other without the network
+    context, batch          tokens of a sequence (None: the model's, at most 8192), sequences at a time
+    kv_dtype                auto (as the model), fp8, bf16, fp16 or fp32
+    reserve                 bytes of each device that are for neither weights nor KV cache; None: by a formula
+    quantize, group_size    plan for awq or gptq, 4 bits, of a model that is not quantized
+    engine                  whose way of cutting, where engines differ
+    allow_generic           cut the rows of the linears of a model type that has no rules
+    tensor_parallel_size    the finest that may be recommended; None: any
+    network, bandwidth      bytes a second between hosts, and from where the weights lie
+    Reads headers alone, or the config alone. Raises InputError for what cannot be planned.
+    """
+    model = read_model(
+        source, quantize=quantize, group_size=group_size, allow_generic=allow_generic, access=access
+    )
+    text = text_config(model.config)
+    longest = next((text[key] for key in POSITIONS if type(text.get(key)) is int), None)
+    context = min(longest or CONTEXT, CONTEXT) if context is None else context
+    if context < 1 or batch < 1:
+        raise InputError(f"{batch} sequences of {context} tokens: at least one of one is needed")
+    notes = [*model.notes]
+    if longest is not None and context > longest:
+        notes.append(
+            f"{context} tokens are more than the {longest} that config.json says the model was made for"
+        )
+    if engine != TORCH and engine not in model.layout.engines:
+        known = ", ".join((TORCH, *model.layout.engines))
+        raise LayoutError(
+            f"how {engine} cuts a {quote(model.layout.model_type)} is not known; known are {known}"
+        )
+    workload = Workload(context, batch, reserve)
+    search = Search(model, workload, Devices(tuple(memory), per_host), kv_dtype, engine, tensor_parallel_size)
+    search.run()
+    best = search.best()
+    kept = search.kept
+    return FitReport(
+        source=source,
+        model_type=model.layout.model_type,
+        architecture=_architecture(model.config),
+        parameters=model.packed.parameters,
+        nbytes=model.nbytes,
+        dtypes=model.dtypes(),
+        quantization=model.quantization,
+        quantize=quantize is not None,
+        layers=model.layout.layers,
+        experts=model.layout.experts,
+        engine=engine,
+        workload=workload,
+        kv_dtype=search.kv_dtype,
+        kv_token=sum(each.per_token(1) for each in kept),
+        kv_sequence=sum(each.of_sequence(context, 1) for each in kept),
+        state=sum(each.constant(1) for each in kept),
+        attention=Counter(each.kind for each in kept),
+        devices=search.devices,
+        grids=tuple(sorted(search.grids, key=_order)),
+        refused=tuple(search.refused.values()),
+        recommended=best,
+        reasons=tuple(_reasons(search, best)),
+        advice=() if best else tuple(_advise(search, group_size)),
+        notes=(*notes, *search.notes()),
+        network=network,
+        bandwidth=bandwidth,
+    )
+
+
+POSITIONS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+"""Keys of configs that say how long a sequence the model was made for."""
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    found = config.get("architectures")
+    return found[0] if isinstance(found, list) and found and isinstance(found[0], str) else None
+
+
+def _order(grid: GridFit) -> tuple[int, int, int]:
+    return grid.devices, -grid.tensor_parallel_size, grid.expert_parallel_size
+
+
+def _named(grid: GridFit) -> str:
+    expert = f" x EP {grid.expert_parallel_size}" if grid.expert_parallel_size > 1 else ""
+    return f"TP {grid.tensor_parallel_size} x PP {grid.pipeline_parallel_size}{expert}"
+
+
+def _reasons(search: Search, best: GridFit | None) -> Iterator[str]:
+    """Why this grid and no other; without one, what the nearest lacks."""
+    if best is None:
+        nearest = max(search.grids, key=lambda grid: grid.spare, default=None)
+        if nearest is not None:
+            yield f"the nearest, {_named(nearest)}, is short of {gib(-nearest.spare)} on its fullest device"
+        else:
+            yield "no grid of these devices can be made of this model"
+        return
+    given = len(search.devices.memory)
+    lacking = [grid for grid in search.grids if grid.devices < best.devices]
+    fewer = min((grid for grid in lacking if grid.fits), key=_order, default=None)
+    if fewer is not None:
+        yield f"all {given} devices are used; {fewer.devices} would do: {_named(fewer)}"
+    elif lacking:
+        nearest = max(lacking, key=lambda grid: (grid.devices, grid.spare))
+        yield (
+            f"fewer devices do not fit: {_named(nearest)} is short of {gib(-nearest.spare)} on its fullest device"
+        )
+    size = best.tensor_parallel_size
+    finer = [each for each in search.refused if size < each <= best.devices and best.devices % each == 0]
+    if best.pipeline_parallel_size > 1 and finer:
+        yield f"stages rather than more tensor ranks: TP {finer[0]} is not possible"
+    elif 1 < size <= search.devices.per_host:
+        yield f"tensor ranks within a host of {search.devices.per_host} before stages: they work on a token together"
+    if size > search.devices.per_host:
+        yield f"TP {size} goes beyond a host of {search.devices.per_host}: its all-reduces cross the network"
+    together = [
+        grid
+        for grid in search.grids
+        if grid.fits and grid.pipeline_parallel_size == 1 and grid.devices <= search.devices.per_host
+    ]
+    faster = min(together, key=_order, default=None)
+    if best.pipeline_parallel_size > 1 and given == 1 and faster is not None:
+        more = faster.devices - best.devices
+        yield f"{more} more would allow {_named(faster)}, whose ranks work on a token together: faster for one sequence"
+    grouped = [
+        grid
+        for grid in search.grids
+        if grid.expert_parallel_size > 1 and (grid.tensor_parallel_size, grid.bounds) == (size, best.bounds)
+    ]
+    if grouped and all(grid.shard_bytes == best.shard_bytes for grid in grouped):
+        yield "expert parallelism holds the same bytes here; take it for speed, not for room"
+    if best.tokens is not None:
+        yield (
+            f"the fullest device has {gib(best.spare)} to spare; there is room for {best.tokens:,} tokens "
+            f"where {search.workload.context * search.workload.batch:,} are asked for"
+        )
+
+
+def _advise(search: Search, group_size: int) -> Iterator[str]:
+    """What would make it fit, each tried."""
+    memory, workload = search.devices.memory, search.workload
+    found = None
+    if len(memory) > 1:
+        largest = max(memory)
+        needed = search.model.nbytes + workload.batch * sum(
+            each.of_sequence(workload.context, 1) for each in search.kept
+        )
+        least_extra = max((needed - sum(memory)) // largest, 1)
+        for extra in range(least_extra, least_extra + 32):
+            more = tuple(sorted((*memory, *(largest,) * extra), reverse=True))
+            found = search.again(devices=replace(search.devices, memory=more))
+            if found is not None:
+                yield f"{extra} more of {gib(largest)}: {_named(found)} on {found.devices} devices"
+                break
+    elif search.most == MOST_DEVICES:
+        found = search.again(most=8 * MOST_DEVICES)
+        if found is not None:
+            yield f"more devices: {_named(found)} on {found.devices}"
+    if workload.batch > 1 and search.again(workload=replace(workload, batch=1)) is not None:
+        yield "one sequence at a time (--batch 1)"
+    least = search.again(workload=replace(workload, context=1))
+    if least is not None and least.tokens is not None:
+        context = least.tokens // workload.batch
+        for _ in range(TRIES):  # a longer context takes other stages, and more for what is computed
+            if not context or search.again(workload=replace(workload, context=context)) is not None:
+                break
+            context = context * 15 // 16
+        else:
+            context = 0
+        if context:
+            yield f"a shorter context: --context {context}"
+    if KV_BYTES[search.kv_dtype] > 1 and search.again(kv_dtype="fp8") is not None:
+        yield "a KV cache of half the size (--kv-dtype fp8)"
+    if search.model.quantization is None:
+        small = quantized(search.model, QUANTIZERS[0], group_size)
+        found = search.again(model=small)
+        if found is not None:
+            yield (
+                f"4-bit weights (--quantize {QUANTIZERS[0]}), {small.nbytes / 1e9:.1f} GB instead of "
+                f"{search.model.nbytes / 1e9:.1f}: {_named(found)} on {found.devices} device(s)"
+            )

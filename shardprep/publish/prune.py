@@ -1,0 +1,337 @@
+"""Show the revisions of a store, and remove the blobs that none of them names.
+
+Pushing and pruning at the same time is safe. A prune first leaves a mark in the store, then lists blobs, then looks at
+the manifests, and removes only what is old and named by none that it has ever seen; every few seconds it looks again
+and renews its mark. A push that has put its manifest waits until every mark is gone, stale or renewed twice, and then
+asks whether its blobs are there: either the prune has seen the manifest, or the push sees what the prune removed, and
+sends it again.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shardprep_runtime.errors import InputError, ManifestError, StoreError, quote
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.manifest import Manifest, Part, SideFile
+from shardprep_runtime.shard.revisions import (
+    BLOBS,
+    MANIFESTS,
+    MARKS,
+    blob_key,
+    fetch_manifest,
+    is_blob_key,
+    list_revisions,
+    manifest_key,
+    revision_of,
+)
+from shardprep_runtime.stores.store import Access, Stat, Store, open_store, where
+
+from ..write.conduct import Conduct
+
+GRACE: Final = 7 * 86400.0
+"""Seconds for which a blob that no manifest names is kept: longer than any push takes from its first blob to its manifest."""
+
+FRESH: Final = 300.0
+"""Seconds after which a mark that was not renewed is that of a prune that is dead."""
+
+BATCH: Final = 15.0
+"""Seconds for which blobs are removed before the manifests are looked at again."""
+
+READERS: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One manifest of a store."""
+
+    revision: str
+    manifest_digest: str
+    """`sha256:...`"""
+    modified: float
+    """Seconds since the epoch."""
+    size: int
+    """Bytes of its parts and side files, which other revisions may share."""
+    nbytes: int
+    """Bytes of its tensors, each once."""
+    grain: int
+    problem: str | None = None
+    """Why the manifest cannot be followed; the sizes are 0 then."""
+
+
+def revisions(uri: str | Path, *, access: Access | None = None) -> list[Revision]:
+    """The revisions in the store at `uri`, by name. Raises StoreError where they cannot be listed."""
+    with open_store(uri, access) as store:
+        there = list_revisions(store)
+        with ThreadPoolExecutor(READERS, thread_name_prefix="shardprep-ask") as pool:
+            found = list(pool.map(lambda item: _describe(store, *item), there.items()))
+    return [each for each in found if each is not None]
+
+
+def _describe(store: Store, revision: str, stat: Stat) -> Revision | None:
+    raw = b""
+    try:
+        found = fetch_manifest(store, revision)
+        if found is None:
+            return None
+        raw = found[0]
+        manifest = manifests.parse(raw, where=where(store, manifest_key(revision)))
+    except ManifestError as error:
+        digest = manifests.digest_of(raw) if raw else ""
+        return Revision(revision, digest, stat.modified, 0, 0, 0, str(error))
+    size = sum(each.size for each in _files(manifest))
+    return Revision(revision, manifests.digest_of(raw), stat.modified, size, manifest.nbytes, manifest.grain)
+
+
+def _files(manifest: Manifest) -> list[Part | SideFile]:
+    return [*manifest.parts, *manifest.side_files]
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What prune did, or would do."""
+
+    uri: str
+    revisions: tuple[str, ...]
+    """Those that stay."""
+    deleted_revisions: tuple[str, ...]
+    blobs_kept: int
+    """Blobs that some revision names."""
+    blobs_spared: int
+    """Blobs that none names, younger than the grace."""
+    blobs_removed: int
+    bytes_removed: int
+    foreign: int
+    """Objects among the blobs that are none; never touched."""
+    uploads_aborted: int | None
+    """Unfinished uploads older than the grace that were dropped; None in a dry run, which does not look."""
+    dry_run: bool
+
+
+def prune(
+    uri: str | Path,
+    *,
+    grace: float = GRACE,
+    delete_revisions: Sequence[str] = (),
+    dry_run: bool = False,
+    access: Access | None = None,
+    conduct: Conduct | None = None,
+) -> PruneReport:
+    """Remove the blobs of the store at `uri` that no revision names and that are older than `grace` seconds.
+
+    delete_revisions  remove these manifests first; one revision at least must stay. Blobs that only they named and
+                      that are older than `grace` go at once: whoever reads them loses them
+    dry_run           say what would be removed, remove nothing
+    Raises InputError, and removes nothing, where the store has no manifest, or one that cannot be followed (of a newer
+    shardprep, say), and StoreError where a listing fails or lacks what is there.
+    """
+    if grace < 0:
+        raise InputError(f"a grace of {grace} s is in the future")
+    conduct = conduct or Conduct()
+    with open_store(uri, access) as store:
+        named = _Named(store, conduct.warn)
+        there = named.look(leave_out=delete_revisions)
+        deleted = tuple(dict.fromkeys(delete_revisions))
+        _check_deletion(store, there, deleted)
+        mark = None if dry_run else _Mark(store)
+        try:
+            if deleted and not dry_run:
+                store.delete([manifest_key(revision) for revision in deleted])
+            found = []
+            for stat in store.list(BLOBS):
+                found.append(stat)
+                if mark is not None and mark.age > BATCH:
+                    mark.renew()
+            named.check_listing({stat.key for stat in found})
+            stays = named.look(leave_out=deleted if dry_run else ())
+            before = (mark.now if mark else time.time()) - grace
+            blobs = [stat for stat in found if is_blob_key(stat.key)]
+            unnamed = [stat for stat in blobs if stat.key not in named.keys]
+            old = [stat for stat in unnamed if stat.modified < before]
+            removed = old if mark is None else _remove(store, old, named, mark)
+            aborted = None if dry_run else store.abort_uploads(BLOBS, before=before)
+        finally:
+            if mark is not None:
+                mark.close()
+        return PruneReport(
+            uri=store.uri,
+            revisions=tuple(revision for revision in stays if revision not in deleted or not dry_run),
+            deleted_revisions=deleted,
+            blobs_kept=sum(stat.key in named.keys for stat in blobs),
+            blobs_spared=len(unnamed) - len(old),
+            blobs_removed=len(removed),
+            bytes_removed=sum(stat.size for stat in removed),
+            foreign=len(found) - len(blobs),
+            uploads_aborted=aborted,
+            dry_run=dry_run,
+        )
+
+
+def _check_deletion(store: Store, there: Sequence[str], deleted: Sequence[str]) -> None:
+    for revision in deleted:
+        manifest_key(revision)
+        if revision not in there:
+            raise InputError(f"{quote(store.uri)}: no revision {quote(revision)}; nothing was removed")
+    if not set(there) - set(deleted):
+        raise InputError(
+            f"{quote(store.uri)}: no revision would be left; nothing was removed: to give up all of it, remove the "
+            "prefix with the tools of the store"
+        )
+
+
+def _remove(store: Store, old: Sequence[Stat], named: _Named, mark: _Mark) -> list[Stat]:
+    """Remove blobs, a few at a time, that no manifest names yet; those that were removed."""
+    removed: list[Stat] = []
+    end = -math.inf
+    for stat in old:
+        if time.monotonic() >= end:
+            # only here while removing: who sees the mark change twice knows that what was removed by an older look is
+            mark.renew()
+            named.look()
+            mark.check()
+            mark.renew()
+            end = time.monotonic() + BATCH
+        if stat.key not in named.keys:
+            mark.check()
+            store.delete([stat.key])
+            removed.append(stat)
+    return removed
+
+
+class _Named:
+    """The blobs that manifests name: all manifests that were ever seen, so that a listing that is short adds none to
+    those that are removed."""
+
+    def __init__(self, store: Store, warn: Callable[[str], None]) -> None:
+        self._store, self._warn = store, warn
+        self._read: dict[str, str] = {}
+        """Revision -> version that was read."""
+        self._by_revision: dict[str, set[str]] = {}
+        self.keys: set[str] = set()
+
+    def look(self, *, leave_out: Sequence[str] = ()) -> list[str]:
+        """List the manifests and read those that are new; the revisions. Raises InputError where there is none, or one
+        that cannot be followed."""
+        there = {}
+        for stat in self._store.list(MANIFESTS):
+            revision = revision_of(stat.key)
+            if revision is not None:
+                there[revision] = stat.version
+            elif stat.key.endswith(".json"):
+                raise InputError(
+                    f"{where(self._store, stat.key)}: not a manifest as this shardprep names them; nothing is removed "
+                    "while what it may refer to is not known"
+                )
+        if not there:
+            raise InputError(
+                f"{quote(self._store.uri)}: no manifests are there; nothing is removed, since all blobs would be: is the "
+                "prefix the right one?"
+            )
+        new = [
+            name
+            for name, version in there.items()
+            if name not in leave_out and self._read.get(name) != version
+        ]
+        with ThreadPoolExecutor(READERS, thread_name_prefix="shardprep-ask") as pool:
+            found = list(pool.map(self._fetch, new))
+        for revision, manifest in zip(new, found, strict=True):
+            if manifest is not None:
+                digests = [each.digest for each in _files(manifest)]
+                self._by_revision.setdefault(revision, set()).update(map(blob_key, digests))
+                self.keys |= self._by_revision[revision]
+                self._read[revision] = there[revision]
+        return sorted(there)
+
+    def _fetch(self, revision: str) -> Manifest | None:
+        try:
+            found = fetch_manifest(self._store, revision)
+            if found is None:  # removed meanwhile; what it named is not known, and younger than no grace
+                return None
+            return manifests.parse(found[0], where=where(self._store, manifest_key(revision)))
+        except ManifestError as error:
+            raise InputError(f"{error}; nothing is removed while a manifest cannot be followed") from None
+
+    def check_listing(self, listed: set[str]) -> None:
+        """Raises StoreError where a blob that is there was not listed: such a listing is not to be acted on."""
+        for revision, keys in self._by_revision.items():
+            lacking = sorted(keys - listed)
+            with ThreadPoolExecutor(READERS, thread_name_prefix="shardprep-ask") as pool:
+                heads = list(pool.map(self._store.head, lacking))
+            for key, stat in zip(lacking, heads, strict=True):
+                if stat is not None:
+                    raise StoreError(
+                        f"{where(self._store, key)}: is there, but the store did not list it; nothing is removed on the "
+                        "word of such a listing"
+                    )
+            if lacking:
+                self._warn(
+                    f"revision {quote(revision)} is broken: {len(lacking)} of its blobs are not there; push it again"
+                )
+
+
+class _Mark:
+    """Says in the store that a prune is at work."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._key = MARKS + secrets.token_hex(16)
+        self._count = 0
+        self.renew()
+        found = store.head(self._key)
+        if found is None:
+            raise StoreError(f"{where(store, self._key)}: was written and is not there; nothing is removed")
+        self.now = found.modified
+        """By the clock of the store, by which blobs have their ages."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was renewed."""
+        return time.monotonic() - self._renewed
+
+    def renew(self) -> None:
+        """Put it again, with another content."""
+        self._renewed = time.monotonic()
+        self._count += 1
+        self._store.put(self._key, str(self._count).encode())
+
+    def check(self) -> None:
+        """Raises StoreError where the mark may have gone stale, so that a push did not wait for us."""
+        if self.age > FRESH / 2:
+            raise StoreError(
+                f"{quote(self._store.uri)}: the store (or this process) stood still for too long; run prune again"
+            )
+
+    def close(self) -> None:
+        with suppress(StoreError):  # it goes stale by itself
+            self._store.delete([self._key])
+
+
+def wait_for_prunes(store: Store, published: Stat, *, warn: Callable[[str], None]) -> None:
+    """Wait until no prune is at work that has not seen the manifest `published`. Who may not list cannot wait."""
+    begun = time.monotonic()
+    versions: dict[str, set[str]] = {}
+    told = False
+    while True:
+        now = published.modified + time.monotonic() - begun
+        try:
+            fresh = [mark for mark in store.list(MARKS) if now - mark.modified < FRESH]
+        except StoreError:
+            return
+        for mark in fresh:
+            versions.setdefault(mark.key, set()).add(mark.version)
+        if all(len(versions[mark.key]) > 2 for mark in fresh):
+            return
+        if not told:
+            warn(
+                "a prune is at work in the store; waiting for its end, to see that it removed nothing of this"
+            )
+            told = True
+        time.sleep(1)

@@ -1,0 +1,286 @@
+"""Bring a shard set, or one rank's share of it, from a store into a folder: the ranges of the view and nothing else.
+
+While it comes, every part stands under its name and `.sparse`, with a map of what is there beside it (`.landed`), so
+that a killed pull goes on where it was and several ranks of a host may pull into one folder at once. Then the parts
+that are whole get their names, the side files come, and the manifest last.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shardprep_runtime import environment
+from shardprep_runtime.errors import InputError, IntegrityError, WriteError, quote
+from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.manifest import Manifest, Part
+from shardprep_runtime.format.view import View, plan_view
+from shardprep_runtime.shard.fetch import WORKERS, Arrival, Fetch, open_arrivals, plan_runs
+from shardprep_runtime.shard.filesystem import file_system
+from shardprep_runtime.shard.landing import ABSENT, DOUBTED, HEADER, LANDED, VERIFIED, Landing, land_in_file
+from shardprep_runtime.shard.loading import SPARSE, Shard
+from shardprep_runtime.shard.parts import OpenPart, open_part
+from shardprep_runtime.shard.revisions import DEFAULT_REVISION, blob_key, read_manifest
+from shardprep_runtime.shard.side_files import (
+    MAP,
+    SIDE_BY_SIDE,
+    alone,
+    fetch_side_file,
+    finish,
+    is_here,
+    make_folder,
+    prepare,
+    write_small,
+)
+from shardprep_runtime.stores.store import Access, Store, open_store
+
+from ..write.conduct import Conduct
+
+SMALL: Final = 32 * 2**20
+"""Side files up to this size are held in memory until the parts are there; nothing gets its name before."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """What pull did."""
+
+    source: str
+    revision: str
+    manifest_digest: str
+    destination: Path
+    rank: int | None
+    """None: all of the shard set."""
+    nbytes: int
+    """Bytes of tensors that are wanted here."""
+    bytes_fetched: int
+    """Of them, those that this run brought; the others were here already, or another process brought them."""
+    parts: tuple[tuple[str, bool], ...]
+    """(path, whether it is whole) of each part that is wanted here."""
+    seconds: float
+
+
+def pull(
+    source: str | Path,
+    destination: Path,
+    *,
+    revision: str = DEFAULT_REVISION,
+    rank: int | None = None,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int | None = None,
+    expert_parallel_size: int = 1,
+    stages: Sequence[Sequence[int]] | None = None,
+    engine: str = manifests.TORCH,
+    manifest_digest: str | None = None,
+    weights: bool = True,
+    access: Access | None = None,
+    conduct: Conduct | None = None,
+) -> PullReport:
+    """Pull a revision of the shard set at `source` (a URI, or a store's folder) into the folder `destination`.
+
+    rank   of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone, as
+           `engine` asks for them, are pulled; None: everything
+    weights  False: side files and the manifest alone, which is what an engine is started with
+    Every block is checked against its digest as it lands. What an earlier run, or one for another rank, has brought
+    is checked and kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later,
+    in which case the same call resumes.
+    """
+    began = time.monotonic()
+    conduct = conduct or Conduct()
+    with open_store(source, access) as store:
+        raw, manifest = read_manifest(store, revision, manifest_digest)
+        digest = manifests.digest_of(raw)
+        view = None
+        if rank is not None:
+            view = plan_view(
+                manifest,
+                rank=rank,
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                expert_parallel_size=expert_parallel_size,
+                stages=stages,
+                engine=engine,
+            )
+        make_folder(destination)
+        with alone(destination):
+            prepare(destination, digest, manifest)
+        parts = () if not weights else manifest.parts if view is None else view.parts
+        sides = [side for side in manifest.side_files if not is_here(destination, side)]
+        small = [side for side in sides if side.size <= SMALL]
+        with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="shardprep-side") as pool:
+            early = {side: pool.submit(fetch_side_file, store, side) for side in small}
+            try:
+                wanted, fetched, whole = _bring(store, destination, manifest, parts, view, conduct)
+                for side in sides:
+                    data = early[side].result() if side in early else fetch_side_file(store, side)
+                    with alone(destination):
+                        write_small(destination / side.path, data)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        finish(destination, raw)
+    return PullReport(
+        source=store.uri,
+        revision=revision,
+        manifest_digest=digest,
+        destination=destination,
+        rank=rank,
+        nbytes=wanted,
+        bytes_fetched=fetched,
+        parts=tuple((part.path, part.path in whole) for part in parts),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _bring(
+    store: Store,
+    folder: Path,
+    manifest: Manifest,
+    parts: Sequence[Part],
+    view: View | None,
+    conduct: Conduct,
+) -> tuple[int, int, set[str]]:
+    """Fetch what is wanted of `parts`; bytes of tensors wanted, bytes fetched, and which parts are whole now."""
+    landings: list[tuple[Part, str, Landing]] = []
+    there: list[Part] = []
+    try:
+        with alone(folder):
+            for part in parts:
+                path = folder / (part.path + SPARSE)
+                if (folder / part.path).exists():
+                    there.append(part)
+                    for name in (SPARSE, MAP):  # of a run that was killed as it gave the part its name
+                        (folder / (part.path + name)).unlink(missing_ok=True)
+                    continue
+                path.parent.mkdir(parents=True, exist_ok=True)
+                landings.append((part, blob_key(part.digest), land_in_file(part, path, trust=False)))
+    except OSError as error:
+        for _, _, landing in landings:
+            landing.abandon()
+        raise WriteError(f"{quote(folder)}: cannot be written: {error.strerror}") from None
+    workers = conduct.workers or WORKERS
+    arrivals = open_arrivals(store, landings, manifest, check_digest=True, workers=workers)
+    fetch = None
+    try:
+        ranges = list(_ranges(folder, manifest, arrivals, there, view))
+        runs = plan_runs(
+            (arrival, start, stop) for arrival, start, stop in ranges if isinstance(arrival, Arrival)
+        )
+        missing = [(run.arrival, *span) for run in runs for span in run.arrival.missing(run)]
+        needed = dict.fromkeys(arrivals, 0)
+        for arrival, start, stop in missing:
+            needed[arrival] += stop - start
+        # an earlier run, or one beside us, may have set the same bytes aside
+        more = sum(max(0, size - each.landing.set_aside(each.bytes_there())) for each, size in needed.items())
+        free = shutil.disk_usage(folder).free
+        if more > free:
+            raise WriteError(
+                f"{quote(folder)}: {more:,} bytes are needed, {free:,} are free; make room or pull elsewhere"
+            )
+        if file_system(folder) != "tmpfs":  # which would clear pages that are about to be written
+            for arrival, start, stop in missing:
+                arrival.landing.reserve(start, stop)
+        conduct.begin(sum(run.nbytes for run in runs))
+        fetch = Fetch(store, arrivals, runs, verify=True, workers=workers, progress=conduct.progress)
+        fetch.start()
+        fetch.wait_all()
+        whole = {part.path for part in there} | {
+            arrival.part.part.path for arrival in arrivals if _publish(folder, arrival)
+        }
+        return sum(stop - start for _, start, stop in ranges), fetch.bytes_fetched, whole
+    finally:
+        if fetch is not None:
+            fetch.join()
+        for arrival in arrivals:
+            arrival.part.close()
+            arrival.landing.close()
+
+
+def _ranges(
+    folder: Path, manifest: Manifest, arrivals: Sequence[Arrival], there: Sequence[Part], view: View | None
+) -> Iterator[tuple[Arrival | Part, int, int]]:
+    """The bytes [start, stop) of each part that are wanted, in the order in which they should come.
+
+    Of a part that is `there` the header is checked. Raises FormatError, IntegrityError or ManifestError.
+    """
+    of_part = {arrival.part.part.path: arrival for arrival in arrivals}
+    opened: list[OpenPart] = []
+    try:
+        opened.extend(open_part(folder, part, manifest) for part in there)
+        if view is None:
+            for arrival in arrivals:
+                yield arrival, arrival.part.part.header_size, arrival.part.part.size
+            for part in there:
+                yield part, part.header_size, part.size
+            return
+        shard = Shard(view, [*(arrival.part for arrival in arrivals), *opened], manifest)
+        for each, piece, start, stop in shard.ranges():
+            whose = of_part.get(each.part.path, each.part)
+            yield whose, piece.span.start + start, piece.span.start + stop
+    finally:
+        for each in opened:
+            each.close()
+
+
+def _publish(folder: Path, arrival: Arrival) -> bool:
+    """Bring a part to disk, and give it its name if all of it is there; whether it is."""
+    for number, value in enumerate(arrival.landing.state(len(arrival.blocks))):
+        # another rank's, from before the machine went down: it may not have come to disk
+        if value in (LANDED, DOUBTED) and number != HEADER:
+            try:
+                arrival.block(number).check()
+            except IntegrityError:
+                arrival.landing.mark(number, ABSENT)
+            else:
+                arrival.landing.mark(number, VERIFIED)
+    arrival.landing.sync()
+    path = folder / arrival.part.part.path
+    if not all(arrival.landing.state(len(arrival.blocks))):
+        return False
+    with alone(folder):
+        # somebody who pulls another rank into this folder may have been first
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + SPARSE).rename(path)
+        path.with_name(path.name + MAP).unlink(missing_ok=True)
+    return True
+
+
+def choose_rank(
+    rank: int | None,
+    *,
+    everything: bool,
+    tensor_parallel_size: int | None,
+    pipeline_parallel_size: int | None,
+    expert_parallel_size: int | None = None,
+    engine: str | None = None,
+) -> int | None:
+    """The rank to pull for; None: everything. Without `rank` that of a worker's environment (torchrun's RANK).
+
+    Raises InputError where neither says, and where the environment has another number of workers than the grid.
+    """
+    grid = tensor_parallel_size, pipeline_parallel_size
+    if everything:
+        if rank is not None or grid != (None, None) or expert_parallel_size is not None or engine is not None:
+            raise InputError(
+                "--all pulls for every grid and engine; leave --rank, -tp, -pp, -ep, --stages and --engine out"
+            )
+        return None
+    if rank is None:
+        if grid == (None, None):
+            raise InputError("which share? say -tp, -pp and --rank of a worker, or --all for everything")
+        rank = environment.rank()
+        if rank is None:
+            raise InputError(
+                "which rank? say --rank, or run it where RANK is set (torchrun), or --all for everything"
+            )
+        size, given = (grid[0] or 1) * (grid[1] or 1), environment.world_size()
+        if given not in (None, size):
+            raise InputError(
+                f"the environment has WORLD_SIZE {given}, the grid {size} workers; give -tp and -pp that fit, or --rank"
+            )
+    return rank
