@@ -13,10 +13,11 @@ from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.stores.store import Access
 
 from .index import Index, LeftOut
+from .layout.ties import settle_aliases
 from .source import open_source, read_checkpoint
 from .write.conduct import Conduct
 from .write.mover import carry_out, fingerprint
-from .write.plan import Plan, check_cast, plan_convert, settle_aliases
+from .write.plan import Plan, check_cast, plan_convert
 from .write.side_files import copy_side_files
 from .write.staging import Staging
 

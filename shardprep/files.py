@@ -7,9 +7,15 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Final, Protocol
 
 from shardprep_runtime.errors import FormatError, SourceError, quote
+
+PARTIAL: Final = ".shardprep-partial"
+"""Folder within a destination where what is being written lies until it is whole."""
+
+JOURNAL: Final = ".journal.json"  # with a dot: no side file of a checkpoint has such a name
+"""File in `PARTIAL` that says what is being written, and what is there already."""
 
 
 class Stretch(Protocol):

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from shardprep_runtime.format.dtypes import nbytes
 
 from .files import Folder
+
+CASTABLE: Final = ("F64", "F32", "F16", "BF16")
+"""The dtypes that `--dtype` changes into one another. Others (integers, fp8) carry meaning in their bits and are kept."""
 
 
 @dataclass(frozen=True, slots=True)

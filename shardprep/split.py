@@ -29,6 +29,7 @@ from shardprep_runtime.stores.store import Access, is_uri
 from .index import Index, LeftOut
 from .layout import ModelLayout, Scheme, normalize
 from .layout.quantization import spell, with_lists
+from .layout.ties import settle_aliases
 from .model.describe import lay_out_index, read_legacy
 from .probe import check_can_probe, record_probe
 from .publish.push import StoreStaging
@@ -36,7 +37,7 @@ from .source import Source, open_source, read_checkpoint
 from .source.checkpoint import read_json
 from .write.conduct import Conduct
 from .write.mover import carry_out, fingerprint
-from .write.plan import Plan, plan_split, settle_aliases, uncollected
+from .write.plan import Plan, plan_split, uncollected
 from .write.side_files import copy_side_files
 from .write.staging import Destination, Staging, Written
 

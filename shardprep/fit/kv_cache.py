@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from shardprep_runtime.errors import LayoutError, quote
 
+from ..layout.rules import text_config
+
 STATE_BYTES: Final = 4
 """Of one number of a recurrent state, which is summed up over the whole sequence, unless the config names a dtype."""
 
@@ -84,12 +86,6 @@ def read_kept(
     if len(kinds) < layers:
         raise LayoutError(f"config.json names the kinds of {len(kinds)} layers, the model has {layers}")
     return tuple(reader.kept(kind, i) for i, kind in enumerate(kinds[:layers]))
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the language model, where a config.json describes others beside it."""
-    inner = config.get("text_config")
-    return {**config, **inner} if isinstance(inner, Mapping) else config
 
 
 class _Reader:

@@ -12,9 +12,9 @@ from shardprep_runtime.errors import InputError, LayoutError, quote
 from shardprep_runtime.format.manifest import TORCH
 from shardprep_runtime.stores.store import Access
 
+from ..layout.rules import text_config
 from ..model.describe import QUANTIZERS, quantized, read_model
 from .budget import GridFit, Workload
-from .kv_cache import text_config
 from .search import KV_BYTES, MOST_DEVICES, Devices, Refused, Search, gib
 
 CONTEXT: Final = 8192

@@ -12,9 +12,10 @@ from shardprep_runtime.format.cut import allows
 from ..layout import ModelLayout
 from ..layout.packed import Grain
 from ..layout.pad import share_evenly
+from ..layout.rules import text_config
 from ..model.describe import Model
 from .budget import GridFit, Shape, Workload, fill
-from .kv_cache import BYTES, Kept, read_kept, text_config
+from .kv_cache import BYTES, Kept, read_kept
 from .weights import Census, Weights
 
 KV_BYTES: Final = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}

@@ -17,8 +17,7 @@ from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError, 
 from shardprep_runtime.format import dtypes
 from shardprep_runtime.format.cut import Layout, allows
 
-from ..index import Extent, Index, Tensor
-from ..write.plan import CASTABLE
+from ..index import CASTABLE, Extent, Index, Tensor
 from . import ModelLayout, derive_layout, known_types
 from .packed import pack as pack_layout
 

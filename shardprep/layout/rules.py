@@ -19,6 +19,12 @@ VOCABULARY_MULTIPLE: Final = 64
 """To which vLLM and SGLang pad the rows of a vocabulary before they share them (vllm DEFAULT_VOCAB_PADDING_SIZE)."""
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model, where a config.json describes others beside it."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, Mapping) else config
+
+
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Where a tensor belongs and how it may be cut."""

@@ -14,14 +14,14 @@ from shardprep_runtime.format import dtypes
 from shardprep_runtime.stores.store import Access
 
 from ..files import LocalFolder
-from ..fit.kv_cache import text_config
 from ..index import Index
 from ..layout import ModelLayout, PackedModel, Scheme, derive_layout, lay_out, read_scheme
 from ..layout.packed import pack
 from ..layout.quantization import legacy_names
+from ..layout.rules import text_config
+from ..layout.ties import settle_aliases
 from ..source import open_source, read_checkpoint
 from ..source.checkpoint import read_json
-from ..write.plan import settle_aliases
 
 QUANTIZERS: Final = ("awq", "gptq")
 """What a model can be planned to be quantized by, to 4 bits."""

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError, quote
 
-from ..fit.kv_cache import text_config
 from ..index import Index
 from ..layout.packed import pack
+from ..layout.rules import text_config
 from ..model.describe import Model
 from ..write.side_files import read_chunks
 from .calibration import Tokens, read_heldout

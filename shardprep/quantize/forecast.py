@@ -30,9 +30,9 @@ from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.format import dtypes
 from shardprep_runtime.format.cut import allows
 
-from ..fit.kv_cache import text_config
 from ..layout.packed import PackedModel, fields_of, pack
 from ..layout.pad import share_evenly
+from ..layout.rules import text_config
 from ..model.describe import QUANTIZERS, Model
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Final
 
 from shardprep_runtime.errors import InputError, UnsupportedError, quote
 
-from ..fit.kv_cache import text_config
 from ..index import Index
 from ..layout import Scheme
 from ..layout.quantization import BITS
+from ..layout.rules import text_config
 from ..model.describe import scheme_of
 
 SAMPLES: Final = 128

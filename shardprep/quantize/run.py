@@ -26,10 +26,11 @@ from shardprep_runtime.stores.store import Access
 from ..convert import DEFAULT_PART_BYTES, write_checkpoint
 from ..index import Index
 from ..layout.pad import Padding, pad_to
+from ..layout.ties import settle_aliases
 from ..model.describe import model_of
 from ..source import open_source, read_checkpoint
 from ..write.conduct import Conduct, silent
-from ..write.plan import plan_convert, settle_aliases
+from ..write.plan import plan_convert
 from .calibration import Tokens, read_calibration, write_tokens
 from .checks import (
     Evaluation,

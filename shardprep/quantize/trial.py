@@ -12,10 +12,10 @@ from typing import Any, Final
 from shardprep_runtime.errors import ProblemError, UnsupportedError, quote
 
 from ..layout import Scheme
+from ..layout.ties import settle_aliases
 from ..model import skeleton
 from ..model.shrink import Sizes, shrink
 from ..source import open_source, read_checkpoint
-from ..write.plan import settle_aliases
 from .engine import Engine, EngineError
 from .engines.main import Job
 from .names import names_of, rename_as_source

@@ -1,8 +1,9 @@
 """Read the index of a checkpoint, whatever it was made by, without executing anything in it."""
 
 from .checkpoint import read_checkpoint
-from .locate import Source, open_source
+from .locate import open_source
 from .shard_set import locate_pieces, open_parts, read_shard_set
+from .source import Source
 
 __all__ = [
     "Source",

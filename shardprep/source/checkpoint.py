@@ -13,13 +13,12 @@ from shardprep_runtime.errors import FormatError, UnsupportedError, quote
 from shardprep_runtime.format.header import loads_strict
 from shardprep_runtime.format.manifest import FILE_NAME
 
-from ..files import Folder, read_at
+from ..files import JOURNAL, PARTIAL, Folder, read_at
 from ..index import Index, LeftOut, SourceFile, Tensor
-from ..write.staging import FOLDER, JOURNAL
-from .locate import Source
 from .names import SAFETENSORS, choose_weights, is_side_file
 from .safetensors_files import SafetensorsFile, read_safetensors_file
 from .shard_set import read_shard_set
+from .source import Source
 from .torch_files import TorchFile, is_torch_file, read_torch_file
 
 MAX_JSON_BYTES: Final = 64 * 2**20
@@ -43,7 +42,7 @@ def read_checkpoint(source: Source, *, include_code: bool = False) -> Index:
             raise UnsupportedError(f"{folder.where()}: a shard set; fetch it first (`shardprep pull`)")
         index, _ = read_shard_set(folder.path)
         return dataclasses.replace(index, config=read_config(folder))
-    if folder.path is not None and (folder.path / FOLDER / JOURNAL).exists():
+    if folder.path is not None and (folder.path / PARTIAL / JOURNAL).exists():
         raise FormatError(
             f"{folder.where()}: an unfinished run of shardprep is in here; run the same command again"
         )

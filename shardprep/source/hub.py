@@ -23,8 +23,8 @@ from shardprep_runtime.errors import (
 from shardprep_runtime.stores.store import Sink, Stat
 
 from ..files import LocalFolder
-from .locate import Source
 from .names import INDEX, choose_weights, is_side_file, is_weights
+from .source import Source
 from .store_files import StoreFolder, is_plain
 
 _URI = re.compile(

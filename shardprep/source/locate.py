@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from shardprep_runtime.errors import DeniedError, FormatError, UnsupportedError, quote
 from shardprep_runtime.shard.revisions import MANIFESTS
 from shardprep_runtime.stores.store import Access, is_uri, open_store
 
-from ..files import Folder, LocalFolder
+from ..files import LocalFolder
 from .names import is_weights
+from .source import Source
 from .store_files import StoreFolder, is_plain
 
 HUB: Final = "hf://"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A checkpoint that is open to be read. Use as a context manager."""
-
-    folder: Folder
-    file: str | None
-    """The one weight file that was named; None: the folder."""
-    uri: str
-    """Where it came from, as a manifest tells it: no path of this machine, no credentials."""
-    revision: str | None = None
-    """The commit, where it lies under version control."""
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.folder.close()
 
 
 def open_source(place: Path | str, access: Access | None = None, *, data: bool = True) -> Source:

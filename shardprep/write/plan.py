@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Final, NamedTuple
@@ -18,14 +18,11 @@ from shardprep_runtime.format.manifest import PLACEMENTS, Form, Layer
 from shardprep_runtime.format.view import order
 from shardprep_runtime.shard.parts import part_metadata, piece_block, piece_texts
 
-from ..index import Index, Tensor, natural
-from ..layout import ModelLayout, known_types, ties_head
+from ..index import CASTABLE, Index, Tensor, natural
+from ..layout import ModelLayout
 
 DIGEST_HEX: Final = 64
 """Characters of a block's digest: a header has its size before its digests are known."""
-
-CASTABLE: Final = ("F64", "F32", "F16", "BF16")
-"""The dtypes that `--dtype` changes into one another. Others (integers, fp8) carry meaning in their bits and are kept."""
 
 
 class PlannedPiece(NamedTuple):
@@ -357,30 +354,6 @@ def _lay_out(items: Sequence[_Item], lane: _Lane, part: int) -> tuple[tuple[Plan
         before, digits = digits, len(str(start))
         listed += item.named + described + before + digits
     return tuple(found), listed
-
-
-def settle_aliases(index: Index) -> Index:
-    """Decide which of a checkpoint's tied tensors are stored once: those that the model's config ties again.
-
-    A model whose rules are known and whose config does not tie two tensors needs both of them, even where a
-    checkpoint let them share memory: a loader would leave the second one at random. Where nothing is known of the
-    model, tied tensors stay tied. Of a tied pair of head and embedding the embedding is the one that is stored.
-    """
-    pair = ties_head(index.config)
-    tensors, aliases = dict(index.tensors), {}
-    for alias, name in index.aliases.items():
-        if pair == (name, alias):
-            tensors[alias] = replace(tensors.pop(name), name=alias)
-            aliases[name] = alias
-        elif pair == (alias, name) or index.config.get("model_type") not in known_types():
-            aliases[alias] = name
-        else:
-            tensors[alias] = replace(tensors[name], name=alias)
-    while any(
-        name in aliases for name in aliases.values()
-    ):  # three names of one tensor, and the middle one moved
-        aliases = {alias: aliases.get(name, name) for alias, name in aliases.items()}
-    return replace(index, tensors=dict(sorted(tensors.items())), aliases=dict(sorted(aliases.items())))
 
 
 def target_dtype(tensor: Tensor, dtype: str | None) -> str:

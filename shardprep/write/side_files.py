@@ -13,9 +13,9 @@ from shardprep_runtime.format.dtypes import TORCH
 from shardprep_runtime.format.manifest import SideFile
 
 from ..files import File, Folder
-from ..index import Index
+from ..index import CASTABLE, Index
 from .mover import write_all
-from .plan import CASTABLE, target_dtype
+from .plan import target_dtype
 from .staging import Destination, Written
 
 CONFIG = "config.json"

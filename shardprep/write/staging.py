@@ -32,11 +32,9 @@ from shardprep_runtime.shard.filesystem import sync_folder
 from shardprep_runtime.stores.folder import FolderStore
 from shardprep_runtime.stores.store import Store
 
-from ..files import open_regular
+from ..files import JOURNAL, PARTIAL, open_regular
 from .plan import PlannedPart
 
-FOLDER: Final = ".shardprep-partial"
-JOURNAL: Final = ".journal.json"  # with a dot: no side file of a checkpoint has such a name
 LOCK: Final = ".lock"
 UNFINISHED: Final = ".unfinished"
 
@@ -93,7 +91,7 @@ class Staging:
         """`fingerprint` stands for all that decides the bytes of `files`, the final names in the order of renaming."""
         self.destination = destination
         self.where = quote(destination)
-        self.folder = destination / FOLDER
+        self.folder = destination / PARTIAL
         self.fingerprint = fingerprint
         self.files = tuple(files)
         self.warn = warn
@@ -154,7 +152,7 @@ class Staging:
             raise InputError(
                 f"{quote(self.destination)}: exists and is no folder; choose another destination"
             )
-        there = {entry.name for entry in self.destination.iterdir()} - {FOLDER}
+        there = {entry.name for entry in self.destination.iterdir()} - {PARTIAL}
         own = self._journal()
         foreign = there - set(own[1] if own else ())
         if foreign or (there and own is not None and own[0] != self.fingerprint):
@@ -236,7 +234,7 @@ class Staging:
         def key(file: Part | SideFile) -> str:
             # there: an earlier run was killed while it renamed
             is_published = (self.destination / file.path).exists()
-            return file.path if is_published else f"{FOLDER}/{file.path}"
+            return file.path if is_published else f"{PARTIAL}/{file.path}"
 
         return FolderStore(self.destination), key
 

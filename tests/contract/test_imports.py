@@ -38,8 +38,8 @@ with shardprep_runtime.load({path!r}, tensor_parallel_size=2, rank=1, verify={ve
 
 
 OF_ENGINES = {
-    *(f"shardprep_runtime.{name}" for name in ("ray_llm", "shardtensor", "vllm_loader")),
-    *(f"shardprep_runtime.stage_{name}" for name in ("cache", "model", "relay", "trial", "weights")),
+    *(f"shardprep_runtime.engines.{name}" for name in ("ray_llm", "shardtensor", "vllm_loader")),
+    *(f"shardprep_runtime.stage.{name}" for name in ("kv_cache", "model", "relay", "trial", "weights")),
 }
 """Modules that import torch, or an engine: nothing imports them before it has that."""
 
@@ -73,9 +73,9 @@ def test_the_runtime_is_standard_library_alone() -> None:
 
 def test_every_module_of_the_runtime_is_standard_library_alone() -> None:
     modules = [
-        f"shardprep_runtime.{module.name}"
-        for module in pkgutil.iter_modules(shardprep_runtime.__path__)
-        if f"shardprep_runtime.{module.name}" not in OF_ENGINES
+        module.name
+        for module in pkgutil.walk_packages(shardprep_runtime.__path__, "shardprep_runtime.")
+        if module.name not in OF_ENGINES
     ]
     assert "shardprep_runtime.shard.tensors" in modules
     assert imported_by("import " + ", ".join(modules)) == {"shardprep_runtime"}
@@ -96,7 +96,10 @@ def test_a_worker_that_loads_from_a_folder_knows_no_network() -> None:
     code = LOAD.format(path=str(SHARDS), verify="blocks")
     loaded = set(json.loads(run(code + report("sorted(_sys.modules)")).splitlines()[-1]))
     assert not loaded & {"ssl", "socket", "http.client", "email", "asyncio", "subprocess", "argparse"}
-    assert not loaded & {f"shardprep_runtime.{name}" for name in ("s3", "connection", "boto", "helper")}
+    assert not loaded & {
+        f"shardprep_runtime.{name}"
+        for name in ("stores.s3", "stores.connection", "stores.s3_by_botocore", "shard.fetch_processes")
+    }
 
 
 LOAD_FROM_STORE = """

@@ -207,7 +207,7 @@ def test_a_run_that_was_interrupted_says_so_and_is_resumed(model: Path, tmp_path
 
 KILL_IN_PUBLISH = """
 import os, signal, sys
-from shardprep import staging
+from shardprep.write import staging
 from shardprep.cli import main
 number, real = int(sys.argv.pop(1)), staging.Staging._publish
 def publish(self, name):

@@ -345,7 +345,8 @@ WORKER = """
 import hashlib, importlib, json, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from shardprep_runtime import fetch, load
+from shardprep_runtime import load
+from shardprep_runtime.shard import fetch
 from shardprep_runtime.stores.folder import FolderStore
 from shardprep_runtime.stores.store import open_store
 from stores import CountingStore

@@ -45,9 +45,9 @@ def store(tmp_path: Path) -> Path:
 @pytest.fixture
 def counted(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingStore]:
     found = CountingStore(FolderStore(store))
-    for module in ("load", "prefetch_command"):
+    for module in ("loading", "prefetch_command"):
         monkeypatch.setattr(
-            importlib.import_module(f"shardprep_runtime.{module}"), "open_store", lambda *_: found
+            importlib.import_module(f"shardprep_runtime.shard.{module}"), "open_store", lambda *_: found
         )
     yield found
 

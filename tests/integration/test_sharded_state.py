@@ -318,7 +318,7 @@ def test_a_size_that_the_shard_set_does_not_have_is_refused_and_nothing_is_writt
 KILLED = """
 import os
 from pathlib import Path
-from shardprep import sharded_state
+from shardprep.vllm import sharded_state
 write = sharded_state._write_rank
 def once(job, rank, *more):
     if rank.tp_rank == 1:
@@ -368,7 +368,7 @@ def test_what_vllm_makes_only_while_it_loads_a_checkpoint_cannot_be_exported(
 DAMAGED = """
 import sys
 from pathlib import Path
-from shardprep import sharded_state
+from shardprep.vllm import sharded_state
 from shardprep_runtime.errors import IntegrityError
 write = sharded_state.write_all
 def flip(fd, data, offset):

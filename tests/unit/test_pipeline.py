@@ -24,8 +24,9 @@ from shardprep_runtime.errors import (
     WorkerError,
     WorkerLostError,
 )
+from shardprep_runtime.stage.stage import Keep
 from shardprep_runtime.workers.pipeline import OpenSequence, Pipeline, Policy
-from shardprep_runtime.workers.transport import Health, Keep, Output, Step, Timing, Transport, WorkerInfo
+from shardprep_runtime.workers.transport import Health, Output, Step, Timing, Transport, WorkerInfo
 
 VOCABULARY = 61
 PROMPT = [3, 1, 4, 1, 5]

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..engines.transformers_state import ENGINE, WHOLE
 from ..errors import CacheLostError, InputError, IntegrityError, LayoutError, UnsupportedError, quote
@@ -29,7 +29,6 @@ from ..shard.prefetch import Prefetch
 from ..shard.revisions import DEFAULT_REVISION
 from ..shard.side_files import fetch_side_files, is_here
 from ..stores.store import Access, is_uri
-from ..workers.transport import Keep
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +38,9 @@ if TYPE_CHECKING:
 
     from .kv_cache import StageCache
     from .relay import Built
+
+Keep = Literal["last", "all"]
+"""For which positions of a step the last stage computes logits."""
 
 MAX_SEQUENCES: Final = 64
 """Of which a stage keeps caches."""

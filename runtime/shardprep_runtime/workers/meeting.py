@@ -267,6 +267,7 @@ class Meeting:
         """Say that this front end ends because it is to end: for `Membership.is_over`."""
         with suppress(RuntimeError):
             self.store.set(OVER, "1")
+            self.store.check([OVER])  # torch's set does not wait until the server has it
 
     def close(self) -> None:
         """Stop to serve: those who are connected see that the front end has gone."""

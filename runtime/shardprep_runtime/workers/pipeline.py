@@ -36,7 +36,8 @@ from ..errors import (
     quote,
 )
 from ..format.grid import Stages
-from .transport import Health, Keep, Output, Step, Transport, WorkerInfo
+from ..stage.stage import Keep
+from .transport import Health, Output, Step, Transport, WorkerInfo
 
 if TYPE_CHECKING:
     import torch

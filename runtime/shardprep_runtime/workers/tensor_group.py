@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from .. import environment
 from ..errors import InputError, WorkerError, quote
+from ..stage.stage import Keep
 from .meeting import (
     MAX_MESSAGE,
     PAUSE,
@@ -32,7 +33,6 @@ from .meeting import (
     unseal,
     wait_for,
 )
-from .transport import Keep
 
 if TYPE_CHECKING:
     import torch

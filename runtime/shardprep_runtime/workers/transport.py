@@ -7,15 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from ..errors import InputError, quote
+from ..stage.stage import Keep
 
 if TYPE_CHECKING:
     import torch
 
-Keep = Literal["last", "all"]
-"""For which positions of a step the last stage computes logits."""
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Of workers and of sequences."""
