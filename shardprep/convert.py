@@ -51,9 +51,12 @@ def convert(
 ) -> ConvertReport:
     """Convert the checkpoint at `source`, a path or a URI, into `destination`, a new or empty folder.
 
-    dtype          one of F64, F32, F16, BF16: cast every floating-point tensor of these kinds; None: keep
-    Raises InputError before anything is written; WriteError, IntegrityError or SourceError later, in which case
-    nothing stands under a final name and the same call resumes.
+    Args:
+        dtype: One of F64, F32, F16, BF16: cast every floating-point tensor of these kinds; None: keep.
+
+    Raises:
+        InputError: Before anything is written; WriteError, IntegrityError or SourceError later, in which case nothing
+            stands under a final name and the same call resumes.
     """
     with open_source(source, access) as opened:
         index = settle_aliases(read_checkpoint(opened, include_code=include_code))

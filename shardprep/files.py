@@ -24,7 +24,8 @@ class Stretch(Protocol):
     def read_into(self, into: memoryview, offset: int) -> None:
         """Fill `into` with the bytes from `offset` on, counted from the start of the file.
 
-        Raises SourceError where the file ends before, or is no longer the one that was opened.
+        Raises:
+            SourceError: Where the file ends before, or is no longer the one that was opened.
         """
 
 

@@ -95,16 +95,18 @@ def split(
 ) -> SplitReport:
     """Cut the checkpoint at `source`, a path or a URI, pickle or safetensors, at the grain `tensor_parallel_size`.
 
-    stages         layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well
-    allow_generic  cut the rows of the linears of a model type that has no rules (see `generic_layout`)
-    probe          record what the model gives for fixed inputs, by which a worker proves that it serves the right stage:
-                   each layer is computed once, by transformers
-    dry_run        plan and check everything, write nothing
-    revision       the name under which a store publishes the set, `main` if None; `destination` must be a URI
-    scratch        where parts lie on their way to a store, the system's folder for temporary files if None
     Into a folder, which must be new or empty, or, at a URI, into a store without a full copy on this machine.
     Every source byte is read once. Raises InputError before anything is written; WriteError, IntegrityError or
     SourceError later, in which case nothing stands under a final name and the same call resumes.
+
+    Args:
+        stages: Layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well.
+        allow_generic: Cut the rows of the linears of a model type that has no rules (see `generic_layout`).
+        probe: Record what the model gives for fixed inputs, by which a worker proves that it serves the right stage:
+            each layer is computed once, by transformers.
+        dry_run: Plan and check everything, write nothing.
+        revision: The name under which a store publishes the set, `main` if None; `destination` must be a URI.
+        scratch: Where parts lie on their way to a store, the system's folder for temporary files if None.
     """
     with open_source(source, access) as opened:
         with uncollected():

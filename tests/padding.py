@@ -14,10 +14,11 @@ from shardprep.check.models import forward
 from shardprep.convert import write_checkpoint
 from shardprep.index import Index
 from shardprep.layout.pad import Padding, pad_to
+from shardprep.layout.ties import settle_aliases
 from shardprep.model import skeleton
 from shardprep.source import open_source, read_checkpoint
 from shardprep.write.conduct import Conduct
-from shardprep.write.plan import plan_convert, settle_aliases
+from shardprep.write.plan import plan_convert
 
 GROUP, RANKS = 16, 2
 

@@ -124,15 +124,21 @@ class SplitTrainer:
     ) -> None:
         """Start the stages of the shard set at `source`, a folder or a URI; return once all have their weights.
 
-        stages         how many (at least 2), or the layers [start, stop) of each
-        freeze         layers that stay as they are, by number, and placements: "first" is the embedding, "last" the
-                       head and the norm before it, "ends" an embedding that is the head too, "every" what all stages
-                       hold
-        threads        of each stage's process; None: as torch chooses
-        timeout        seconds after which a stage that gives no answer counts as hung
-        start_timeout  the same while they fetch their weights
-        verify, manifest_digest, revision, cache, access   as `load` has them
-        Raises InputError for what cannot be trained, before any process is started where that can be known.
+        Args:
+            stages: How many (at least 2), or the layers [start, stop) of each.
+            freeze: Layers that stay as they are, by number, and placements: "first" is the embedding, "last" the head
+                and the norm before it, "ends" an embedding that is the head too, "every" what all stages hold.
+            threads: Of each stage's process; None: as torch chooses.
+            timeout: Seconds after which a stage that gives no answer counts as hung.
+            start_timeout: The same while they fetch their weights.
+            verify: As `load` has them.
+            manifest_digest: As `load` has them.
+            revision: As `load` has them.
+            cache: As `load` has them.
+            access: As `load` has them.
+
+        Raises:
+            InputError: For what cannot be trained, before any process is started where that can be known.
         """
         self._children: list[_Child] = []
         self._stack = ExitStack()
@@ -186,8 +192,9 @@ class SplitTrainer:
     def step(self, ids: torch.Tensor | Sequence[Sequence[int]]) -> float:
         """Learn from sequences of token ids; gives the loss (mean cross entropy of each next token) before the step.
 
-        Raises InputError for ids that the model cannot take, and ProblemError, with the weights as they were, where
-        the loss is no number.
+        Raises:
+            InputError: For ids that the model cannot take, and ProblemError, with the weights as they were, where the
+                loss is no number.
         """
         return self._learn("step", ids)
 
@@ -346,10 +353,12 @@ class SplitTrainer:
 def split_options(manifest: Manifest, pieces: Mapping[str, int]) -> tuple[str, ...]:
     """What makes `shardprep split` lay tensors out as the shard set of `manifest` does.
 
-    pieces   path of each part -> how many pieces it holds
     The part size that the set was split with is not known, nor needed: a part was ended where its layer, or the next
     piece, would not have fitted, so the largest part that holds more than one piece ends all of them at the same
     places. (One that holds a single piece may be larger than the limit was.)
+
+    Args:
+        pieces: Path of each part -> how many pieces it holds.
     """
     found = ["-tp", str(manifest.grain)]
     if manifest.stages is not None:

@@ -1,10 +1,23 @@
 """Start a worker from a manifest: map, verify and hand out only its own shard.
 
-    manifest  ->  view  ->  parts  ->  tensors  ->  load
+A worker loads what is its own, from a folder or a store, with a digest for every block:
 
-`manifest` says what a shard set holds, `view` what is this worker's, `parts` opens and proves files, `tensors`
-makes tensors of mapped bytes, `load` puts them together. Importing this package imports neither torch nor numpy,
-nor blake3: each is imported when its first tensor or digest is asked for.
+    from shardprep_runtime import load
+
+    with load("s3://models/llama-70b", tensor_parallel_size=8, rank=3, cache="/var/cache/shardprep") as shard:
+        weight = shard["model.layers.0.mlp.down_proj.weight"]  # a torch tensor of this rank's block
+
+Rooms, each standing on those below it:
+
+    workers    a split model: one stage a worker, a front end, OpenAI's interface
+    stage      a transformers module of one pipeline stage
+    engines    vLLM, SGLang, transformers and Ray read a shard set through their own loaders
+    shard      one worker's shard: found, fetched, verified, handed out as tensors
+    stores     S3, Google, Azure and folders, behind one protocol
+    format     manifest, headers of parts, grids and views
+
+Importing this package imports neither torch nor numpy, nor blake3: each is imported when its first tensor or digest is
+asked for.
 """
 
 from .engines.transformers_state import transformers_state

@@ -42,11 +42,13 @@ def check_arch(
 ) -> CheckReport:
     """Check the rules of the architecture of `source`: a checkpoint (path or URI), a config.json, or a model type.
 
-    engines        whose views are checked
-    ranks          processes for transformers' tensor parallelism; None: started for this check
-    tell           called with each proof as it is made
     Of a checkpoint its config.json alone is read. Raises InputError for a model, a size or a config that is not
     supported; what was tried and found wrong is in the report.
+
+    Args:
+        engines: Whose views are checked.
+        ranks: Processes for transformers' tensor parallelism; None: started for this check.
+        tell: Called with each proof as it is made.
     """
     _demand()
     config = skeleton.shrink(read_model_config(source, access))

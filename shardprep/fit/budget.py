@@ -165,9 +165,10 @@ def fill(
 ) -> GridFit | None:
     """The grid whose stages have devices of `memory`, balanced; None where there are no such stages.
 
-    ranks      tensor ranks of each stage
-    groups     of expert parallel ranks
-    needs      groups of layers; each stage must hold one of each group
+    Args:
+        ranks: Tensor ranks of each stage.
+        groups: Of expert parallel ranks.
+        needs: Groups of layers; each stage must hold one of each group.
     """
     count = len(memory)
     beside = [weights.beside(first=i == 0, last=i == count - 1) for i in range(count)]

@@ -76,10 +76,13 @@ def read_kept(
 ) -> tuple[Kept, ...]:
     """What each of `layers` layers of the model with this config.json keeps.
 
-    kv_bytes       of one number of the KV cache
-    dtype_bytes    of one number of what else is kept in the model's dtype
-    latent         whether an engine keeps the latent of MLA (vLLM, SGLang) or heads made of it (transformers)
-    Raises LayoutError where the config lacks what is needed.
+    Args:
+        kv_bytes: Of one number of the KV cache.
+        dtype_bytes: Of one number of what else is kept in the model's dtype.
+        latent: Whether an engine keeps the latent of MLA (vLLM, SGLang) or heads made of it (transformers).
+
+    Raises:
+        LayoutError: Where the config lacks what is needed.
     """
     reader = _Reader(text_config(config), layers, kv_bytes, dtype_bytes, latent)
     kinds = _kinds(reader)

@@ -112,17 +112,22 @@ def plan_fit(
 ) -> FitReport:
     """How the model at `source`, a checkpoint, a shard set, a URI or a config.json, fits devices of `memory` bytes.
 
-    memory                  of each device, all of which are used; one alone: as many such as it takes
-    per_host                devices that reach each other without the network
-    context, batch          tokens of a sequence (None: the model's, at most 8192), sequences at a time
-    kv_dtype                auto (as the model), fp8, bf16, fp16 or fp32
-    reserve                 bytes of each device that are for neither weights nor KV cache; None: by a formula
-    quantize, group_size    plan for awq or gptq, 4 bits, of a model that is not quantized
-    engine                  whose way of cutting, where engines differ
-    allow_generic           cut the rows of the linears of a model type that has no rules
-    tensor_parallel_size    the finest that may be recommended; None: any
-    network, bandwidth      bytes a second between hosts, and from where the weights lie
     Reads headers alone, or the config alone. Raises InputError for what cannot be planned.
+
+    Args:
+        memory: Of each device, all of which are used; one alone: as many such as it takes.
+        per_host: Devices that reach each other without the network.
+        context: Tokens of a sequence (None: the model's, at most 8192), sequences at a time.
+        batch: Tokens of a sequence (None: the model's, at most 8192), sequences at a time.
+        kv_dtype: Auto (as the model), fp8, bf16, fp16 or fp32.
+        reserve: Bytes of each device that are for neither weights nor KV cache; None: by a formula.
+        quantize: Plan for awq or gptq, 4 bits, of a model that is not quantized.
+        group_size: Plan for awq or gptq, 4 bits, of a model that is not quantized.
+        engine: Whose way of cutting, where engines differ.
+        allow_generic: Cut the rows of the linears of a model type that has no rules.
+        tensor_parallel_size: The finest that may be recommended; None: any.
+        network: Bytes a second between hosts, and from where the weights lie.
+        bandwidth: Bytes a second between hosts, and from where the weights lie.
     """
     model = read_model(
         source, quantize=quantize, group_size=group_size, allow_generic=allow_generic, access=access

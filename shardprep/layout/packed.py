@@ -123,7 +123,8 @@ class PackedModel:
 def fields_of(method: str, *, bits: int = 4, group: int | None = 128) -> tuple[Field, ...]:
     """The tensors of a weight that `method` quantizes, the first of them the weight itself. `group` None: one per row.
 
-    Raises UnsupportedError for a method that is not known.
+    Raises:
+        UnsupportedError: For a method that is not known.
     """
     return _fields(Scheme(method, bits, group))
 
@@ -186,9 +187,10 @@ def pack(
 ) -> PackedModel:
     """The model as `method` would leave it: the linears of its layers packed, all else as it is.
 
-    group          numbers of a row that share a scale; None: all of them
-    skip           parts of the names of linears that stay as they are, or patterns behind `re:`
-    symmetric      None: as the method is used, AWQ with zero points and the others without
+    Args:
+        group: Numbers of a row that share a scale; None: all of them.
+        skip: Parts of the names of linears that stay as they are, or patterns behind `re:`.
+        symmetric: None: as the method is used, AWQ with zero points and the others without.
     """
     if symmetric is None:
         symmetric = method != "awq"
@@ -552,7 +554,8 @@ class _Cutter:
     ) -> tuple[int, int] | None:
         """The dim of a tensor that follows dim `dim` of its weight, and how many indices of that make one of its own.
 
-        Raises FormatError where a tensor's size is not what the scheme and the weight's shape make of it.
+        Raises:
+            FormatError: Where a tensor's size is not what the scheme and the weight's shape make of it.
         """
         field = self.fields[suffix]
         lead = len(size) - len(field.dims)

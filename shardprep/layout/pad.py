@@ -96,13 +96,18 @@ def pad_to(
 ) -> tuple[Index, Padding]:
     """The checkpoint with MLPs that `tensor_parallel_size` ranks can share once it is quantized, and what was padded.
 
-    group      numbers of a row, along the input, that share a scale; None: all of them
-    pack       numbers of a packed word
-    skip       names of linears that are not quantized, as `layout.packed.pack` takes them
     The index's tensors have zeros where they were padded, and its config says the new size: whoever carries out a
     plan of it (`plan_convert`) writes both. Where nothing is in the way it is the same index.
-    Raises UnsupportedError for a type whose MLPs are not known to bear it, LayoutError where heads or the hidden size
-    are what cannot be shared, InputError for a shard set or a quantized checkpoint.
+
+    Args:
+        group: Numbers of a row, along the input, that share a scale; None: all of them.
+        pack: Numbers of a packed word.
+        skip: Names of linears that are not quantized, as `layout.packed.pack` takes them.
+
+    Raises:
+        UnsupportedError: For a type whose MLPs are not known to bear it.
+        LayoutError: Where heads or the hidden size are what cannot be shared.
+        InputError: For a shard set or a quantized checkpoint.
     """
     if index.kind == "shard set":
         raise InputError(

@@ -62,7 +62,9 @@ class Scheme:
 def read_scheme(config: Mapping[str, Any], legacy: Mapping[str, Any] | None = None) -> Scheme | None:
     """The scheme that config.json names, else the one that `legacy` (see `legacy_names`) does; None: not quantized.
 
-    Raises UnsupportedError for a method or a packing that is not known, LayoutError for values that make no sense.
+    Raises:
+        UnsupportedError: For a method or a packing that is not known.
+        LayoutError: For values that make no sense.
     """
     text = config.get(NESTED)
     for where in (config, text if isinstance(text, Mapping) else {}):

@@ -20,11 +20,13 @@ def balance_stages(
 ) -> Stages | None:
     """The stages whose fullest, as a share of its device, is as empty as can be; None where there are none.
 
-    layers         bytes of each layer
-    fixed          bytes of each stage beside its layers: the embedding of the first, the head of the last
-    capacity       bytes of each stage's device
-    needs          groups of layers, in order; each stage must hold one of each group
     Each stage holds at least one layer. Of all that are equally good, the one whose stages differ least.
+
+    Args:
+        layers: Bytes of each layer.
+        fixed: Bytes of each stage beside its layers: the embedding of the first, the head of the last.
+        capacity: Bytes of each stage's device.
+        needs: Groups of layers, in order; each stage must hold one of each group.
     """
     if not 0 < len(capacity) <= len(layers):
         return None

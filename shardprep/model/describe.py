@@ -84,7 +84,9 @@ def model_of(index: Index, *, allow_generic: bool = False) -> Model:
 def lay_out_index(index: Index, *, allow_generic: bool = False) -> PackedModel:
     """The tensors of a checkpoint, quantized or not, and how each is cut: what plans and splits go by.
 
-    Raises InputError where there is no config.json, UnsupportedError where there are no rules for what it says.
+    Raises:
+        InputError: Where there is no config.json.
+        UnsupportedError: Where there are no rules for what it says.
     """
     if not index.config:
         raise InputError(

@@ -40,7 +40,9 @@ def shapes_of(config: Mapping[str, Any]) -> Shapes:
     """The tensors of a checkpoint with this config.json, under the names by which transformers writes them.
 
     The model is built without memory for its weights. Tied tensors are there once, as in a checkpoint.
-    Raises UnsupportedError where transformers is not installed or cannot build the model.
+
+    Raises:
+        UnsupportedError: Where transformers is not installed or cannot build the model.
     """
     _mapping()  # refuses where there is no transformers
     import torch
@@ -82,7 +84,8 @@ def build(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "float32") -
 def bare(config: Mapping[str, Any]) -> PreTrainedModel:
     """A causal language model of this config in float32 whose parameters have no memory; its buffers are computed.
 
-    Raises UnsupportedError where transformers has none, or cannot build it.
+    Raises:
+        UnsupportedError: Where transformers has none, or cannot build it.
     """
     import torch
 

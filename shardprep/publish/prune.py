@@ -127,11 +127,13 @@ def prune(
 ) -> PruneReport:
     """Remove the blobs of the store at `uri` that no revision names and that are older than `grace` seconds.
 
-    delete_revisions  remove these manifests first; one revision at least must stay. Blobs that only they named and
-                      that are older than `grace` go at once: whoever reads them loses them
-    dry_run           say what would be removed, remove nothing
     Raises InputError, and removes nothing, where the store has no manifest, or one that cannot be followed (of a newer
     shardprep, say), and StoreError where a listing fails or lacks what is there.
+
+    Args:
+        delete_revisions: Remove these manifests first; one revision at least must stay. Blobs that only they named and
+            that are older than `grace` go at once: whoever reads them loses them.
+        dry_run: Say what would be removed, remove nothing.
     """
     if grace < 0:
         raise InputError(f"a grace of {grace} s is in the future")

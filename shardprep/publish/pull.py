@@ -83,12 +83,14 @@ def pull(
 ) -> PullReport:
     """Pull a revision of the shard set at `source` (a URI, or a store's folder) into the folder `destination`.
 
-    rank   of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone, as
-           `engine` asks for them, are pulled; None: everything
-    weights  False: side files and the manifest alone, which is what an engine is started with
     Every block is checked against its digest as it lands. What an earlier run, or one for another rank, has brought
     is checked and kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later,
     in which case the same call resumes.
+
+    Args:
+        rank: Of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone, as
+            `engine` asks for them, are pulled; None: everything.
+        weights: False: side files and the manifest alone, which is what an engine is started with.
     """
     began = time.monotonic()
     conduct = conduct or Conduct()
@@ -261,7 +263,8 @@ def choose_rank(
 ) -> int | None:
     """The rank to pull for; None: everything. Without `rank` that of a worker's environment (torchrun's RANK).
 
-    Raises InputError where neither says, and where the environment has another number of workers than the grid.
+    Raises:
+        InputError: Where neither says, and where the environment has another number of workers than the grid.
     """
     grid = tensor_parallel_size, pipeline_parallel_size
     if everything:

@@ -95,12 +95,14 @@ def push(
 ) -> PushReport:
     """Put the shard set in `folder` into the store at `uri` (`s3://bucket/prefix`, a folder) as `revision`.
 
-    manifest_digest  `sha256:...`: refuse a shard set whose manifest has another
-    dry_run          say what would be sent, send nothing
-    conduct          its workers are connections, 16 if None
     Only blobs that the store lacks are sent, each byte of them read once and proved by its digest; so a file that
     changed since the split makes the push fail with IntegrityError, and nothing is published. The same call
     resumes. ConflictError: somebody else has published another manifest under this revision meanwhile.
+
+    Args:
+        manifest_digest: `sha256:...`: refuse a shard set whose manifest has another.
+        dry_run: Say what would be sent, send nothing.
+        conduct: Its workers are connections, 16 if None.
     """
     begun = time.monotonic()
     key = manifest_key(revision)

@@ -166,13 +166,15 @@ def read_calibration(
 ) -> Tokens:
     """Draw `samples` sequences of `length` tokens from a text; the same for the same text, tokenizer and seed.
 
-    where          a .txt, .jsonl or .parquet file, a folder of such, hf://datasets/org/name[@revision][:config][/split],
-                   or None: a small text of our own, for trying
-    tokenizer      a folder with a tokenizer's files
-    length         in tokens; the first is the one that the tokenizer begins texts with, where it does
-    column         of a JSON line or a table, a text or a list of messages
     A text that is too short gives fewer sequences, and a note. Raises InputError for one that is no use, or cannot be
     read; UnsupportedError where the library that reads it is not installed.
+
+    Args:
+        where: A .txt, .jsonl or .parquet file, a folder of such, hf://datasets/org/name[@revision][:config][/split], or
+            None: a small text of our own, for trying.
+        tokenizer: A folder with a tokenizer's files.
+        length: In tokens; the first is the one that the tokenizer begins texts with, where it does.
+        column: Of a JSON line or a table, a text or a list of messages.
     """
     if samples < LEAST_SEQUENCES or samples * length < LEAST_TOKENS:
         raise InputError(
@@ -226,8 +228,10 @@ def read_heldout(
 ) -> Tokens:
     """Cut a text into sequences of `length` tokens, in order; the last may be shorter, but not than 2.
 
-    limit          tokens that are kept at most, from the start; None: all of what is read
     Other parameters and errors as for `read_calibration`.
+
+    Args:
+        limit: Tokens that are kept at most, from the start; None: all of what is read.
     """
     reader = Reader(load_tokenizer(tokenizer), column)
     body = length - len(reader.prefix)
@@ -277,7 +281,8 @@ def write_tokens(tokens: Tokens, path: Path) -> None:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder, by transformers, without the network and without code of the folder's own.
 
-    Raises InputError where there is none or a broken one, UnsupportedError without transformers.
+    Raises:
+        InputError: Where there is none or a broken one, UnsupportedError without transformers.
     """
     if not folder.is_dir():
         raise InputError(f"{quote(folder)}: no such folder; expected one with a tokenizer's files")

@@ -207,14 +207,17 @@ def forecast(
 ) -> Forecast:
     """What quantizing `model` will take.
 
-    group            numbers of a row that share a scale; None: all of them
-    skip             names of linears that stay as they are, as `pack` takes them
-    samples, length  sequences of calibration text, and tokens of each
-    batch            sequences that are run together
-    device           cpu, or a torch device on which the layers are quantized one by one
-    staged           whether the source has to be copied first: it is no folder of safetensors, or it is padded
-    rates            what the device does in a second; None: measured now, in a third of a second
     Reads nothing. Raises InputError where the model is quantized already, or the method is not known.
+
+    Args:
+        group: Numbers of a row that share a scale; None: all of them.
+        skip: Names of linears that stay as they are, as `pack` takes them.
+        samples: Sequences of calibration text, and tokens of each.
+        length: Sequences of calibration text, and tokens of each.
+        batch: Sequences that are run together.
+        device: Cpu, or a torch device on which the layers are quantized one by one.
+        staged: Whether the source has to be copied first: it is no folder of safetensors, or it is padded.
+        rates: What the device does in a second; None: measured now, in a third of a second.
     """
     if model.quantization is not None:
         raise InputError(f"the checkpoint is quantized already, by {quote(model.quantization)}")

@@ -82,11 +82,14 @@ def measure(
 ) -> Quality:
     """Compare a quantized checkpoint with the one that it was made of, on text that neither was calibrated with.
 
-    sequences      ids of tokens; each sequence is a context of its own, and all of its tokens but the first are predicted
-    progress       told the steps that are done and how many there are: one for each layer and one for the head
     Memory holds a layer of each model, and hidden states while they are not many. Raises UnsupportedError for models
     that cannot be run one layer at a time, InputError for checkpoints or tokens that do not belong together,
     IntegrityError where a model computes what is no number.
+
+    Args:
+        sequences: Ids of tokens; each sequence is a context of its own, and all of its tokens but the first are
+            predicted.
+        progress: Told the steps that are done and how many there are: one for each layer and one for the head.
     """
     if not sequences or any(len(each) < 2 for each in sequences):
         raise InputError(

@@ -81,15 +81,19 @@ def quantize(
 ) -> QuantizeReport:
     """Quantize the checkpoint at `source`, a path or a URI, into `destination`, a new or empty folder.
 
-    engine         GPTQModel in this interpreter if None
-    work           the folder for what lies there meanwhile; beside the destination, with `.quantizing` behind its
-                   name, if None. It is removed at the end
-    dry_run        check everything, forecast, write nothing
-    trial          whether the engine first quantizes a small random model of this architecture; if None, it does in a
-                   dry run and where the work may take more than ten minutes
-    Raises InputError for what cannot be quantized so, before the work begins; EngineError where the engine fails,
-    ProblemError where the result is not what was asked for or worse than `evaluation.max_kl`: nothing stands in the
-    destination then, and the same call goes on where it was.
+    Args:
+        engine: GPTQModel in this interpreter if None.
+        work: The folder for what lies there meanwhile; beside the destination, with `.quantizing` behind its name, if
+            None. It is removed at the end.
+        dry_run: Check everything, forecast, write nothing.
+        trial: Whether the engine first quantizes a small random model of this architecture; if None, it does in a dry
+            run and where the work may take more than ten minutes.
+
+    Raises:
+        InputError: For what cannot be quantized so, before the work begins.
+        EngineError: Where the engine fails.
+        ProblemError: Where the result is not what was asked for or worse than `evaluation.max_kl`: nothing stands in
+            the destination then, and the same call goes on where it was.
     """
     engine, evaluation = engine or Engine("gptqmodel"), evaluation or Evaluation()
     conduct, watch = conduct or Conduct(), watch or Watch()

@@ -34,7 +34,8 @@ WORTH: Final = 600.0
 def try_out(config: Mapping[str, Any], tokenizer: Path, job: Job, engine: Engine, scheme: Scheme) -> None:
     """Quantize a small random model of `config` as `job` says, into folders beside `tokenizer`, and check what was made.
 
-    Raises UnsupportedError where the engine cannot, or makes something else than was asked for.
+    Raises:
+        UnsupportedError: Where the engine cannot, or makes something else than was asked for.
     """
     model_type = quote(config.get("model_type"))
     folder = tokenizer / "trial"

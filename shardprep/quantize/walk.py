@@ -65,10 +65,13 @@ class Call:
 class Walk:
     """A checkpoint's model in float32 of which one layer at a time is in memory. Use as a context manager.
 
-    index          any checkpoint, quantized by gptq, awq or pack-quantized, or not; its own values, upcast
-    vocabulary     the distinct ids of the tokens that it will be given: the rows of the embedding that are kept
-    Raises UnsupportedError for a model or quantization that cannot be walked, FormatError where the checkpoint's
-    tensors are not those of its config; both from headers alone.
+    Args:
+        index: Any checkpoint, quantized by gptq, awq or pack-quantized, or not; its own values, upcast.
+        vocabulary: The distinct ids of the tokens that it will be given: the rows of the embedding that are kept.
+
+    Raises:
+        UnsupportedError: For a model or quantization that cannot be walked.
+        FormatError: Where the checkpoint's tensors are not those of its config; both from headers alone.
     """
 
     def __init__(self, index: Index, vocabulary: Iterable[int], *, device: str = "cpu") -> None:
@@ -147,7 +150,8 @@ class Walk:
     def call(self, layer: int, ids: torch.Tensor, given: torch.Tensor | None) -> Call:
         """What the model's own forward of `ids` (texts x tokens) calls a layer with.
 
-        given          what the layer before it gave; None for the first layer
+        Args:
+            given: What the layer before it gave; None for the first layer.
         """
         try:
             self._forward(ids, layer, given)

@@ -100,7 +100,8 @@ def _by_index(
 ) -> tuple[list[str], Mapping[str, str] | None]:
     """The weight files that belong together, and the weight_map of the index.json that says so where there is one.
 
-    Raises FormatError where shards are missing or too many.
+    Raises:
+        FormatError: Where shards are missing or too many.
     """
     suffix = Path(files[0]).suffix
     indexes = [name for name in names if name.endswith(f"{suffix}.index.json")]
@@ -150,7 +151,8 @@ def read_weights(
 ) -> Index:
     """One index of several files. Raises FormatError for a name in two of them, or at odds with index.json.
 
-    listed  the weight_map of the index.json, where it has been read
+    Args:
+        listed: The weight_map of the index.json, where it has been read.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

@@ -67,10 +67,12 @@ def parse_uri(uri: str) -> Named:
 def open_hub(uri: str, *, data: bool) -> Source:
     """Open a model of the hub.
 
-    data           whether its tensors will be read: then its files are fetched into the cache of huggingface_hub
-                   (HF_HOME); otherwise only what describes them, by ranges
     HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count as they do everywhere. Raises InputError for a URI that names
     none and where huggingface_hub is not installed; MissingError, DeniedError or StoreError as the hub answers.
+
+    Args:
+        data: Whether its tensors will be read: then its files are fetched into the cache of huggingface_hub (HF_HOME);
+            otherwise only what describes them, by ranges.
     """
     named = parse_uri(uri)
     try:

@@ -21,8 +21,12 @@ HUB: Final = "hf://"
 def open_source(place: Path | str, access: Access | None = None, *, data: bool = True) -> Source:
     """Open the checkpoint at a path or URI.
 
-    data           whether tensors will be read, and not only what describes them
-    Raises FormatError where there is nothing; StoreError where a store does not let us know.
+    Args:
+        data: Whether tensors will be read, and not only what describes them.
+
+    Raises:
+        FormatError: Where there is nothing.
+        StoreError: Where a store does not let us know.
     """
     if isinstance(place, str) and place.startswith(HUB):
         from .hub import open_hub

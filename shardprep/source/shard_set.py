@@ -31,7 +31,8 @@ def open_parts(folder: Path, manifest: Manifest) -> list[OpenPart]:
 def locate_pieces(manifest: Manifest, parts: list[OpenPart]) -> dict[str, list[tuple[OpenPart, PieceSpan]]]:
     """Where each tensor's pieces lie, in order along its dim: all that the layout makes, each once.
 
-    Raises ManifestError where one is missing, or stored twice.
+    Raises:
+        ManifestError: Where one is missing, or stored twice.
     """
     found: dict[tuple[str, int], tuple[OpenPart, PieceSpan]] = {}
     for part in parts:

@@ -109,7 +109,9 @@ def _head(file: File) -> bytes:
 def read_torch_file(folder: Folder, name: str) -> TorchFile:
     """What the file `name` holds. Nothing in it is executed.
 
-    Raises FormatError where it is damaged or hostile, UnsupportedError where it cannot be carried over.
+    Raises:
+        FormatError: Where it is damaged or hostile.
+        UnsupportedError: Where it cannot be carried over.
     """
     where = quote(name.rpartition("/")[2])
     with folder.open(name) as file:

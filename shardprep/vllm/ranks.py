@@ -69,9 +69,11 @@ def as_rank(
 ) -> Iterator[EngineRank]:
     """While this holds, vLLM's groups in this process say that it is rank `tp_rank` of `tp_size` of a stage.
 
-    expert_parallel  whole experts belong to the ranks of a stage, as with vLLM's --enable-expert-parallel
+    Args:
+        expert_parallel: Whole experts belong to the ranks of a stage, as with vLLM's --enable-expert-parallel.
 
-    Raises LayoutError for a rank outside of the grid, and where this process is part of a real one.
+    Raises:
+        LayoutError: For a rank outside of the grid, and where this process is part of a real one.
     """
     for what, rank, size in (("tensor", tp_rank, tp_size), ("pipeline", pp_rank, pp_size)):
         if not 0 <= rank < size:
@@ -108,11 +110,13 @@ def build_config(
 ) -> VllmConfig:
     """vLLM's config of the model in `folder` for one process. Sizes of a grid are said by `as_rank`, not here.
 
-    dtype        of what is not quantized: vLLM's word for it; None: config.json's
-    extra        --model-loader-extra-config
-    engine_args  any other of vLLM's EngineArgs
+    Args:
+        dtype: Of what is not quantized: vLLM's word for it; None: config.json's.
+        extra: --model-loader-extra-config.
+        engine_args: Any other of vLLM's EngineArgs.
 
-    Raises UnsupportedError for a folder without config.json, which vLLM would take for the name of a hub's model.
+    Raises:
+        UnsupportedError: For a folder without config.json, which vLLM would take for the name of a hub's model.
     """
     if not Path(folder, "config.json").is_file():
         raise UnsupportedError(f"{quote(fspath(folder))}: no config.json there, which says what model it is")

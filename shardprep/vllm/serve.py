@@ -91,10 +91,14 @@ def prepare_vllm(
 ) -> Launch:
     """Bring what `vllm serve` needs to start from the shard set at `source`, and say how it is to be run.
 
-    arguments  for `vllm serve`, without the model
-    folder     of the side files of a store's shard set; default: one in the host's cache
     `source` may also be what `export_sharded_state` has written, of which the record is checked: vLLM would not.
-    Raises InputError for sizes that the shard set does not serve, and for arguments that contradict it.
+
+    Args:
+        arguments: For `vllm serve`, without the model.
+        folder: Of the side files of a store's shard set; default: one in the host's cache.
+
+    Raises:
+        InputError: For sizes that the shard set does not serve, and for arguments that contradict it.
     """
     given = read_sizes(arguments)
     _check_arguments(given)

@@ -3,7 +3,7 @@
 For fleets that may not install a plugin: `vllm serve --load-format sharded_state`, or `runai_streamer_sharded` from a
 store, then starts from them. A file holds the state of one rank's model under vLLM's names, as it is before vLLM packs
 weights for its kernels, so it is good for one version of vLLM and one grid; a record beside the files says which.
-Models are built, filled and read back on the CPU of one process (vllm_ranks.py). vLLM is imported when it is asked for.
+Models are built, filled and read back on the CPU of one process (ranks.py). vLLM is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -409,13 +409,14 @@ def export_sharded_state(
 ) -> ShardedStateReport:
     """Write the shard set at `source` as sharded_state files of the vLLM that is installed here, and prove them.
 
-    expert_parallel  as vLLM's --enable-expert-parallel: whole experts belong to the ranks of a stage
-    dtype            one of DTYPES
-
     Each rank's model is filled by our loader, written, and read back by vLLM's own into a fresh one: parameters and
     buffers are compared bit for bit, before and after vLLM's post-processing. One model is in memory at a time. Raises
     InputError before anything is written; IntegrityError where a comparison fails, and then nothing is left; WriteError
     later, after which the same call goes on with the next rank.
+
+    Args:
+        expert_parallel: As vLLM's --enable-expert-parallel: whole experts belong to the ranks of a stage.
+        dtype: One of DTYPES.
     """
     conduct = conduct or Conduct()
     if dtype not in DTYPES:

@@ -55,7 +55,9 @@ def carry_out(plan: Plan, index: Index, staging: Destination, conduct: Conduct) 
     """Write every part of `plan` into `staging` and say what was written, in the order of the parts.
 
     Parts that an earlier run finished are kept. Memory is bounded by a few buffers a thread, whatever the sizes.
-    Raises WriteError (disk full), IntegrityError or SourceError (a damaged or changing source).
+
+    Raises:
+        WriteError: (disk full), IntegrityError or SourceError (a damaged or changing source).
     """
     outputs = _Outputs(plan, staging)
     staging.check_room(outputs.missing_bytes())

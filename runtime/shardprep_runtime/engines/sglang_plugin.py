@@ -35,7 +35,8 @@ def register() -> None:
 def weights(original: Callable[..., Weights], loader: Any, model_config: Any, model: Any) -> Weights:
     """(name, tensor) of this rank's shard in full shapes, or what `original` gives for a folder that is no shard set.
 
-    Raises UnsupportedError for pipeline, expert and data parallelism, which were not tried.
+    Raises:
+        UnsupportedError: For pipeline, expert and data parallelism, which were not tried.
     """
     folder = Path(model_config.model_path)
     if not (folder / FILE_NAME).is_file():

@@ -135,14 +135,15 @@ def transformers_state(
 ) -> TransformersState:
     """The state of a rank, from a shard set's folder or a store; the arguments are those of `load`.
 
-    tensor_parallel_size  default: the processes of torch.distributed, if it is initialized, else WORLD_SIZE, else 1,
-                          divided by the pipeline stages
-    rank                  default: torch.distributed's, else RANK, else 0
-    source                may also be what `prefetch(..., engine="transformers")` has begun before the imports, of a folder
-                          too: then verifying is over, or near it, when transformers is there. Other arguments are its
-    stages                transformers gives each stage layers // size of them and the last one the rest
-
     Raises what `load` raises, and UnsupportedError for GPTQ and AWQ on several tensor ranks.
+
+    Args:
+        tensor_parallel_size: Default: the processes of torch.distributed, if it is initialized, else WORLD_SIZE, else
+            1, divided by the pipeline stages.
+        rank: Default: torch.distributed's, else RANK, else 0.
+        source: May also be what `prefetch(..., engine="transformers")` has begun before the imports, of a folder too:
+            then verifying is over, or near it, when transformers is there. Other arguments are its.
+        stages: Transformers gives each stage layers // size of them and the last one the rest.
     """
     if isinstance(source, Prefetch):
         return _state_of(source.shard())

@@ -64,7 +64,9 @@ def experts_of(experts: int, expert_parallel_size: int, ep_rank: int) -> tuple[i
     """The experts [start, stop) of `ep_rank`: runs of equal length, a remainder to the first.
 
     (vllm/model_executor/layers/fused_moe/layer.py, `determine_expert_map`, linear placement.)
-    Raises LayoutError where a group would have none.
+
+    Raises:
+        LayoutError: Where a group would have none.
     """
     size, extra = divmod(experts, expert_parallel_size)
     if size == 0:
@@ -92,7 +94,9 @@ def even_stages(layers: int, pipeline_parallel_size: int) -> Stages:
     """The stages that vLLM makes: equal ones; a remainder goes to the stages before the last, from the back.
 
     (vllm/distributed/utils.py, `get_pp_indices`: the last stage already carries the head.)
-    Raises LayoutError where a stage would be empty.
+
+    Raises:
+        LayoutError: Where a stage would be empty.
     """
     size, extra = divmod(layers, pipeline_parallel_size)
     if size == 0:

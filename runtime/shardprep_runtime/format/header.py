@@ -66,7 +66,8 @@ class Header:
 def loads_strict(text: str, *, where: str, infinity: bool = False) -> Any:
     """Parse JSON, refusing duplicate keys, absurd nesting, NaN and, unless told otherwise, Infinity.
 
-    Raises FormatError naming `where`.
+    Raises:
+        FormatError: Naming `where`.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -101,7 +101,9 @@ def plan_view(
     experts. `engine` says who asks, where engines cut a tensor differently (vLLM pads a vocabulary, say): one of the
     manifest's, or torch, which asks for every tensor as it is stored. `tensors` names those that the view is to have,
     whatever their stage, and no others.
-    Raises LayoutError for a grid, rank, stages or engine that the manifest does not allow.
+
+    Raises:
+        LayoutError: For a grid, rank, stages or engine that the manifest does not allow.
     """
     chosen = choose_stages(manifest, pipeline_parallel_size=pipeline_parallel_size, stages=stages)
     grid = Grid(tensor_parallel_size, len(chosen), expert_parallel_size)
@@ -197,7 +199,8 @@ def choose_stages(
 ) -> Stages:
     """The layers of each stage: those given, else those the set was split for, else even ones.
 
-    Raises LayoutError where they do not cover the model or disagree with `pipeline_parallel_size`.
+    Raises:
+        LayoutError: Where they do not cover the model or disagree with `pipeline_parallel_size`.
     """
     size = pipeline_parallel_size
     if stages is not None:
@@ -278,7 +281,8 @@ def _local(
 def _stripes(form: Form, take: Take, experts: tuple[int, int] | None, *, joins: bool) -> Stripes:
     """The bytes of a take; by rows where it is not all of the piece's rows, or `joins` others in each row.
 
-    Raises LayoutError where they do not begin and end at bytes.
+    Raises:
+        LayoutError: Where they do not begin and end at bytes.
     """
     shape, dim = form.shape, form.layout.dim
     before: tuple[int, ...] = ()  # dims before the layout's

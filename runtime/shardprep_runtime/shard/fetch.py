@@ -193,9 +193,10 @@ class Fetch:
         crew: Crew | None = None,
     ) -> None:
         """verify    compare every block with its digest, also those that were there before
-        crew      processes that fetch the same runs
-
         `progress` is told of bytes that are there, from several threads.
+
+        Args:
+            crew: Processes that fetch the same runs.
         """
         self._crew, self._process = crew, os.getpid()
         self.store, self.arrivals, self.runs = store, tuple(arrivals), tuple(runs)

@@ -155,9 +155,11 @@ def land_in_memory(part: Part) -> Landing:
 def land_in_file(part: Part, path: Path, *, trust: bool) -> Landing:
     """A part that arrives in the file `path`, with its map in `path` + `.landed`; both are made where they are not.
 
-    trust   believe a map that was begun before the machine last booted: its data may not have come to disk. Without,
-            its blocks count as unverified.
     A file or map that is not of this part is begun anew. Raises OSError.
+
+    Args:
+        trust: Believe a map that was begun before the machine last booted: its data may not have come to disk. Without,
+            its blocks count as unverified.
     """
     data = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:

@@ -324,28 +324,30 @@ def load(
 ) -> Shard:
     """Load the shard of `rank` from a shard set's folder or manifest, or from a store (`s3://bucket/prefix`).
 
-    rank            pp_rank * tensor_parallel_size + tp_rank
-    expert_parallel_size  groups of a stage's tensor ranks that share its experts; divides tensor_parallel_size
-    stages          layers [start, stop) of each pipeline stage; default: those of the split, else even ones
-    engine          whose way of cutting to follow where engines differ: torch, transformers or vllm
-    tensors         these alone, whatever their stage; default: all that belong to the rank
-    verify          "blocks": every block of the view is checked before this returns (from a store: before a tensor
-                    is handed out); "headers": the headers, and with them sizes, shapes and places, are; "off": sizes
-                    and places only, no digest
     manifest_digest `sha256:...` that the manifest must have: the root of the chain of trust
-    workers         threads that verify (default: the cores of this process, at most 8) or fetch (default: 16)
-    processes       that fetch, with as many threads each: more than one where TLS keeps a core of this one busy
-    io              of a folder: "mmap", "read" (into memory, in parallel), or "auto": read on network file systems
 
     Of a store:
-    revision        which manifest
-    cache           where what is fetched is kept for all workers of this host: a folder, "host" (SHARDPREP_CACHE_DIR,
-                    else ~/.cache/shardprep), or None: nowhere, straight into this process's memory
-    access          endpoint, profile and the like; default: the user's environment and files
 
     From a store this returns once the parts' headers are checked, and the bytes arrive in threads meanwhile. Raises
     ManifestError, LayoutError, FormatError or IntegrityError before any tensor exists, StoreError where the store
     cannot be reached; what goes wrong later is raised by whoever asks for a tensor.
+
+    Args:
+        rank: pp_rank * tensor_parallel_size + tp_rank.
+        expert_parallel_size: Groups of a stage's tensor ranks that share its experts; divides tensor_parallel_size.
+        stages: Layers [start, stop) of each pipeline stage; default: those of the split, else even ones.
+        engine: Whose way of cutting to follow where engines differ: torch, transformers or vllm.
+        tensors: These alone, whatever their stage; default: all that belong to the rank.
+        verify: "blocks": every block of the view is checked before this returns (from a store: before a tensor is
+            handed out); "headers": the headers, and with them sizes, shapes and places, are; "off": sizes and places
+            only, no digest.
+        workers: Threads that verify (default: the cores of this process, at most 8) or fetch (default: 16).
+        processes: That fetch, with as many threads each: more than one where TLS keeps a core of this one busy.
+        io: Of a folder: "mmap", "read" (into memory, in parallel), or "auto": read on network file systems.
+        revision: Which manifest.
+        cache: Where what is fetched is kept for all workers of this host: a folder, "host" (SHARDPREP_CACHE_DIR, else
+            ~/.cache/shardprep), or None: nowhere, straight into this process's memory.
+        access: Endpoint, profile and the like; default: the user's environment and files.
     """
     if verify not in ("blocks", "headers", "off"):
         raise LayoutError(f"verify must be blocks, headers or off, not {verify!r}")

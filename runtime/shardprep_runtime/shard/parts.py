@@ -91,7 +91,8 @@ def check_pieces(
 ) -> dict[tuple[str, int], PieceSpan]:
     """The pieces of a part, by (name, start along the cut dim), each proved to be one that the layout makes.
 
-    Raises ManifestError where header and manifest contradict each other.
+    Raises:
+        ManifestError: Where header and manifest contradict each other.
     """
     try:
         own = loads_strict(header.metadata[METADATA_KEY], where=where)

@@ -75,7 +75,8 @@ def list_revisions(store: Store) -> dict[str, Stat]:
 def fetch_manifest(store: Store, revision: str) -> tuple[bytes, Stat] | None:
     """A revision's manifest as it lies there, unchecked, and what is known of it; None where there is none.
 
-    Raises ManifestError for one that is larger than a manifest may be, before it is fetched.
+    Raises:
+        ManifestError: For one that is larger than a manifest may be, before it is fetched.
     """
     try:
         found = read_small(store, manifest_key(revision), most=manifests.MAX_BYTES)

@@ -215,7 +215,8 @@ def _precision(stage: Stage) -> str:
 def check_stage(stage: Stage) -> Checked:
     """Probe `stage`, and compare with what the manifest recorded, if anything.
 
-    Raises IntegrityError that names the first layer which gives something else, or NaN.
+    Raises:
+        IntegrityError: That names the first layer which gives something else, or NaN.
     """
     begun = time.monotonic()
     observed = observe(stage)

@@ -109,13 +109,18 @@ class Stage:
     def step(self, sequence: str, inputs: torch.Tensor, past: int, keep: Keep = "last") -> torch.Tensor:
         """Run positions [past, past + L) of a sequence through the stage, and cache their keys and values.
 
-        inputs    ids of tokens, [B, L] int64, in the first stage; in others hidden states, [B, L, H], of `dtype` or, as
-                  some models keep them, float32: whatever the stage before gave
-        past      positions before them. 0 begins anew; fewer than are cached: the rest is forgotten
-        keep      for which positions the last stage computes logits
         Gives hidden states [B, L, H], or logits [B, 1 or L, V] in the last stage, on the stage's device.
-        Raises InputError for inputs that do not fit, UnsupportedError for a model whose caches are not known here, and
-        CacheLostError where less than `past` is cached, or what is cached beyond cannot be forgotten.
+
+        Args:
+            inputs: Ids of tokens, [B, L] int64, in the first stage; in others hidden states, [B, L, H], of `dtype` or,
+                as some models keep them, float32: whatever the stage before gave.
+            past: Positions before them. 0 begins anew; fewer than are cached: the rest is forgotten.
+            keep: For which positions the last stage computes logits.
+
+        Raises:
+            InputError: For inputs that do not fit.
+            UnsupportedError: For a model whose caches are not known here.
+            CacheLostError: Where less than `past` is cached, or what is cached beyond cannot be forgotten.
         """
         import torch
 
@@ -269,17 +274,19 @@ def build_stage(
 ) -> Stage:
     """Build a stage of the shard set at `source`; nothing outside of the stage gets memory.
 
-    source        a folder, a URI, or what a Prefetch or `load` has begun (with engine="transformers" where there are
-                  several tensor ranks), whose grid, rank and stages then count; a Shard stays the caller's to close
-    stages        layers [start, stop) of each stage; default: those of the split, else even ones
-    dtype         of the weights, cast as they load; default: the checkpoint's, whose tensors then stay mapped
-    folder        with config.json; default: the set's own, or fetched. A Prefetch or Shard needs it
-    mesh          of the stage's tensor ranks, one dim, where there are several
     max_sequences whose caches are kept; the least recently used are forgotten
-    trainable     copy the weights, and keep gradients for them
 
     Other arguments are those of `load`. Raises what that raises; UnsupportedError for a model that cannot be split so,
     LayoutError where its weights would be missing in part.
+
+    Args:
+        source: A folder, a URI, or what a Prefetch or `load` has begun (with engine="transformers" where there are
+            several tensor ranks), whose grid, rank and stages then count; a Shard stays the caller's to close.
+        stages: Layers [start, stop) of each stage; default: those of the split, else even ones.
+        dtype: Of the weights, cast as they load; default: the checkpoint's, whose tensors then stay mapped.
+        folder: With config.json; default: the set's own, or fetched. A Prefetch or Shard needs it.
+        mesh: Of the stage's tensor ranks, one dim, where there are several.
+        trainable: Copy the weights, and keep gradients for them.
     """
     with ExitStack() as stack:
         if isinstance(source, Shard | Prefetch):
@@ -392,7 +399,8 @@ def side_folder(
 ) -> Iterator[Path]:
     """A folder with config.json and the tokenizer: the set's own, whose side files are checked, or a temporary one.
 
-    Raises IntegrityError where a side file is not the manifest's.
+    Raises:
+        IntegrityError: Where a side file is not the manifest's.
     """
     if is_uri(source):
         with tempfile.TemporaryDirectory(prefix="shardprep-") as folder:

@@ -215,7 +215,8 @@ def read(store: Store, key: str, start: int, stop: int, *, version: str | None =
 def read_small(store: Store, key: str, *, most: int) -> tuple[bytes, Stat] | None:
     """A whole object of at most `most` bytes, and what is known of it; None where there is none.
 
-    Raises FormatError for a larger one, before any of it is fetched.
+    Raises:
+        FormatError: For a larger one, before any of it is fetched.
     """
     stat = store.head(key)
     if stat is None:

@@ -4,10 +4,11 @@
     worker     what a worker's process holds, whichever way it is reached
     local, links, rpc, ray_actors   the ways: this process, torch.distributed, torch.distributed.rpc, Ray
     pipeline   sends steps through the stages, and carries on when a worker is lost
-    generate   tokens from what the pipeline computes: sampling, stops, several sequences, a draft model
+    text       tokens from what the pipeline computes: sampling, stops, several sequences, a draft model
     meeting    where workers and the front end find each other, and prove to each other that they may
     launch     starts workers on this host, and what stands in front of them
-    http_api   OpenAI's HTTP interface in front
+    http       OpenAI's HTTP interface in front
+    ray_serve  the same as an application of Ray Serve
 
 Importing this package imports none of them, nor torch.
 """

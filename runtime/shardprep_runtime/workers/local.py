@@ -380,9 +380,12 @@ def open_fallback(
 ) -> Transport:
     """The whole model in this process: at once where `memory` bytes suffice for it, else layer by layer.
 
-    memory  that it may take beside what is mapped, which the system takes back as it likes; default: a share of what
-            is free. A dtype other than the stored one, tensors joined of several pieces and fused experts take it
-    Raises WorkerError where not even the largest layer fits.
+    Args:
+        memory: That it may take beside what is mapped, which the system takes back as it likes; default: a share of
+            what is free. A dtype other than the stored one, tensors joined of several pieces and fused experts take it.
+
+    Raises:
+        WorkerError: Where not even the largest layer fits.
     """
     from ..stage.stage import side_folder
 
@@ -428,7 +431,8 @@ def choose_cuts(
 ) -> Stages:
     """The fewest runs of layers of which each alone takes at most `memory` bytes. Raises WorkerError.
 
-    is_read  parts are read into memory, not mapped
+    Args:
+        is_read: Parts are read into memory, not mapped.
     """
     needs = manifest.stage_needs.get(ENGINE, ())
     most = len(needs) or max(manifest.layers, 1)

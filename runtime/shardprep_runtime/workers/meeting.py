@@ -278,7 +278,8 @@ class Meeting:
 def open_meeting(host: str, port: int = 0, *, plan: Plan, secret: str, allow_public: bool = False) -> Meeting:
     """Serve a meeting at `host`, an address of this machine; port 0: one that is free.
 
-    Raises InputError for a public address without `allow_public`, and where the address or port cannot be had.
+    Raises:
+        InputError: For a public address without `allow_public`, and where the address or port cannot be had.
     """
     check_secret(secret)
     if plan.transport not in TRANSPORTS:
@@ -373,8 +374,10 @@ class RefusedError(WorkerError):
 def find_meeting(master: str, *, secret: str, timeout: float = 300.0) -> Invitation:
     """The meeting at `master` (host:port), once its front end is there: for at most `timeout` seconds.
 
-    Raises InputError for what is no address, RefusedError where the front end has another secret or speaks otherwise,
-    WorkerError where there is none in time.
+    Raises:
+        InputError: For what is no address.
+        RefusedError: Where the front end has another secret or speaks otherwise.
+        WorkerError: Where there is none in time.
     """
     host, port = parse_address(master)
     check_secret(secret)

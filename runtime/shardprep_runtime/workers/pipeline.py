@@ -133,11 +133,12 @@ class Loss:
 class Pipeline:
     """The stages of a split model as one, whoever holds them. Safe to use from several threads.
 
-    transport  what reaches the workers; closed with this
-    stages     layers [start, stop) of each, or only how many there are
-    fallback   makes a transport in this process, for when no worker can be had; all of its workers hold stages
-    replace    begins to start a worker for a stage, which joins the transport later. Does not wait
-    on_event   is told of each event, in the thread in which it happens; must not raise
+    Args:
+        transport: What reaches the workers; closed with this.
+        stages: Layers [start, stop) of each, or only how many there are.
+        fallback: Makes a transport in this process, for when no worker can be had; all of its workers hold stages.
+        replace: Begins to start a worker for a stage, which joins the transport later. Does not wait.
+        on_event: Is told of each event, in the thread in which it happens; must not raise.
     """
 
     def __init__(
@@ -810,9 +811,13 @@ class OpenSequence:
     def feed(self, ids: torch.Tensor, keep: Keep = "last", *, can_renew: bool = True) -> torch.Tensor:
         """Logits [batch, 1 or positions, vocabulary] after `ids`, [batch, positions], which follow what was fed before.
 
-        can_renew  where a stage does not hold the positions before (CacheLostError), send all of them again
-        Raises InputError for what the model cannot take, WorkerError where workers were lost and nobody could take
-        their place, or where one has failed otherwise, twice.
+        Args:
+            can_renew: Where a stage does not hold the positions before (CacheLostError), send all of them again.
+
+        Raises:
+            InputError: For what the model cannot take.
+            WorkerError: Where workers were lost and nobody could take their place, or where one has failed otherwise,
+                twice.
         """
         import torch
 

@@ -37,7 +37,8 @@ class _Peer:
 class Presence:
     """The workers of a transport. Safe to use from several threads; calls nobody while it holds its lock.
 
-    ping   sends a worker, by name, a ping and returns at once; whoever learns of the answer says `answered`
+    Args:
+        ping: Sends a worker, by name, a ping and returns at once; whoever learns of the answer says `answered`.
     """
 
     def __init__(

@@ -184,14 +184,16 @@ def start_actors(
 ) -> RayTransport:
     """Have Ray start a worker for each stage, and spares, and wait until all of them are ready.
 
-    options       of every worker; its pp_rank counts for nothing
-    placement     on which nodes
-    cpus, gpus    that Ray sets aside for each
-    max_restarts  how often Ray starts a worker again; -1: always
-    address       of the Ray to use; None: the one that this process is connected to already, or else one of its own on
-                  this host, which ends with the transport
-
     Raises what the first worker to fail raises, and WorkerError where Ray finds no place for them in time.
+
+    Args:
+        options: Of every worker; its pp_rank counts for nothing.
+        placement: On which nodes.
+        cpus: That Ray sets aside for each.
+        gpus: That Ray sets aside for each.
+        max_restarts: How often Ray starts a worker again; -1: always.
+        address: Of the Ray to use; None: the one that this process is connected to already, or else one of its own on
+            this host, which ends with the transport.
     """
     import ray
 

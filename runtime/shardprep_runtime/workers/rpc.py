@@ -315,9 +315,10 @@ def _only_at(interface: str | None) -> Iterator[None]:
 class RpcTransport(Transport):
     """The front end of a group of processes that call each other: made when all workers wait for it.
 
-    start_timeout  seconds in which all must be there
-    ping_period    seconds between two pings of a worker that answers
-    hang_timeout   seconds without an answer to a ping after which a worker is lost
+    Args:
+        start_timeout: Seconds in which all must be there.
+        ping_period: Seconds between two pings of a worker that answers.
+        hang_timeout: Seconds without an answer to a ping after which a worker is lost.
     """
 
     name = "rpc"

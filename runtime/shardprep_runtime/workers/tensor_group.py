@@ -201,10 +201,13 @@ def form_group(
 ) -> TensorGroup:
     """Wait for the other tensor ranks of the worker `name`, and be one group with them.
 
-    store   which all of them reach; the leader leaves word there of where the group meets
-    host    the address of this process, at which the others reach it
-    nonce   of the front end's plan
-    Raises WorkerError where not all come in `timeout` seconds.
+    Args:
+        store: Which all of them reach; the leader leaves word there of where the group meets.
+        host: The address of this process, at which the others reach it.
+        nonce: Of the front end's plan.
+
+    Raises:
+        WorkerError: Where not all come in `timeout` seconds.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

@@ -125,9 +125,11 @@ class Transport(ABC):
     ) -> Future[Output]:
         """Send a step through the workers of `route`, one for each stage in order.
 
-        inputs   ids of tokens, [batch, positions], int64, on the CPU
-        timeout  seconds after which the step counts as hung
         Steps of different sequences overlap: while one is in the second stage, another is in the first.
+
+        Args:
+            inputs: Ids of tokens, [batch, positions], int64, on the CPU.
+            timeout: Seconds after which the step counts as hung.
         """
 
     @abstractmethod

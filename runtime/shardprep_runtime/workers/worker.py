@@ -132,8 +132,10 @@ class Worker:
         clock: Clock | None = None,
     ) -> None:
         """
-        meet   how this process finds the other tensor ranks of its stage, once its shard is here
-        clock  of the process's start, where that began before
+
+        Args:
+            meet: How this process finds the other tensor ranks of its stage, once its shard is here.
+            clock: Of the process's start, where that began before.
         """
         self.name = check_name(name)
         """Set it to the name that the front end gives (`Membership.name`)."""
@@ -359,7 +361,9 @@ class Worker:
     def promote(self, pp_rank: int) -> WorkerInfo:
         """Take a stage, as a spare does, and prove it. Asked again for the stage that it has, it proves that anew.
 
-        Raises WorkerError where it has another stage, InputError where it did not prepare for this one.
+        Raises:
+            WorkerError: Where it has another stage.
+            InputError: Where it did not prepare for this one.
         """
         with self._turn, self._asked():
             if self._pp_rank not in (None, pp_rank):

@@ -62,12 +62,14 @@ def build_app(
 ) -> FastAPI:
     """The application, for uvicorn. The generator and its pipeline stay the caller's, to be closed after it.
 
-    model        its name in requests
-    secret       who sends it may use /control; None: nobody may
-    api_key      who sends it may use /v1; None: everybody may
-    max_waiting  sequences that may wait while others run; more are refused with 429
+    Args:
+        model: Its name in requests.
+        secret: Who sends it may use /control; None: nobody may.
+        api_key: Who sends it may use /v1; None: everybody may.
+        max_waiting: Sequences that may wait while others run; more are refused with 429.
 
-    Raises InputError where what it needs is not installed.
+    Raises:
+        InputError: Where what it needs is not installed.
     """
     check_installed()
     import fastapi

@@ -139,8 +139,9 @@ def read_completion(
 ) -> Request:
     """A request to /v1/completions. Raises RequestError.
 
-    cannot       what this server cannot do either, as NEUTRAL has it
-    one_prompt   it takes one at a time
+    Args:
+        cannot: What this server cannot do either, as NEUTRAL has it.
+        one_prompt: It takes one at a time.
     """
     neutral = {**NEUTRAL_IN_COMPLETIONS, **(cannot or {})}
     found = _checked(body, {"prompt"}, neutral)

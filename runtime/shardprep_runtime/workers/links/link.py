@@ -293,7 +293,8 @@ class Box:
 class Parcel:
     """A tensor, ready to be sent: copied where its bytes are few, otherwise to be left as it is until it is sent.
 
-    boxes  where those that have been sent are
+    Args:
+        boxes: Where those that have been sent are.
     """
 
     __slots__ = ("_large", "_start", "box", "dtype", "nbytes", "shape")
@@ -391,8 +392,10 @@ class Link:
     ) -> Frame:
         """The next frame.
 
-        check  raises FormatError for a header that is not to be believed, before there is memory for it
         Raises BrokenLink, also when nothing has come for `timeout` seconds: the link is closed then.
+
+        Args:
+            check: Raises FormatError for a header that is not to be believed, before there is memory for it.
         """
         import torch
 
@@ -476,8 +479,10 @@ def connect(
 ) -> Link:
     """One end of the link of that name, once both sides, which have ranks 0 and 1, are there.
 
-    is_over  whether not to wait any longer
     Raises BrokenLink.
+
+    Args:
+        is_over: Whether not to wait any longer.
     """
     import torch.distributed
 

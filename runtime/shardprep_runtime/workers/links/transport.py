@@ -179,9 +179,10 @@ class _Route:
 class LinkTransport(Transport):
     """The front end of workers that run `serve_links`. It welcomes whoever may join, now and later.
 
-    ping_period      seconds between two pings
-    hang_timeout     seconds without a word after which a worker is lost, until it speaks again
-    connect_timeout  seconds in which both sides of a link must be there
+    Args:
+        ping_period: Seconds between two pings.
+        hang_timeout: Seconds without a word after which a worker is lost, until it speaks again.
+        connect_timeout: Seconds in which both sides of a link must be there.
     """
 
     name = "links"

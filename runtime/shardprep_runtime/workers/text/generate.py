@@ -56,12 +56,13 @@ class Completion:
 class Generator:
     """Completes prompts through a pipeline. Safe to use from several threads, whose sequences overlap in the stages.
 
-    tokenizer          transformers'; without, prompts are token ids and no text comes out
-    config             the model's, for the size of its vocabulary and its most positions
-    generation_config  the model's: which tokens end a text, and what shapes the scores
-    draft              a pipeline over a small model with the same vocabulary, which guesses `draft_tokens` tokens that one
-                       trip through the stages then proves: the same tokens in fewer trips. Closed by whoever opened it
-    max_in_flight      sequences at once; others wait for their turn
+    Args:
+        tokenizer: Transformers'; without, prompts are token ids and no text comes out.
+        config: The model's, for the size of its vocabulary and its most positions.
+        generation_config: The model's: which tokens end a text, and what shapes the scores.
+        draft: A pipeline over a small model with the same vocabulary, which guesses `draft_tokens` tokens that one trip
+            through the stages then proves: the same tokens in fewer trips. Closed by whoever opened it.
+        max_in_flight: Sequences at once; others wait for their turn.
     """
 
     def __init__(

@@ -31,7 +31,8 @@ class Draft:
     ) -> Iterator[tuple[int, Breakdown | None]]:
         """The tokens that `sampler`, which is greedy, chooses; None: of the same trip as the one before.
 
-        Raises InputError where the two models do not go together.
+        Raises:
+            InputError: Where the two models do not go together.
         """
         self._check(target)
         with self._pipeline.sequence() as draft:
