@@ -108,14 +108,18 @@ def test_only_a_store_that_may_not_know_checksums_is_asked_without(
     ],
 )
 def test_the_words_of_obstore_become_facts(
-    text: str, kind: type[Exception], facts: tuple[int | None, Missing | None]
+    text: str,
+    kind: type[Exception],
+    facts: tuple[int | None, Missing | None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("obstore")
     from obstore.exceptions import GenericError
     from obstore.store import MemoryStore
 
-    from shardprep_runtime.stores.gs_az import ObstoreStore
+    from shardprep_runtime.stores import gs_az
 
-    error = ObstoreStore.over(MemoryStore(), uri="gs://bucket")._meaning("k", GenericError(text))
+    monkeypatch.setattr(gs_az, "_connect", lambda *_: lambda tries: MemoryStore())
+    error = gs_az.ObstoreStore("gs", "bucket", "", Access())._meaning("k", GenericError(text))
     assert type(error) is kind
     assert (getattr(error, "status", None), getattr(error, "missing", None)) == facts

@@ -192,10 +192,11 @@ class Fetch:
         progress: Callable[[int], None] = lambda _: None,
         crew: Crew | None = None,
     ) -> None:
-        """verify    compare every block with its digest, also those that were there before
-        `progress` is told of bytes that are there, from several threads.
+        """Nothing is fetched before `start`.
 
         Args:
+            verify: Compare every block with its digest, also those that were there before.
+            progress: Is told of bytes that are there, from several threads.
             crew: Processes that fetch the same runs.
         """
         self._crew, self._process = crew, os.getpid()
