@@ -109,12 +109,15 @@ def kill_when(
     process: subprocess.Popen[bytes], ready: Callable[[], bool], number: int = signal.SIGKILL
 ) -> bool:
     """Send a signal as soon as `ready`; False where the process was done before."""
-    with ended(process):
-        end = time.monotonic() + 60
+    end = time.monotonic() + 60
+    try:
         while not ready() and process.poll() is None:
             assert time.monotonic() < end
         process.send_signal(number)
         process.wait(60)
+    finally:
+        process.kill()  # which does nothing to one that has ended
+        process.wait()
     return process.returncode == -signal.SIGKILL
 
 
