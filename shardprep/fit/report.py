@@ -117,17 +117,17 @@ def plan_fit(
     Args:
         memory: Of each device, all of which are used; one alone: as many such as it takes.
         per_host: Devices that reach each other without the network.
-        context: Tokens of a sequence (None: the model's, at most 8192), sequences at a time.
-        batch: Tokens of a sequence (None: the model's, at most 8192), sequences at a time.
-        kv_dtype: Auto (as the model), fp8, bf16, fp16 or fp32.
+        context: Tokens of a sequence; None: the model's, at most 8192.
+        batch: Sequences at a time.
+        kv_dtype: `auto` (as the model), fp8, bf16, fp16 or fp32.
         reserve: Bytes of each device that are for neither weights nor KV cache; None: by a formula.
         quantize: Plan for awq or gptq, 4 bits, of a model that is not quantized.
-        group_size: Plan for awq or gptq, 4 bits, of a model that is not quantized.
+        group_size: Numbers of a row that share a scale, where `quantize` is given.
         engine: Whose way of cutting, where engines differ.
         allow_generic: Cut the rows of the linears of a model type that has no rules.
         tensor_parallel_size: The finest that may be recommended; None: any.
-        network: Bytes a second between hosts, and from where the weights lie.
-        bandwidth: Bytes a second between hosts, and from where the weights lie.
+        network: Bytes a second between hosts.
+        bandwidth: Bytes a second from where the weights lie to each worker.
     """
     model = read_model(
         source, quantize=quantize, group_size=group_size, allow_generic=allow_generic, access=access

@@ -212,10 +212,10 @@ def forecast(
     Args:
         group: Numbers of a row that share a scale; None: all of them.
         skip: Names of linears that stay as they are, as `pack` takes them.
-        samples: Sequences of calibration text, and tokens of each.
-        length: Sequences of calibration text, and tokens of each.
+        samples: Sequences of calibration text.
+        length: Tokens of each sequence.
         batch: Sequences that are run together.
-        device: Cpu, or a torch device on which the layers are quantized one by one.
+        device: "cpu", or a torch device on which the layers are quantized one by one.
         staged: Whether the source has to be copied first: it is no folder of safetensors, or it is padded.
         rates: What the device does in a second; None: measured now, in a third of a second.
     """

@@ -355,15 +355,15 @@ def launch(
     Args:
         stages: Layers [start, stop) of each, or how many; default: those of the split, else one.
         spares: Workers more, which take the stage of one that is lost.
-        workers: Here: processes of this host; elsewhere: `shardprep worker`s that join, here or on other hosts.
-        host: Where workers meet; default: loopback for those started here, else this host's private address; any port.
-        port: Where workers meet; default: loopback for those started here, else this host's private address; any port.
-        secret: That workers share; default: a new one for those started here, else SHARDPREP_SECRET.
+        workers: "here": processes of this host; "elsewhere": `shardprep worker`s that join, here or on other hosts.
+        host: Where workers meet; default: loopback for those started here, else this host's private address.
+        port: At which they meet; 0: any that is free.
+        secret: What workers share; default: a new one for those started here, else SHARDPREP_SECRET.
         replace: Start another worker for one that is lost, and another spare for one that was used, where the transport
             takes new ones.
         fallback: Go on in this process when no worker is left, as far as its memory allows.
-        device: Cuda: a device for each process in turn.
-        threads: That each worker computes with; default: those started here share this host's cores.
+        device: "cuda": a device for each process in turn.
+        threads: How many each worker computes with; default: those started here share this host's cores.
         timeout: Seconds in which all must be there; None: however long it takes.
         say: Is told of progress, in lines, from any thread.
     """

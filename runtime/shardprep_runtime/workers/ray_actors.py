@@ -189,8 +189,8 @@ def start_actors(
     Args:
         options: Of every worker; its pp_rank counts for nothing.
         placement: On which nodes.
-        cpus: That Ray sets aside for each.
-        gpus: That Ray sets aside for each.
+        cpus: What Ray sets aside for each worker.
+        gpus: What Ray sets aside for each worker; parts of one are allowed.
         max_restarts: How often Ray starts a worker again; -1: always.
         address: Of the Ray to use; None: the one that this process is connected to already, or else one of its own on
             this host, which ends with the transport.
