@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,8 +105,14 @@ def tensors() -> dict[str, dict[str, str]]:
     return found
 
 
+def fresh_helps() -> str:
+    """Of a process of its own: click keeps a command's help option as the first to ask for it saw it."""
+    words = [sys.executable, __file__, "help"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
 FILES: dict[str, Callable[[], str]] = {
-    "help.txt": lambda: "\n".join(helps()),
+    "help.txt": fresh_helps,
     "signatures.txt": lambda: "\n".join(signatures()) + "\n",
     "tensors.json": lambda: json.dumps(tensors(), indent=1) + "\n",
 }
@@ -119,6 +126,9 @@ def test_what_is_frozen_is_as_it_was(name: str) -> None:
 
 if __name__ == "__main__":
     sys.dont_write_bytecode = True
+    if sys.argv[1:] == ["help"]:
+        print("\n".join(helps()), end="")
+        sys.exit()
     FROZEN.mkdir(exist_ok=True)
     for file, make in FILES.items():
         (FROZEN / file).write_text(make(), "utf-8")
