@@ -24,7 +24,8 @@ from shardprep_runtime.format.manifest import (
     SideFile,
 )
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION, check_revision
-from shardprep_runtime.stores.store import Access, is_uri
+from shardprep_runtime.stores.open import is_uri
+from shardprep_runtime.stores.store import Access
 
 from .index import Index, LeftOut
 from .layout import ModelLayout, Scheme, normalize

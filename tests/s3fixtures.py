@@ -20,8 +20,9 @@ import pytest
 from s3server import S3Server
 from shardprep_runtime import read_manifest
 from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.stores.s3 import S3Store
-from shardprep_runtime.stores.store import Access, Chunk, Store, open_store
+from shardprep_runtime.stores.store import Access, Chunk, Store
 
 BUCKET = "shards"
 

@@ -52,7 +52,8 @@ from shardprep_runtime.shard.loading import Shard, Verify, load
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_manifest
 from shardprep_runtime.shard.side_files import write_small
 from shardprep_runtime.stage.stage import Stage, build_stage, side_folder
-from shardprep_runtime.stores.store import Access, is_uri, open_store
+from shardprep_runtime.stores.open import is_uri, open_store
+from shardprep_runtime.stores.store import Access
 
 if TYPE_CHECKING:
     import torch

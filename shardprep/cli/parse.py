@@ -15,7 +15,8 @@ from shardprep_runtime.errors import quote
 from shardprep_runtime.format.grid import parse_stages
 from shardprep_runtime.format.manifest import ENGINES
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION
-from shardprep_runtime.stores.store import SCHEMES, Access, is_uri
+from shardprep_runtime.stores.open import SCHEMES, is_uri
+from shardprep_runtime.stores.store import Access
 
 if TYPE_CHECKING:
     _SizeType = click.ParamType[int]

@@ -33,7 +33,8 @@ from shardprep_runtime.shard.revisions import (
     manifest_key,
     revision_of,
 )
-from shardprep_runtime.stores.store import Access, Stat, Store, open_store, where
+from shardprep_runtime.stores.open import open_store
+from shardprep_runtime.stores.store import Access, Stat, Store, where
 
 from ..write.conduct import Conduct
 

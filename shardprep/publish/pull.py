@@ -38,7 +38,8 @@ from shardprep_runtime.shard.side_files import (
     prepare,
     write_small,
 )
-from shardprep_runtime.stores.store import Access, Store, open_store
+from shardprep_runtime.stores.open import open_store
+from shardprep_runtime.stores.store import Access, Store
 
 from ..write.conduct import Conduct
 

@@ -43,7 +43,8 @@ from shardprep_runtime.shard.revisions import (
     fetch_manifest,
     manifest_key,
 )
-from shardprep_runtime.stores.store import Access, Stat, Store, open_store, read, where
+from shardprep_runtime.stores.open import open_store
+from shardprep_runtime.stores.store import Access, Stat, Store, read, where
 
 from ..files import open_regular
 from ..source import locate_pieces, open_parts

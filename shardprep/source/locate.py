@@ -8,7 +8,8 @@ from typing import Final
 
 from shardprep_runtime.errors import DeniedError, FormatError, UnsupportedError, quote
 from shardprep_runtime.shard.revisions import MANIFESTS
-from shardprep_runtime.stores.store import Access, is_uri, open_store
+from shardprep_runtime.stores.open import is_uri, open_store
+from shardprep_runtime.stores.store import Access
 
 from ..files import LocalFolder
 from .names import is_weights

@@ -30,7 +30,8 @@ from shardprep_runtime.shard.loading import Verify
 from shardprep_runtime.shard.prefetch_command import Prefetching, fetch_beside, ranks_of_node
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_manifest
 from shardprep_runtime.shard.side_files import fetch_side_files
-from shardprep_runtime.stores.store import Access, is_uri, open_store, read_small
+from shardprep_runtime.stores.open import is_uri, open_store
+from shardprep_runtime.stores.store import Access, read_small
 
 from .sharded_state import (
     MAX_RECORD_BYTES,

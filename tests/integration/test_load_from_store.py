@@ -43,7 +43,7 @@ from shardprep_runtime.shard.cache import Cache
 from shardprep_runtime.shard.landing import VERIFIED
 from shardprep_runtime.shard.parts import Numbered, open_part
 from shardprep_runtime.stores.folder import FolderStore
-from shardprep_runtime.stores.store import open_store
+from shardprep_runtime.stores.open import open_store
 from stores import CountingStore, make_store, part_keys
 
 FROZEN = Path(__file__).parents[1] / "data/v1"

@@ -35,7 +35,8 @@ from shardprep_runtime.errors import (
 )
 from shardprep_runtime.stores import gs_az as obstore_store
 from shardprep_runtime.stores.gs_az import SENT_BYTES, ObstoreStore
-from shardprep_runtime.stores.store import Access, BufferSink, Chunk, FileRange, open_store, read, read_small
+from shardprep_runtime.stores.open import open_store
+from shardprep_runtime.stores.store import Access, BufferSink, Chunk, FileRange, read, read_small
 
 obstore = pytest.importorskip("obstore", reason="needs obstore: pip install 'shardprep[obstore]'")
 

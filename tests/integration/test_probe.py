@@ -27,7 +27,7 @@ from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.shard.revisions import read_manifest
 from shardprep_runtime.stage.probe import Checked, check_stage
 from shardprep_runtime.stage.stage import build_stage
-from shardprep_runtime.stores.store import open_store
+from shardprep_runtime.stores.open import open_store
 
 # one process that starts the ranks for all of this file
 pytestmark = pytest.mark.xdist_group("transformers, probed")

@@ -36,7 +36,7 @@ from shardprep_runtime import load, read_manifest
 from shardprep_runtime.errors import InputError, IntegrityError, ShardprepError
 from shardprep_runtime.format.manifest import digest_of
 from shardprep_runtime.stage.stage import side_folder
-from shardprep_runtime.stores.store import open_store
+from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.workers.ray_serve import Options, Wanted, read_options, read_request
 
 TINY = Path(__file__).parents[1] / "data/tiny-llama"

@@ -32,6 +32,7 @@ from shardprep.publish.send import PART_BYTES
 from shardprep.split import split
 from shardprep_runtime import load
 from shardprep_runtime.errors import ConflictError, DeniedError, MissingError, SourceError, StoreError
+from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.stores.s3 import S3Store
 from shardprep_runtime.stores.store import (
     Access,
@@ -40,7 +41,6 @@ from shardprep_runtime.stores.store import (
     FileRange,
     Store,
     Transfer,
-    open_store,
     read,
     read_small,
 )

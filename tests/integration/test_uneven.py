@@ -20,7 +20,7 @@ from shardprep.split import split
 from shardprep_runtime import Shard, load
 from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 from shardprep_runtime.shard import tensors as joining
-from shardprep_runtime.stores.store import open_store
+from shardprep_runtime.stores.open import open_store
 from stores import make_store
 
 EXPERTS = 5

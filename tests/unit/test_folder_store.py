@@ -21,7 +21,8 @@ from shardprep_runtime.errors import (
     StoreError,
 )
 from shardprep_runtime.stores.folder import FolderStore
-from shardprep_runtime.stores.store import BufferSink, Chunk, FileRange, open_store, read, read_small
+from shardprep_runtime.stores.open import open_store
+from shardprep_runtime.stores.store import BufferSink, Chunk, FileRange, read, read_small
 
 HOSTILE = ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/.", "a/", "a\\b", "a\0b", "\udcff\ud800"]
 

@@ -11,7 +11,8 @@ from ..errors import InputError, ManifestError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
 from ..shard.revisions import DEFAULT_REVISION, read_manifest
-from ..stores.store import Access, is_uri, open_store
+from ..stores.open import is_uri, open_store
+from ..stores.store import Access
 
 CONFIG: Final = "config.json"
 

@@ -31,7 +31,7 @@ from ..errors import InputError, quote
 from ..format import manifest as manifests
 from ..format.grid import even_stages
 from ..shard.side_files import fetch_side_files
-from ..stores.store import is_uri
+from ..stores.open import is_uri
 from .options import Options, read_options
 from .vllm_plugin import LOAD_FORMAT
 

@@ -18,8 +18,9 @@ from typing import Any
 from ..errors import ShardprepError
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
+from ..stores.open import open_store
 from ..stores.s3 import S3Store
-from ..stores.store import Access, open_store
+from ..stores.store import Access
 from .fetch import Arrival, Fetch, Run
 from .landing import Landing
 from .parts import OpenPart

@@ -15,7 +15,8 @@ from ..format import manifest as manifests
 from ..format.manifest import TORCH, Manifest, Part
 from ..format.view import TensorView, View, plan_view
 from ..stores.folder import FolderStore
-from ..stores.store import Access, Store, is_uri, open_store
+from ..stores.open import is_uri, open_store
+from ..stores.store import Access, Store
 from .cache import Cache
 from .fetch import WORKERS, Arrival, Crew, Fetch, open_arrivals, plan_runs
 from .filesystem import Io, check_io, choose_io

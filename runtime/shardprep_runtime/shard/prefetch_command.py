@@ -25,7 +25,8 @@ from .. import environment
 from ..errors import InputError, ProblemError, ShardprepError, quote
 from ..format.grid import Grid, parse_stages
 from ..format.manifest import ENGINES, TORCH, digest_of
-from ..stores.store import Access, is_uri, open_store
+from ..stores.open import is_uri, open_store
+from ..stores.store import Access
 from .loading import load, open_cache
 from .revisions import DEFAULT_REVISION, read_manifest
 

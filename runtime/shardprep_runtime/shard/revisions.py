@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Final
 from ..errors import FormatError, InputError, ManifestError, MissingError, StoreError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
-from ..stores.store import Access, Stat, Store, is_uri, open_store, read_small, where
+from ..stores.open import is_uri, open_store
+from ..stores.store import Access, Stat, Store, read_small, where
 
 if TYPE_CHECKING:
     from .cache import Cache

@@ -17,7 +17,8 @@ from typing import Final
 from ..errors import InputError, IntegrityError, ManifestError, WriteError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest, SideFile
-from ..stores.store import Access, Store, open_store, read, where
+from ..stores.open import open_store
+from ..stores.store import Access, Store, read, where
 from .fetch import TRIES
 from .filesystem import sync_folder
 from .loading import SPARSE

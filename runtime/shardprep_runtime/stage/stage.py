@@ -28,7 +28,8 @@ from ..shard.loading import Shard, Verify, load
 from ..shard.prefetch import Prefetch
 from ..shard.revisions import DEFAULT_REVISION
 from ..shard.side_files import fetch_side_files, is_here
-from ..stores.store import Access, is_uri
+from ..stores.open import is_uri
+from ..stores.store import Access
 
 if TYPE_CHECKING:
     import torch

@@ -1,24 +1,18 @@
-"""Say what a store of named objects can do, and open the one that a URI names.
+"""Say what a store of named objects can do.
 
 A store is a flat map of keys to immutable-while-read bytes: a folder, an S3 bucket under a prefix, or another object
-store. Everything that moves bytes over a network goes through these verbs. Importing this module imports no client;
-opening `s3://` imports botocore, `gs://` and `az://` import obstore.
+store. Everything that moves bytes over a network goes through these verbs. `open` makes the store that a URI names.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Protocol
 
-from ..errors import FormatError, InputError, MissingError, SourceError, StoreError, quote
-
-SCHEMES: Final = ("file", "s3", "gs", "az")
-"""Of URIs that name a store. `hf://` is a source only, and is read through huggingface_hub."""
+from ..errors import FormatError, MissingError, SourceError, StoreError, quote
 
 SCRATCH: Final = 256 * 2**10
 """Bytes that are received at a time where they do not land in memory of their own."""
@@ -234,54 +228,6 @@ def where(store: Store, key: str) -> str:
 def changed(store: Store, key: str) -> SourceError:
     """The error of an object that was replaced while it was read."""
     return SourceError(f"{where(store, key)}: the object was replaced while it was read; run again")
-
-
-def is_uri(source: object) -> bool:
-    """Whether `source` is written as a URI rather than as a path."""
-    return isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
-
-
-def split_uri(uri: str) -> tuple[str, str, str]:
-    """(scheme, bucket, prefix without slashes around it). Raises InputError for what is no URI of a store."""
-    scheme, _, rest = uri.partition("://")
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{each}://" for each in SCHEMES)
-        raise InputError(f"{quote(uri)}: no store is reached by {quote(scheme)}://; known are {known}")
-    if scheme == "file":
-        return scheme, "", rest
-    bucket, _, prefix = rest.partition("/")
-    prefix = prefix.strip("/")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{1,254}", bucket):
-        raise InputError(
-            f"{quote(uri)}: {quote(bucket)} is no name of a bucket; write {scheme}://bucket/prefix"
-        )
-    if any(word in ("", ".", "..") for word in prefix.split("/")) and prefix:
-        raise InputError(f"{quote(uri)}: the prefix {quote(prefix)} has an empty or dotted word")
-    return scheme, bucket, prefix
-
-
-def open_store(uri: str | Path, access: Access | None = None) -> Store:
-    """The store at `s3://bucket/prefix`, `gs://`, `az://`, `file:///folder`, or in a folder given as a path.
-
-    Makes no request. Raises InputError for a URI that names none, and for a client that is not installed.
-    """
-    access = access or Access()
-    if not is_uri(uri):
-        from .folder import FolderStore
-
-        return FolderStore(Path(uri))
-    scheme, bucket, prefix = split_uri(str(uri))
-    if scheme == "file":
-        from .folder import FolderStore
-
-        return FolderStore(Path(str(uri).partition("://")[2]))
-    if scheme == "s3":
-        from .s3 import S3Store
-
-        return S3Store(bucket, prefix, access)
-    from .gs_az import ObstoreStore
-
-    return ObstoreStore(scheme, bucket, prefix, access)
 
 
 def missing(store: Store, key: str) -> StoreError:

@@ -30,7 +30,8 @@ from ..format.manifest import TORCH, Manifest
 from ..format.view import choose_stages, plan_view
 from ..shard.loading import Verify, open_cache
 from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
-from ..stores.store import Access, is_uri
+from ..stores.open import is_uri
+from ..stores.store import Access
 from .failures import Failure, raised
 from .meeting import (
     Meeting,

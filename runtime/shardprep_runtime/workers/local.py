@@ -32,7 +32,8 @@ from ..format.view import View, plan_view
 from ..shard.filesystem import choose_io
 from ..shard.loading import Verify
 from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
-from ..stores.store import Access, is_uri
+from ..stores.open import is_uri
+from ..stores.store import Access
 from .transport import Health, Output, Step, Timing, Transport, WorkerInfo, check_name
 from .worker import Worker, WorkerOptions
 

@@ -24,7 +24,8 @@ from ..shard.loading import Verify
 from ..shard.prefetch import Prefetch, prefetch
 from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
 from ..stage.stage import side_folder
-from ..stores.store import Access, is_uri
+from ..stores.open import is_uri
+from ..stores.store import Access
 from .http import openai as openai_api
 from .http.openai import Answer, Choice, FinishReason, RequestError
 

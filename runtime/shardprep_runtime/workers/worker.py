@@ -24,7 +24,8 @@ from ..format.manifest import TORCH, Manifest
 from ..shard.loading import Verify
 from ..shard.prefetch import Prefetch
 from ..shard.revisions import DEFAULT_REVISION
-from ..stores.store import Access, is_uri
+from ..stores.open import is_uri
+from ..stores.store import Access
 from .tensor_group import IDLE, Command, Op, TensorGroup
 from .transport import Health, Step, Timing, WorkerInfo, check_name
 
