@@ -40,6 +40,7 @@ import benchlib
 import s3_plane
 from benchlib import ROOT, Goal, Run, Variant, middle
 from s3_plane import BUCKET, WAIT, Plane, PlaneError
+from shardprep_runtime.format.view import Place
 
 TASKS = ("bytes", "vllm", "transformers")
 WORKER = ROOT / "scripts/cold_start_worker.py"
@@ -380,7 +381,8 @@ class Bench:
         from shardprep_runtime import plan_view, read_manifest
 
         need = plan_view(
-            read_manifest(self.shards[GRAIN].folder), rank=RANK, tensor_parallel_size=GRAIN, engine="vllm"
+            read_manifest(self.shards[GRAIN].folder),
+            Place(rank=RANK, tensor_parallel_size=GRAIN, engine="vllm"),
         ).nbytes
         shards, state = self.shards[GRAIN].folder, self.state(GRAIN)
 

@@ -35,6 +35,7 @@ from benchlib import ROOT, Goal
 from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.pipeline import Event, Policy
 from shardprep_runtime.workers.text.generate import Generator, Sampling
+from shardprep_runtime.workers.worker import Compute
 
 CHECKPOINT = ROOT / "tests/data/tiny-llama"
 STAGES = 3
@@ -81,10 +82,9 @@ def open_way(name: str, shards: Path) -> Iterator[Way]:
         transport="rpc" if transport == "rpc" else "links",
         replace=how == "a cold replacement",
         fallback=how == "this process",
-        threads=1,
-        dtype="float32",  # all positions again, in one step: in 16 bits near ties could fall otherwise
         policy=Policy(replacement_timeout=60 if how == "a cold replacement" else 0, probe_period=0),
         on_event=events.append,
+        compute=Compute(threads=1, dtype="float32"),
     ) as running:
         yield Way(name, running, Generator.from_folder(running.pipeline, shards), events)
 

@@ -39,8 +39,8 @@ from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 from shardprep_runtime.format.dtypes import nbytes
 from shardprep_runtime.format.header import dump_header
 from shardprep_runtime.format.manifest import Entry, Manifest, Part
-from shardprep_runtime.format.view import View, plan_view
-from shardprep_runtime.shard.loading import load
+from shardprep_runtime.format.view import Place, View, plan_view
+from shardprep_runtime.shard.shard_set import ShardSet
 
 GRAIN = 8
 STAGES = 8
@@ -283,11 +283,7 @@ def cut(model: str, file: str) -> dict[str, float]:
 def view_of(manifest: Manifest) -> View:
     """That of a rank in the middle."""
     return plan_view(
-        manifest,
-        rank=RANK,
-        tensor_parallel_size=GRAIN,
-        pipeline_parallel_size=STAGES,
-        engine="vllm",
+        manifest, Place(rank=RANK, tensor_parallel_size=GRAIN, pipeline_parallel_size=STAGES, engine="vllm")
     )
 
 
@@ -323,14 +319,8 @@ def worker(_: str, file: str) -> dict[str, float]:
     ended = time.perf_counter()
     grown = resident_bytes() - before
     again = time.perf_counter()
-    load(
-        file,
-        rank=RANK,
-        tensor_parallel_size=GRAIN,
-        pipeline_parallel_size=STAGES,
-        engine="vllm",
-        verify="headers",
-        io="mmap",
+    ShardSet(str(file), verify="headers", io="mmap").load(
+        Place(rank=RANK, tensor_parallel_size=GRAIN, pipeline_parallel_size=STAGES, engine="vllm")
     ).close()
     loaded = time.perf_counter()
     return {

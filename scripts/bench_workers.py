@@ -38,6 +38,7 @@ from shardprep_runtime.workers.pipeline import Policy
 from shardprep_runtime.workers.text.breakdown import Breakdown
 from shardprep_runtime.workers.text.breakdown import table as where_it_goes
 from shardprep_runtime.workers.text.generate import Generator, Sampling
+from shardprep_runtime.workers.worker import Compute
 
 HIDDEN, VOCABULARY = 512, 4096
 CONFIG = {
@@ -144,7 +145,7 @@ def generate_split(generator: Generator, tokens: int) -> tuple[list[int], list[f
 
 def start(stack: ExitStack, shards: Path, **options: Any) -> Launch:
     return stack.enter_context(
-        launch(shards, threads=1, fallback=False, policy=Policy(probe_period=0), **options)
+        launch(shards, fallback=False, policy=Policy(probe_period=0), **options, compute=Compute(threads=1))
     )
 
 

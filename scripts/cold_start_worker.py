@@ -20,6 +20,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from threading import RLock
 from typing import Any
 
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
+
 EVENTS = "BENCH_EVENTS"
 PROMPT = [1, 20, 300, 4000, 50, 600, 7000, 80]
 SPENT = {"fetch": 0.0, "verify": 0.0, "map": 0.0}
@@ -257,17 +260,10 @@ def transformers(spec: dict[str, Any]) -> None:
     """A rank of transformers until it has the first token."""
     rank = int(os.environ["RANK"])
     if spec.get("begun"):
-        from shardprep_runtime import prefetch
-
         note("begun", disk=disk_read())
         pin, verify = spec["manifest_digest"], spec["verify"]
-        begun = prefetch(
-            spec["source"],
-            rank=rank,
-            tensor_parallel_size=spec["size"],
-            engine="transformers",
-            verify=verify,
-            manifest_digest=pin,
+        begun = open_set(spec["source"], verify=verify, digest=pin).prefetch(
+            Place(rank=rank, tensor_parallel_size=spec["size"], engine="transformers")
         )
     import torch
     import torch.distributed

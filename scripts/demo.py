@@ -26,6 +26,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
+
 if TYPE_CHECKING:
     from s3server import S3Server
 
@@ -109,12 +112,10 @@ def assemble(shards: Path, tp: int, stages: list[list[int]], workers: list[dict[
     """
     import torch
 
-    import shardprep_runtime
-
     held: dict[str, list[tuple[Any, Any]]] = {}
     for worker in workers:
-        shard = shardprep_runtime.load(
-            shards, rank=worker["rank"], tensor_parallel_size=tp, stages=stages, verify="headers"
+        shard = open_set(shards, verify="headers").load(
+            Place(rank=worker["rank"], tensor_parallel_size=tp, stages=stages)
         )
         for name, tensor in shard.items():
             if hashlib.sha256(shard.memory(name)).hexdigest() != worker["digests"][name]:

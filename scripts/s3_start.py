@@ -165,7 +165,7 @@ def main() -> None:
         worker = Worker(**json.load(stream))
     fetching: Any = None
     if how == "prefetch":
-        from shardprep_runtime.shard.prefetch import prefetch
+        from shardprep_runtime.shard.shard_set import prefetch
 
         fetching = prefetch(
             worker.uri, rank=worker.rank, tensor_parallel_size=worker.size, cache=worker.folder

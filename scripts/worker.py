@@ -10,7 +10,8 @@ import json
 import sys
 import time
 
-import shardprep_runtime
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 
 def status(path: str, key: str) -> int | None:
@@ -25,14 +26,13 @@ def status(path: str, key: str) -> int | None:
 def main(store: str, rank: str, tp: str, pp: str, stages: str, verify: str, cache: str) -> None:
     anonymous = status("/proc/self/status", "RssAnon:")
     started = time.perf_counter()
-    shard = shardprep_runtime.load(
-        store,
-        rank=int(rank),
-        tensor_parallel_size=int(tp),
-        pipeline_parallel_size=int(pp),
-        stages=json.loads(stages),
-        verify=verify,  # type: ignore[arg-type]
-        cache=cache,
+    shard = open_set(store, verify=verify, cache=cache).load(
+        Place(
+            rank=int(rank),
+            tensor_parallel_size=int(tp),
+            pipeline_parallel_size=int(pp),
+            stages=json.loads(stages),
+        )
     )
     shard.wait()
     milliseconds = (time.perf_counter() - started) * 1e3

@@ -23,6 +23,7 @@ from shardprep_runtime.errors import (
 )
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Manifest, Probe, Response
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.loading import load_parts
 from shardprep_runtime.stores.store import read
 
@@ -86,7 +87,7 @@ def _observed(
 ) -> dict[int | str, Response]:
     """The responses of one layer, and of the embedding or head beside it."""
     from shardprep_runtime.stage.probe import observe, responses
-    from shardprep_runtime.stage.stage import build_stage
+    from shardprep_runtime.stage.stage import stage_of
 
     store, key = written.reopen()
     try:
@@ -94,8 +95,7 @@ def _observed(
             store,
             key,
             manifest,
-            rank=number,
-            stages=[(i, i + 1) for i in range(manifest.layers)],
+            Place(number, stages=[(i, i + 1) for i in range(manifest.layers)]),
             workers=workers,
         )
     except BaseException:
@@ -104,7 +104,7 @@ def _observed(
     with shard:
         seen = []
         for dtype in ("float32", "bfloat16"):
-            with build_stage(shard, dtype=dtype, folder=folder, manifest_digest=digest) as stage:
+            with stage_of(shard, folder, dtype=dtype, manifest_digest=digest) as stage:
                 try:
                     seen.append(observe(stage))
                 except ShardprepError:

@@ -22,9 +22,10 @@ import torch
 
 from echo_worker import EchoWorker, expected
 from shardprep_runtime.errors import ShardprepError, WorkerLostError
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.ray_actors import GROUPS, RayTransport, StageActor, start_actors
 from shardprep_runtime.workers.transport import Step
-from shardprep_runtime.workers.worker import WorkerOptions
+from shardprep_runtime.workers.worker import Compute, WorkerOptions
 from split_greedy import OTHER, STAGES, greedy
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -51,7 +52,9 @@ class Driver:
 
     def start(self, source: str, digest: str, spares: int, **how: Any) -> list[str]:
         options = WorkerOptions(
-            source=source, stages=STAGES, dtype="float32", threads=1, manifest_digest=digest, cache=None
+            shard_set=open_set(source, digest=digest, cache=None),
+            stages=STAGES,
+            compute=Compute(dtype="float32", threads=1),
         )
         return self.begin(start_actors(options, spares=spares, **how))
 

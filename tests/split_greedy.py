@@ -11,8 +11,9 @@ import torch
 
 from shardprep.split import split
 from shardprep_runtime.format.manifest import digest_of
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.transport import Step, Transport
-from shardprep_runtime.workers.worker import WorkerOptions
+from shardprep_runtime.workers.worker import Compute, WorkerOptions
 
 TINY = Path(__file__).parent / "data/tiny-llama"
 STAGES = ((0, 3), (3, 6))
@@ -26,7 +27,9 @@ def split_options(folder: Path) -> WorkerOptions:
     split(TINY, folder, tensor_parallel_size=1)
     digest = digest_of((folder / "shardprep.json").read_bytes())
     return WorkerOptions(
-        source=str(folder), stages=STAGES, dtype="float32", threads=1, manifest_digest=digest
+        shard_set=open_set(str(folder), digest=digest),
+        stages=STAGES,
+        compute=Compute(dtype="float32", threads=1),
     )
 
 

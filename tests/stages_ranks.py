@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers_ranks
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 
 class StageRanks(transformers_ranks.Ranks):
@@ -67,14 +69,13 @@ def quantized(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Greedy tokens of a quantized set's checkpoint, and of its two stages, the last of which is built twice."""
     import torch
 
-    import shardprep_runtime
     from shardprep_runtime.stage.stage import build_stage
     from stages_models import generated, greedy, whole
 
     shards, ids, stages = Path(job["source"]), torch.tensor(job["ids"]), job["stages"]
     found = [generated(whole(shards), ids, job["tokens"]).tolist()]
     first = build_stage(shards, stages=stages, dtype="float32")
-    with shardprep_runtime.load(shards, rank=1, stages=stages) as shard:
+    with open_set(shards).load(Place(rank=1, stages=stages)) as shard:
         for _ in range(2):
             last = build_stage(shard, folder=shards, dtype="float32")
             found.append(greedy([first, last], ids, job["tokens"]).tolist())

@@ -46,12 +46,13 @@ from shardprep_runtime.errors import (
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.grid import Stages
 from shardprep_runtime.format.manifest import PLACEMENTS, Layer, Manifest, lines_of
-from shardprep_runtime.format.view import choose_stages
+from shardprep_runtime.format.view import Place, choose_stages
 from shardprep_runtime.shard.filesystem import sync_folder
-from shardprep_runtime.shard.loading import Shard, Verify, load
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_manifest
+from shardprep_runtime.shard.shard import Shard, Verify
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.shard.side_files import write_small
-from shardprep_runtime.stage.stage import Stage, build_stage, side_folder
+from shardprep_runtime.stage.stage import Stage, stage_of
 from shardprep_runtime.stores.open import is_uri, open_store
 from shardprep_runtime.stores.store import Access
 
@@ -155,7 +156,7 @@ class SplitTrainer:
             scratch = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="shardprep-train-"))
             self._scratch = Path(scratch)
             self._folder = self._stack.enter_context(
-                side_folder(source, revision=revision, manifest_digest=self.manifest_digest, access=access)
+                open_set(source, revision=revision, digest=self.manifest_digest, access=access).side_files()
             )
             options = {
                 "source": str(source),
@@ -586,25 +587,15 @@ class _Learner:
         self._pp_rank: int = options["pp_rank"]
         self._stages: Stages = tuple((start, stop) for start, stop in options["stages"])
         access = options["access"]
-        self.shard: Shard = load(
+        self.shard: Shard = open_set(
             options["source"],
-            rank=self._pp_rank,
-            tensor_parallel_size=1,
-            stages=self._stages,
             verify=options["verify"],
-            manifest_digest=options["manifest_digest"],
+            digest=options["manifest_digest"],
             revision=options["revision"],
             cache=options["cache"],
             access=Access(**access) if access is not None else None,
-        )
-        self.stage: Stage = build_stage(
-            self.shard,
-            pp_rank=self._pp_rank,
-            stages=self._stages,
-            folder=options["folder"],
-            dtype="float32",
-            trainable=True,
-        )
+        ).load(Place(rank=self._pp_rank, tensor_parallel_size=1, stages=self._stages))
+        self.stage: Stage = stage_of(self.shard, options["folder"], dtype="float32", trainable=True)
         self.trained = self._find_trained()
         """Name in transformers' model of all layers -> parameter."""
         self._check_names()

@@ -25,10 +25,11 @@ from .errors import ShardprepError
 from .format.grid import Grid
 from .format.manifest import Manifest
 from .format.manifest import read as read_manifest
-from .format.view import View, plan_view
+from .format.view import Place, View, plan_view
 from .shard.cache import Cache
-from .shard.loading import Shard, load
-from .shard.prefetch import Prefetch, prefetch
+from .shard.prefetch import Prefetch
+from .shard.shard import Shard
+from .shard.shard_set import ShardSet, load, open_set, prefetch
 from .stores.store import Access
 
 __version__ = "0.1.0"
@@ -38,12 +39,15 @@ __all__ = [
     "Cache",
     "Grid",
     "Manifest",
+    "Place",
     "Prefetch",
     "Shard",
+    "ShardSet",
     "ShardprepError",
     "View",
     "__version__",
     "load",
+    "open_set",
     "plan_view",
     "prefetch",
     "read_manifest",

@@ -13,6 +13,7 @@ import shardprep_runtime
 from shardprep_runtime.errors import LayoutError, ProblemError, UnsupportedError, quote
 from shardprep_runtime.format.grid import Stages, even_stages
 from shardprep_runtime.format.manifest import Manifest
+from shardprep_runtime.format.view import Place
 
 from ..layout import ModelLayout, derive_layout
 from ..model import skeleton
@@ -127,7 +128,7 @@ class SmallModel:
         found = []
         for rank in range(workers.world_size):
             try:
-                view = shardprep_runtime.plan_view(self.manifest, rank=rank, **asdict(workers))
+                view = shardprep_runtime.plan_view(self.manifest, Place(rank=rank, **asdict(workers)))
             except LayoutError as error:
                 raise Differs(
                     "views", "the shard set", rank, workers, expected="a view", found=str(error)

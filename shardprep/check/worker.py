@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shardprep_runtime.engines.transformers_state import check_loaded, transformers_state
 from shardprep_runtime.errors import LayoutError
+from shardprep_runtime.format.manifest import TORCH, TRANSFORMERS
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 from .models import answers, model_class
 from .processes import Answer, Job
@@ -195,13 +198,13 @@ def _source(job: Job, rank: int) -> Iterator[Mapping[str, Any]]:
         with safe_open(Path(job.checkpoint) / "model.safetensors", "pt") as opened:
             yield {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
         return
-    state = transformers_state(
-        job.shard_set,
-        rank=rank,
-        tensor_parallel_size=job.size,
+    place = Place(
+        rank,
+        job.size,
         expert_parallel_size=job.expert_parallel_size,
-        verify="headers",
+        engine=TRANSFORMERS if job.size > 1 else TORCH,
     )
+    state = transformers_state(open_set(job.shard_set, verify="headers").load(place))
     with contextlib.closing(state):
         yield state
 

@@ -14,6 +14,7 @@ from shardprep_runtime import environment
 from shardprep_runtime.errors import quote
 from shardprep_runtime.format.grid import parse_stages
 from shardprep_runtime.format.manifest import ENGINES
+from shardprep_runtime.shard.options import WORDS, read_set
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION
 from shardprep_runtime.stores.open import SCHEMES, is_uri
 from shardprep_runtime.stores.store import Access
@@ -131,7 +132,28 @@ def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
         access = Access(endpoint_url, profile, region, anonymous=no_sign_request)
         return command(*arguments, access=access, **options)
 
-    found: Callable[..., Any] = with_access
+    return _access_words(with_access)
+
+
+def set_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a store is reached, for a command whose other options say the rest of a shard set; it gets one `shard_set`."""
+
+    @functools.wraps(command)
+    def with_set(*arguments: Any, **options: Any) -> Any:
+        words = {name: options.pop(name) for name in WORDS if name in options}
+        words["source"] = str(words["source"])
+        no_cache = options.pop("no_cache", False)
+        if no_cache and words["cache"] is not None:
+            raise click.UsageError("--cache and --no-cache exclude each other")
+        if not no_cache and words.get("cache") is None:
+            words["cache"] = "host"
+        return command(*arguments, shard_set=read_set(words), **options)
+
+    return _access_words(with_set)
+
+
+def _access_words(command: Callable[..., Any]) -> Callable[..., Any]:
+    found = command
     for option in (
         click.option("--no-sign-request", is_flag=True, help="Send no credentials: for public buckets."),
         click.option("--region", help="Of an s3:// store.  [default: as configured for aws]"),

@@ -18,8 +18,7 @@ import click
 
 from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.format.grid import Stages, parse_stages
-from shardprep_runtime.shard.loading import Verify
-from shardprep_runtime.stores.store import Access
+from shardprep_runtime.shard.shard_set import ShardSet, open_set
 
 from . import parse, render
 
@@ -84,7 +83,7 @@ class Tokens(_TokensType):
 class Split:
     """How a model is split over workers, as the options of `run` and `serve` have it."""
 
-    source: Path | str
+    shard_set: ShardSet
     stages: int | Stages | None
     tensor_parallel_size: int
     spares: int
@@ -98,10 +97,6 @@ class Split:
     threads: int | None
     dtype: str | None
     step_timeout: float | None
-    verify: Verify
-    manifest_digest: str | None
-    revision: str
-    access: Access
 
 
 def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +107,7 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
         given = {each.name: options.pop(each.name) for each in fields(Split)}
         return command(*arguments, split=Split(**given), **options)
 
-    found: Callable[..., Any] = parse.access_options(with_split)
+    found: Callable[..., Any] = parse.set_options(with_split)
     for option in (
         click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have."),
         parse.revision_option,
@@ -178,11 +173,11 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
     """The workers, the pipeline, the draft model and the tokenizer; `where`: further arguments of `launch`."""
-    from shardprep_runtime.stage.stage import side_folder
     from shardprep_runtime.workers.launch import launch
     from shardprep_runtime.workers.local import open_local
     from shardprep_runtime.workers.pipeline import Pipeline, Policy
     from shardprep_runtime.workers.text.generate import Generator
+    from shardprep_runtime.workers.worker import Compute
     from shardprep_runtime.workers.worker_process import quiet
 
     quiet()
@@ -192,22 +187,16 @@ def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
     with ExitStack() as stack:
         running = stack.enter_context(
             launch(
-                str(split.source),
+                split.shard_set,
                 stages=split.stages,
                 tensor_parallel_size=split.tensor_parallel_size,
                 spares=split.spares,
                 transport=split.transport,
                 replace=not split.no_replace,
                 fallback=not split.no_fallback,
-                device=split.device,
-                threads=split.threads,
-                dtype=split.dtype,
-                verify=split.verify,
-                manifest_digest=split.manifest_digest,
-                revision=split.revision,
-                access=split.access,
-                # one that begins anew has caches under two names for a moment
-                max_sequences=max(64, 2 * split.max_in_flight),
+                compute=Compute(
+                    split.device, split.dtype, split.threads, max_sequences=max(64, 2 * split.max_in_flight)
+                ),
                 policy=policy,
                 say=tell,
                 on_event=tell_event,
@@ -215,17 +204,13 @@ def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
             )
         )
         # of the manifest that the workers hold, whatever the revision is moved to meanwhile
-        folder = stack.enter_context(
-            side_folder(
-                str(split.source),
-                revision=split.revision,
-                manifest_digest=running.pipeline.manifest_digest,
-                access=split.access,
-            )
-        )
+        held = replace(split.shard_set, digest=running.pipeline.manifest_digest)
+        folder = stack.enter_context(held.side_files())
         draft = None
         if split.draft is not None:
-            draft = stack.enter_context(Pipeline(open_local(str(split.draft), access=split.access), 1))
+            draft = stack.enter_context(
+                Pipeline(open_local(open_set(split.draft, access=split.shard_set.access)), 1)
+            )
         yield Generator.from_folder(
             running.pipeline,
             folder,
@@ -419,7 +404,7 @@ def command(
         completions = complete(generator, encoded, sampling, said)
         seconds = time.perf_counter() - began
         report = {
-            "source": str(split.source),
+            "source": split.shard_set.source,
             "manifest_digest": pipeline.manifest_digest,
             "transport": pipeline.transport.name,
             "seconds": seconds,

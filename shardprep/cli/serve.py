@@ -95,7 +95,7 @@ def command(
     where: dict[str, Any] = {"workers": workers, "allow_public": allow_public}
     if master is not None:
         where["host"], where["port"] = parse_address(master)
-    name = model or Path(str(split.source).rstrip("/")).name
+    name = model or Path(split.shard_set.source.rstrip("/")).name
     with ended_by_sigterm(0), suppress(KeyboardInterrupt), ExitStack() as stack:
         # first, so that a port that is taken is known before anything is started
         listener = stack.enter_context(bind(host, port, allow_public=allow_public))

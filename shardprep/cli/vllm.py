@@ -8,8 +8,7 @@ from pathlib import Path
 import click
 
 from shardprep_runtime.errors import quote
-from shardprep_runtime.shard.loading import Verify
-from shardprep_runtime.stores.store import Access
+from shardprep_runtime.shard.shard_set import ShardSet
 
 from . import parse, render
 
@@ -34,18 +33,14 @@ from . import parse, render
 @click.option(
     "--no-prefetch", is_flag=True, help="Do not fetch this host's shards while vLLM starts; its ranks will."
 )
-@parse.access_options
+@parse.set_options
 @click.option("--dry-run", is_flag=True, help="Print the command of vLLM instead of running it.")
 @parse.json_option
 def command(
-    source: Path | str,
+    shard_set: ShardSet,
     arguments: tuple[str, ...],
-    revision: str,
-    manifest_digest: str | None,
-    verify: Verify,
     folder: Path | None,
     no_prefetch: bool,
-    access: Access,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -61,22 +56,17 @@ def command(
     """
     from shardprep.vllm.serve import become_vllm, prepare_vllm
 
-    launch = prepare_vllm(
-        source,
-        arguments,
-        folder=folder,
-        revision=revision,
-        manifest_digest=manifest_digest,
-        verify=verify,
-        prefetch=not no_prefetch,
-        access=access,
-    )
+    launch = prepare_vllm(shard_set, arguments, folder=folder, prefetch=not no_prefetch)
     if dry_run or as_json:
         if as_json:
             render.print_json(launch)
         else:
             click.echo(shlex.join(launch.command))
         return
-    ranks = f"; fetching ranks {', '.join(map(str, launch.ranks))}" if launch.ranks else ""
-    click.echo(f"manifest {launch.manifest_digest} in {quote(launch.folder or source)}{ranks}", err=True)
+    ranks = ", ".join(str(place.rank) for place in launch.places)
+    click.echo(
+        f"manifest {launch.shard_set.digest} in {quote(launch.folder or shard_set.source)}"
+        + (f"; fetching ranks {ranks}" if ranks else ""),
+        err=True,
+    )
     become_vllm(launch)

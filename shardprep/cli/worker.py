@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from types import FrameType
 
 import click
 
-from shardprep_runtime.shard.loading import Verify
-from shardprep_runtime.stores.store import Access
+from shardprep_runtime.shard.shard_set import ShardSet
 
 from . import parse
 
@@ -106,9 +104,8 @@ ENDED = 128 + signal.SIGTERM
     show_default=True,
     help="That fetch, with as many connections each.",
 )
-@parse.access_options
+@parse.set_options
 def command(
-    source: Path | str,
     pp_rank: int | None,
     spare: bool,
     spare_for: tuple[int, ...],
@@ -124,14 +121,7 @@ def command(
     max_sequences: int,
     wait: float,
     reconnect: bool,
-    revision: str,
-    manifest_digest: str | None,
-    verify: Verify,
-    cache: str | None,
-    no_cache: bool,
-    max_workers: int | None,
-    processes: int,
-    access: Access,
+    shard_set: ShardSet,
 ) -> None:
     """Hold one stage of a model for `shardprep serve --workers elsewhere`, on this host.
 
@@ -146,40 +136,25 @@ def command(
     (with --no-reconnect) goes away; and, with tensor ranks, when one of them is lost: have it started again by what
     watches it (systemd, Kubernetes).
     """
-    from shardprep_runtime.workers.worker import WorkerOptions
+    from shardprep_runtime.workers.worker import Compute, WorkerOptions
     from shardprep_runtime.workers.worker_process import WorkerJob, run_worker
 
     if (pp_rank is None) != spare:
         raise click.UsageError("give --pp-rank N, or --spare")
     if spare_for and not spare:
         raise click.UsageError("--spare-for is for a --spare")
-    if cache is not None and no_cache:
-        raise click.UsageError("--cache and --no-cache exclude each other")
     if stages is None and tensor_parallel_size is not None:
         raise click.UsageError(
             "--tensor-parallel-size goes with --stages; without it the front end says both"
         )
     options = WorkerOptions(
-        source=str(source),
+        shard_set=shard_set,
         stages=tuple(stages or ()),
         pp_rank=pp_rank,
         spare_for=spare_for or None,
         tensor_parallel_size=tensor_parallel_size or 1,
         tp_rank=tp_rank,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        max_sequences=max_sequences,
-        verify=verify,
-        manifest_digest=manifest_digest,
-        revision=revision,
-        cache=None if no_cache else cache or "host",
-        workers=max_workers,
-        processes=processes,
-        endpoint_url=access.endpoint_url,
-        profile=access.profile,
-        region=access.region,
-        no_sign_request=access.anonymous,
+        compute=Compute(device, dtype, threads, max_sequences),
     )
     job = WorkerJob(options=options, master=master, name=name, group=group, wait=wait, reconnect=reconnect)
     # the first process of a container ignores SIGTERM unless it says otherwise

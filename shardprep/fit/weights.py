@@ -14,7 +14,7 @@ from itertools import accumulate
 from shardprep_runtime.errors import LayoutError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Entry, Form, Layer, Manifest
-from shardprep_runtime.format.view import plan_view
+from shardprep_runtime.format.view import Place, plan_view
 
 from ..layout import ModelLayout
 
@@ -73,10 +73,12 @@ class Census:
         for rank in range(size):
             view = plan_view(
                 sample,
-                rank=rank,
-                tensor_parallel_size=size,
-                expert_parallel_size=expert_parallel_size,
-                engine=engine,
+                Place(
+                    rank=rank,
+                    tensor_parallel_size=size,
+                    expert_parallel_size=expert_parallel_size,
+                    engine=engine,
+                ),
             )
             ranks.append({name: tensor.nbytes for name, tensor in view.tensors.items()})
         alike: dict[frozenset[tuple[str, int]], tuple[int, ...]] = {}

@@ -20,13 +20,14 @@ from shardprep_runtime import environment
 from shardprep_runtime.errors import InputError, IntegrityError, WriteError, quote
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Manifest, Part
-from shardprep_runtime.format.view import View, plan_view
+from shardprep_runtime.format.view import Place, View, plan_view
 from shardprep_runtime.shard.fetch import WORKERS, Arrival, Fetch, open_arrivals, plan_runs
 from shardprep_runtime.shard.filesystem import file_system
 from shardprep_runtime.shard.landing import ABSENT, DOUBTED, HEADER, LANDED, VERIFIED, Landing, land_in_file
-from shardprep_runtime.shard.loading import SPARSE, Shard
+from shardprep_runtime.shard.loading import SPARSE
 from shardprep_runtime.shard.parts import OpenPart, open_part
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION, blob_key, read_manifest
+from shardprep_runtime.shard.shard import Shard
 from shardprep_runtime.shard.side_files import (
     MAP,
     SIDE_BY_SIDE,
@@ -102,12 +103,14 @@ def pull(
         if rank is not None:
             view = plan_view(
                 manifest,
-                rank=rank,
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                expert_parallel_size=expert_parallel_size,
-                stages=stages,
-                engine=engine,
+                Place(
+                    rank=rank,
+                    tensor_parallel_size=tensor_parallel_size,
+                    pipeline_parallel_size=pipeline_parallel_size,
+                    expert_parallel_size=expert_parallel_size,
+                    stages=stages,
+                    engine=engine,
+                ),
             )
         make_folder(destination)
         with alone(destination):

@@ -25,12 +25,10 @@ from shardprep_runtime.engines.vllm_plugin import LOAD_FORMAT
 from shardprep_runtime.errors import InputError, LayoutError, ManifestError, UnsupportedError, quote
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.grid import Grid, Stages, even_stages
-from shardprep_runtime.format.view import plan_view
-from shardprep_runtime.shard.loading import Verify
-from shardprep_runtime.shard.prefetch_command import Prefetching, fetch_beside, ranks_of_node
-from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_manifest
-from shardprep_runtime.shard.side_files import fetch_side_files
-from shardprep_runtime.stores.open import is_uri, open_store
+from shardprep_runtime.format.view import Place, plan_view
+from shardprep_runtime.shard.prefetch_command import fetch_beside, ranks_of_node
+from shardprep_runtime.shard.shard_set import ShardSet, open_set
+from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.stores.store import Access, read_small
 
 from .sharded_state import (
@@ -72,23 +70,18 @@ class Launch:
     command: tuple[str, ...]
     folder: Path | None
     """Which vLLM is given; None: a URI."""
-    manifest_digest: str
-    """Of exported files: their record's."""
-    ranks: tuple[int, ...]
-    """Whose shards are fetched into this host's cache meanwhile."""
-    prefetching: Prefetching | None
+    shard_set: ShardSet
+    """Pinned to its manifest, or, where files were exported, to their record."""
+    places: tuple[Place, ...]
+    """Places of this host whose shards are fetched into its cache meanwhile."""
 
 
 def prepare_vllm(
-    source: Path | str,
+    source: Path | str | ShardSet,
     arguments: Sequence[str],
     *,
     folder: Path | None = None,
-    revision: str = DEFAULT_REVISION,
-    manifest_digest: str | None = None,
-    verify: Verify = "blocks",
     prefetch: bool = True,
-    access: Access | None = None,
 ) -> Launch:
     """Bring what `vllm serve` needs to start from the shard set at `source`, and say how it is to be run.
 
@@ -96,71 +89,65 @@ def prepare_vllm(
 
     Args:
         arguments: For `vllm serve`, without the model.
-        folder: Of the side files of a store's shard set; default: one in the host's cache.
+        folder: A folder for the side files of a store's shard set; default: one in the host's cache.
+        prefetch: Begin to fetch this host's shards when vLLM is started.
 
     Raises:
         InputError: For sizes that the shard set does not serve, and for arguments that contradict it.
     """
     given = read_sizes(arguments)
     _check_arguments(given)
-    record = _find_record(source, access)
+    shard_set = open_set(source)
+    record = _find_record(shard_set)
     if record is not None:
-        return _launch_exported(source, arguments, given, *record, manifest_digest=manifest_digest)
+        return _launch_exported(shard_set, arguments, given, *record)
     _check_plugin()
-    options: dict[str, Any] = {} if verify == "blocks" else {"verify": verify}
-    wanted = None
-    if is_uri(source):
-        access = access or Access()
+    options: dict[str, Any] = {} if shard_set.verify == "blocks" else {"verify": shard_set.verify}
+    places: tuple[Place, ...] = ()
+    if shard_set.is_remote:
         # without threads of a native client, since what fetches is forked from this process
-        quiet = replace(access, transfer="native")
-        with open_store(source, quiet) as store:
-            raw, manifest = read_manifest(store, revision, manifest_digest)
-        digest = manifests.digest_of(raw)
+        quiet = replace(shard_set, access=replace(shard_set.access, transfer="native"), cache=None)
+        quiet, manifest = quiet.pinned()
+        shard_set = replace(shard_set, digest=quiet.digest)
         stages = check_sizes(manifest, given)
         if folder is None:
-            folder = (
-                environment.cache_folder() / "served" / f"{_name(source)}-{digest.partition(':')[2][:16]}"
-            )
-        fetch_side_files(source, folder, revision=revision, manifest_digest=digest, access=quiet)
-        options |= {"uri": str(source), "revision": revision, **_options(access)}
-        scheme = str(source).partition("://")[0]
-        if prefetch and scheme in FORKED and given.executor != "ray":
-            ranks = ranks_of_node(
-                Grid(given.tensor_parallel_size, len(stages)), given.nnodes, given.node_rank
-            )
-            wanted = Prefetching(
-                source=str(source),
-                ranks=ranks,
-                tensor_parallel_size=given.tensor_parallel_size,
-                expert_parallel_size=_expert_parallel_size(manifest, given),
-                stages=stages,
-                engine="vllm",
-                revision=revision,
-                manifest_digest=digest,
-                access=access,
+            name = f"{_name(shard_set)}-{str(quiet.digest).partition(':')[2][:16]}"
+            folder = environment.cache_folder() / "served" / name
+        quiet.fetch_side_files(folder)
+        options |= {
+            "uri": shard_set.source,
+            "revision": shard_set.revision,
+            **_options(shard_set.access),
+        }
+        if prefetch and shard_set.source.partition("://")[0] in FORKED and given.executor != "ray":
+            grid = Grid(given.tensor_parallel_size, len(stages))
+            places = tuple(
+                _place(manifest, given, stages, rank)
+                for rank in ranks_of_node(grid, given.nnodes, given.node_rank)
             )
     else:
         if folder is not None:
             raise InputError(
                 "--folder is for the side files of a store's shard set; this one is a folder already"
             )
-        folder = Path(source).resolve()
-        manifest, digest = manifests.read_named(folder, digest=manifest_digest)
+        folder = Path(shard_set.source).resolve()
+        shard_set, manifest = shard_set.pinned()
         check_sizes(manifest, given)
-    options |= {"manifest_digest": digest}
+    options |= {"manifest_digest": shard_set.digest}
     command = [*_vllm(), "serve", str(folder), "--load-format", LOAD_FORMAT]
     command += ["--model-loader-extra-config", json.dumps(options)]
     if given.name is None:
-        command += ["--served-model-name", _name(source)]
-    return Launch((*command, *arguments), folder, digest, wanted.ranks if wanted else (), wanted)
+        command += ["--served-model-name", _name(shard_set)]
+    return Launch((*command, *arguments), folder, shard_set, places)
 
 
-def _find_record(source: Path | str, access: Access | None) -> tuple[Record, str] | None:
-    """The record of exported sharded_state files at `source`, and its digest; None: it holds none."""
-    if not is_uri(source):
+def _find_record(shard_set: ShardSet) -> tuple[Record, str] | None:
+    """The record of exported sharded_state files there, and its digest; None: it holds none."""
+    source = shard_set.source
+    if not shard_set.is_remote:
         return read_record(Path(source)) if is_sharded_state(Path(source)) else None
     # without threads of a native client, since what fetches may be forked from this process
-    with open_store(source, replace(access or Access(), transfer="native")) as store:
+    with open_store(source, replace(shard_set.access, transfer="native")) as store:
         found = read_small(store, RECORD, most=MAX_RECORD_BYTES)
     if found is None:
         return None
@@ -168,18 +155,13 @@ def _find_record(source: Path | str, access: Access | None) -> tuple[Record, str
 
 
 def _launch_exported(
-    source: Path | str,
-    arguments: Sequence[str],
-    given: Sizes,
-    record: Record,
-    digest: str,
-    *,
-    manifest_digest: str | None,
+    shard_set: ShardSet, arguments: Sequence[str], given: Sizes, record: Record, digest: str
 ) -> Launch:
-    """Of sharded_state files vLLM's own formats load; who may load them the record says."""
-    if manifest_digest not in (None, digest):
+    """How vLLM's own formats load sharded_state files; who may load them the record says."""
+    if shard_set.digest not in (None, digest):
         raise ManifestError(
-            f"{quote(source)}: the digest of its record is {digest}, expected {quote(manifest_digest)}; do not load it"
+            f"{quote(shard_set.source)}: the digest of its record is {digest}, expected {quote(shard_set.digest)}; do "
+            "not load it"
         )
     check_record(
         record,
@@ -188,12 +170,13 @@ def _launch_exported(
         given.pipeline_parallel_size,
         expert_parallel=given.expert_parallel,
     )
-    where = str(source) if is_uri(source) else str(Path(source).resolve())
-    load_format = "runai_streamer_sharded" if is_uri(source) else "sharded_state"
+    where = shard_set.source if shard_set.is_remote else str(Path(shard_set.source).resolve())
+    load_format = "runai_streamer_sharded" if shard_set.is_remote else "sharded_state"
     command = [*_vllm(), "serve", where, "--load-format", load_format]
     if given.name is None:
-        command += ["--served-model-name", _name(source)]
-    return Launch((*command, *arguments), None if is_uri(source) else Path(where), digest, (), None)
+        command += ["--served-model-name", _name(shard_set)]
+    folder = None if shard_set.is_remote else Path(where)
+    return Launch((*command, *arguments), folder, replace(shard_set, digest=digest), ())
 
 
 def _vllm_version() -> str:
@@ -208,8 +191,8 @@ def _vllm_version() -> str:
 
 def become_vllm(launch: Launch) -> None:
     """Begin to fetch, and become the command: returns only where it cannot be run, with an error."""
-    if launch.prefetching is not None:
-        fetch_beside(launch.prefetching)
+    if launch.places:
+        fetch_beside(launch.shard_set, launch.places)
     sys.stdout.flush()
     try:
         os.execvp(launch.command[0], list(launch.command))  # noqa: S606 - what the user asked to run
@@ -267,19 +250,14 @@ class _Parser(argparse.ArgumentParser):
 def check_sizes(manifest: manifests.Manifest, given: Sizes) -> Stages:
     """The stages that vLLM will have. Raises LayoutError where the shard set does not serve the sizes."""
     stages = _stages(manifest.layers, given.pipeline_parallel_size)
-    plan_view(
-        manifest,
-        rank=0,
-        tensor_parallel_size=given.tensor_parallel_size,
-        expert_parallel_size=_expert_parallel_size(manifest, given),
-        stages=stages,
-        engine="vllm",
-    )
+    plan_view(manifest, _place(manifest, given, stages, 0))
     return stages
 
 
-def _expert_parallel_size(manifest: manifests.Manifest, given: Sizes) -> int:
-    return given.tensor_parallel_size if given.expert_parallel and manifest.experts else 1
+def _place(manifest: manifests.Manifest, given: Sizes, stages: Stages, rank: int) -> Place:
+    """Where vLLM will have a rank."""
+    experts = given.tensor_parallel_size if given.expert_parallel and manifest.experts else 1
+    return Place(rank, given.tensor_parallel_size, expert_parallel_size=experts, stages=stages, engine="vllm")
 
 
 def _stages(layers: int, pipeline_parallel_size: int) -> Stages:
@@ -342,9 +320,10 @@ def _vllm() -> tuple[str, ...]:
     return (str(own),) if own.exists() else ("vllm",)
 
 
-def _name(source: Path | str) -> str:
+def _name(shard_set: ShardSet) -> str:
     """What clients call the model unless --served-model-name says otherwise: the last word of where it is."""
-    name = str(source).rstrip("/").rpartition("/")[2] if is_uri(source) else Path(source).resolve().name
+    source = shard_set.source
+    name = source.rstrip("/").rpartition("/")[2] if shard_set.is_remote else Path(source).resolve().name
     return name or "model"
 
 

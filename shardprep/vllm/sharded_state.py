@@ -34,7 +34,7 @@ from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.dtypes import TORCH, nbytes
 from shardprep_runtime.format.header import dump_header, is_size, loads_strict, read_header
 from shardprep_runtime.format.manifest import Manifest, SideFile, check_path, digest_of
-from shardprep_runtime.format.view import plan_view
+from shardprep_runtime.format.view import Place, plan_view
 
 from ..files import LocalFolder, open_regular
 from ..index import Index
@@ -428,11 +428,13 @@ def export_sharded_state(
     _check_method(method)
     plan_view(
         manifest,
-        rank=0,
-        tensor_parallel_size=tensor_parallel_size,
-        expert_parallel_size=tensor_parallel_size if expert_parallel else 1,
-        stages=((0, manifest.layers),),
-        engine="vllm",
+        Place(
+            rank=0,
+            tensor_parallel_size=tensor_parallel_size,
+            expert_parallel_size=tensor_parallel_size if expert_parallel else 1,
+            stages=((0, manifest.layers),),
+            engine="vllm",
+        ),
     )
     job = _begin(
         source,

@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
+
 if __name__ == "__main__":  # as pytest finds them
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -41,7 +44,7 @@ def fetched(folder: Path) -> dict[str, Any]:
     """Bytes that come from a store: of each rank of the demo's grids with one empty cache a grid, and of pulls."""
     from shardprep.publish.pull import pull
     from shardprep.split import split
-    from shardprep_runtime import load, prefetch, read_manifest
+    from shardprep_runtime import prefetch, read_manifest
     from stores import make_store
 
     shards = folder / "shards"
@@ -52,7 +55,9 @@ def fetched(folder: Path) -> dict[str, Any]:
         ranks = []
         for rank in range(tp * pp):
             cache = folder / f"cache-{tp}-{pp}"
-            with load(store, tensor_parallel_size=tp, stages=uneven(pp), rank=rank, cache=cache) as shard:
+            with open_set(store, cache=cache).load(
+                Place(tensor_parallel_size=tp, stages=uneven(pp), rank=rank)
+            ) as shard:
                 shard.wait()
                 ranks.append(shard.bytes_fetched)
         found[f"load tp{tp} pp{pp}"] = ranks

@@ -26,6 +26,8 @@ from shardprep_runtime.format import dtypes
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.cut import Layout, Segment
 from shardprep_runtime.format.header import MAX_DIMS, MAX_HEADER_BYTES, PAGE, parse_header
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 ROOT = Path(__file__).parents[2]
 PAGE_OF_THE_FORMAT = ROOT / "docs/manifest-format.md"
@@ -484,14 +486,15 @@ def test_every_worker_of_a_frozen_shard_set_gets_its_bytes(name: str) -> None:
     for grid in recorded["stages"]:
         for pp_rank, names in enumerate(grid["names"]):
             for own in recorded["ranks"]:
-                shard = shardprep_runtime.load(
-                    DATA / name,
-                    rank=pp_rank * own["tensor_parallel_size"] + own["tp_rank"],
-                    tensor_parallel_size=own["tensor_parallel_size"],
-                    pipeline_parallel_size=grid["pipeline_parallel_size"],
-                    expert_parallel_size=own["expert_parallel_size"],
-                    stages=grid["stages"],
-                    engine=own["engine"],
+                shard = open_set(DATA / name).load(
+                    Place(
+                        rank=pp_rank * own["tensor_parallel_size"] + own["tp_rank"],
+                        tensor_parallel_size=own["tensor_parallel_size"],
+                        pipeline_parallel_size=grid["pipeline_parallel_size"],
+                        expert_parallel_size=own["expert_parallel_size"],
+                        stages=grid["stages"],
+                        engine=own["engine"],
+                    )
                 )
                 with shard:
                     found = worker_holds(shard)
@@ -524,9 +527,9 @@ def test_a_frozen_shard_set_is_sound_and_gives_its_checkpoint_back(name: str, tm
 
 def test_a_set_that_knows_of_no_engines_and_experts_refuses_whoever_asks_for_them() -> None:
     with pytest.raises(LayoutError, match=r"how vllm cuts; it serves torch; split the checkpoint again"):
-        shardprep_runtime.load(DATA / "llama-tied-kv2-tp4", engine="vllm")
+        open_set(DATA / "llama-tied-kv2-tp4").load(Place(engine="vllm"))
     with pytest.raises(LayoutError, match=r"knows of no experts; .* split it again"):
-        shardprep_runtime.load(DATA / "llama-tied-kv2-tp4", tensor_parallel_size=2, expert_parallel_size=2)
+        open_set(DATA / "llama-tied-kv2-tp4").load(Place(tensor_parallel_size=2, expert_parallel_size=2))
 
 
 def test_a_frozen_shard_set_refuses_what_its_grain_does_not_hold() -> None:

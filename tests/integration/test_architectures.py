@@ -15,6 +15,8 @@ from shardprep.convert import convert
 from shardprep.export import export
 from shardprep.split import split
 from shardprep_runtime.errors import LayoutError, UnsupportedError
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 8,
@@ -191,7 +193,7 @@ def test_a_type_without_rules_is_cut_by_its_rows_when_asked(tmp_path: Path) -> N
             48,
         )  # rows, whatever it computes
     with pytest.raises(LayoutError, match="does not know how vllm cuts"):
-        shardprep_runtime.load(tmp_path / "out", tensor_parallel_size=2, engine="vllm")
+        open_set(tmp_path / "out").load(Place(tensor_parallel_size=2, engine="vllm"))
     export(tmp_path / "out", tmp_path / "exported")
     weights = "model.safetensors"
     convert(tmp_path / "in", tmp_path / "converted")

@@ -15,9 +15,11 @@ import pytest
 
 from shardprep.split import split
 from shardprep_runtime.errors import WorkerError
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.pipeline import Policy
 from shardprep_runtime.workers.text.generate import Generator, Sampling
+from shardprep_runtime.workers.worker import Compute
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("failover")]
 
@@ -61,7 +63,11 @@ def right() -> dict[str, list[int]]:
 def running(shards: Path) -> Iterator[Launch]:
     """Three stages and a spare; another spare is started whenever one was used."""
     with launch(
-        shards, stages=STAGES, spares=1, threads=1, dtype="float32", policy=Policy(probe_period=0)
+        shards,
+        stages=STAGES,
+        spares=1,
+        policy=Policy(probe_period=0),
+        compute=Compute(threads=1, dtype="float32"),
     ) as found:
         yield found
 
@@ -179,7 +185,11 @@ def test_one_that_is_killed_again_while_its_place_is_taken_changes_no_token(
 
 def test_without_a_replacement_this_process_takes_over(shards: Path, right: dict[str, list[int]]) -> None:
     with launch(
-        shards, stages=2, replace=False, threads=1, dtype="float32", policy=Policy(replacement_timeout=0)
+        shards,
+        stages=2,
+        replace=False,
+        policy=Policy(replacement_timeout=0),
+        compute=Compute(threads=1, dtype="float32"),
     ) as running:
         found = []
         for token in generator_of(running, shards).stream(PROMPT, sampling()):
@@ -193,7 +203,12 @@ def test_without_a_replacement_this_process_takes_over(shards: Path, right: dict
 
 def test_with_nothing_left_an_error_says_what_was_tried(shards: Path) -> None:
     with launch(
-        shards, stages=2, replace=False, fallback=False, threads=1, policy=Policy(replacement_timeout=0)
+        shards,
+        stages=2,
+        replace=False,
+        fallback=False,
+        policy=Policy(replacement_timeout=0),
+        compute=Compute(threads=1),
     ) as running:
         tokens = generator_of(running, shards).stream(PROMPT, sampling())
         next(tokens)
@@ -218,10 +233,12 @@ def test_a_worker_with_another_shard_does_not_join(shards: Path, tmp_path: Path)
     config = json.loads((CHECKPOINT / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 2e-5}))
     split(other, tmp_path / "shards", tensor_parallel_size=1)
-    with launch(shards, stages=2, threads=1) as running:
+    with launch(shards, stages=2, compute=Compute(threads=1)) as running:
         assert running.meeting is not None
         stages = running.meeting.plan.stages
-        options = WorkerOptions(source=str(tmp_path / "shards"), stages=stages, pp_rank=1, threads=1)
+        options = WorkerOptions(
+            shard_set=open_set(str(tmp_path / "shards")), stages=stages, pp_rank=1, compute=Compute(threads=1)
+        )
         process = start_worker(
             WorkerJob(options=options, master=running.meeting.address, name="wrong"), secret=running._secret
         )

@@ -23,7 +23,7 @@ from shardprep.split import split
 from shardprep_runtime.errors import CacheLostError, InputError, WorkerError, WorkerLostError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.grid import Stages, even_stages
-from shardprep_runtime.shard.loading import load
+from shardprep_runtime.shard.shard_set import load, open_set
 from shardprep_runtime.shard.tensors import is_mapped
 from shardprep_runtime.workers.local import (
     LayerByLayer,
@@ -37,6 +37,7 @@ from shardprep_runtime.workers.local import (
 from shardprep_runtime.workers.pipeline import Pipeline, Policy
 from shardprep_runtime.workers.text.generate import Completion, Generator, Sampling, Token
 from shardprep_runtime.workers.transport import Health, Output, Step, WorkerInfo
+from shardprep_runtime.workers.worker import Compute
 
 transformers = pytest.importorskip("transformers")
 
@@ -76,7 +77,9 @@ def tokenizer() -> Any:
 
 @contextmanager
 def opened(shards: str, stages: Stages = HALVES, *, dtype: str = "float32") -> Iterator[Pipeline]:
-    with Pipeline(open_local(shards, stages=stages, dtype=dtype), stages) as pipeline:
+    with Pipeline(
+        open_local(open_set(shards), stages=stages, compute=Compute(dtype=dtype)), stages
+    ) as pipeline:
         yield pipeline
 
 
@@ -270,7 +273,9 @@ def test_an_error_of_one_prompt_ends_the_others(shards: str) -> None:
                 return failed
             return super().step(route, step, inputs, timeout=timeout)
 
-    transport = Failing(list(open_local(shards, stages=HALVES, dtype="float32")._workers.values()))
+    transport = Failing(
+        list(open_local(open_set(shards), stages=HALVES, compute=Compute(dtype="float32"))._workers.values())
+    )
     with Pipeline(transport, HALVES) as pipeline:
         with pytest.raises(WorkerError, match="out of memory"):
             Generator.from_folder(pipeline, Path(shards)).generate(PROMPTS, Sampling(max_tokens=200))
@@ -281,7 +286,7 @@ def test_an_error_of_one_prompt_ends_the_others(shards: str) -> None:
 # ----------------------------------------------------------------------------------------------------- several at once
 def test_while_one_sequence_is_in_the_second_stage_another_is_in_the_first(shards: str) -> None:
     spans: dict[str, list[tuple[float, float]]] = {"local-0": [], "local-1": []}
-    transport = open_local(shards, stages=HALVES, dtype="float32")
+    transport = open_local(open_set(shards), stages=HALVES, compute=Compute(dtype="float32"))
     for name, worker in transport._workers.items():
 
         def timed(
@@ -430,7 +435,9 @@ def test_a_model_that_cannot_take_positions_back_is_refused_with_a_draft_model(t
 # ------------------------------------------------------------------------------------------- a few layers, lost workers
 def test_a_few_layers_at_a_time_give_the_same_tokens(shards: str, generator: Generator) -> None:
     plain = generator.generate(PROMPTS[:2], Sampling(max_tokens=5))
-    with Pipeline(LayerByLayer(shards, even_stages(LAYERS, 4), dtype="float32"), 1) as pipeline:
+    with Pipeline(
+        LayerByLayer(open_set(shards), even_stages(LAYERS, 4), compute=Compute(dtype="float32")), 1
+    ) as pipeline:
         found = Generator.from_folder(pipeline, Path(shards)).generate(PROMPTS[:2], Sampling(max_tokens=5))
         assert [each.tokens for each in found] == [each.tokens for each in plain]
         assert wait_for(lambda: pipeline.health()[0].sequences == 0)
@@ -446,7 +453,9 @@ def test_a_few_layers_at_a_time_give_the_same_tokens(shards: str, generator: Gen
 
 
 def test_a_few_layers_at_a_time_say_where_a_cache_is_lost(shards: str) -> None:
-    with LayerByLayer(shards, HALVES, dtype="float32", max_sequences=1) as transport:
+    with LayerByLayer(
+        open_set(shards), HALVES, compute=Compute(dtype="float32", max_sequences=1)
+    ) as transport:
         route = list(transport.workers())
         ids = torch.tensor([[5, 6]])
 
@@ -487,7 +496,7 @@ def test_a_model_is_opened_whole_where_memory_suffices_and_layer_by_layer_where_
     assert len(cuts) == 2
     plain = generator.generate(PROMPTS[:1], Sampling(max_tokens=4))[0].tokens
     for memory, kind in ((whole, LocalTransport), (whole // 3, LayerByLayer), (None, LocalTransport)):
-        transport = open_fallback(shards, memory=memory, dtype="float32")
+        transport = open_fallback(open_set(shards), memory=memory, compute=Compute(dtype="float32"))
         assert isinstance(transport, kind)
         with Pipeline(transport, 1) as pipeline:
             found = Generator.from_folder(pipeline, Path(shards)).generate(
@@ -497,9 +506,9 @@ def test_a_model_is_opened_whole_where_memory_suffices_and_layer_by_layer_where_
     with pytest.raises(
         WorkerError, match="even with 6 runs of layers, one after the other, the largest takes"
     ):
-        open_fallback(shards, memory=1000, dtype="float32")
+        open_fallback(open_set(shards), memory=1000, compute=Compute(dtype="float32"))
     with pytest.raises(InputError, match="dtype is float33; write float32"):
-        open_fallback(shards, dtype="float33")
+        open_fallback(open_set(shards), compute=Compute(dtype="float33"))
     assert free_memory() > 2**20
 
 
@@ -608,7 +617,9 @@ def test_tokens_are_the_same_after_spares_and_then_this_process_have_taken_over(
     with ExitStack() as stack:
         workers = []
         for name, pp_rank in (("first", 0), ("second", 1), ("spare", None)):
-            options = WorkerOptions(source=shards, stages=HALVES, pp_rank=pp_rank, dtype="float32")
+            options = WorkerOptions(
+                shard_set=open_set(shards), stages=HALVES, pp_rank=pp_rank, compute=Compute(dtype="float32")
+            )
             workers.append(Worker(name, options))
             stack.callback(workers[-1].close)
             workers[-1].prepare()
@@ -618,7 +629,7 @@ def test_tokens_are_the_same_after_spares_and_then_this_process_have_taken_over(
 
     def fall_back() -> Any:
         fallbacks.append(1)
-        return open_fallback(shards, dtype="float32")
+        return open_fallback(open_set(shards), compute=Compute(dtype="float32"))
 
     policy = Policy(probe_period=0)
     with Pipeline(Losing(workers, losses), HALVES, policy, fallback=fall_back) as pipeline:
@@ -633,12 +644,16 @@ def test_tokens_are_the_same_after_spares_and_then_this_process_have_taken_over(
 def test_a_lost_worker_and_a_draft_model_go_together(shards: str, generator: Generator) -> None:
     plain = generator.generate(PROMPTS[:2], Sampling(max_tokens=30))
     transport = Losing(
-        list(open_local(shards, stages=HALVES, dtype="float32")._workers.values()), {6: "local-1"}
+        list(open_local(open_set(shards), stages=HALVES, compute=Compute(dtype="float32"))._workers.values()),
+        {6: "local-1"},
     )
     with (
         opened(shards, WHOLE, dtype="bfloat16") as draft,
         Pipeline(
-            transport, HALVES, Policy(probe_period=0), fallback=lambda: open_fallback(shards, dtype="float32")
+            transport,
+            HALVES,
+            Policy(probe_period=0),
+            fallback=lambda: open_fallback(open_set(shards), compute=Compute(dtype="float32")),
         ) as pipeline,
     ):
         found = Generator.from_folder(pipeline, Path(shards), draft=draft).generate(

@@ -38,10 +38,12 @@ from shardprep_runtime.errors import (
     StoreError,
 )
 from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard import fetch as fetching
 from shardprep_runtime.shard.cache import Cache
 from shardprep_runtime.shard.landing import VERIFIED
 from shardprep_runtime.shard.parts import Numbered, open_part
+from shardprep_runtime.shard.shard_set import ShardSet, open_set
 from shardprep_runtime.stores.folder import FolderStore
 from shardprep_runtime.stores.open import open_store
 from stores import CountingStore, make_store, part_keys
@@ -471,7 +473,14 @@ def test_tensors_are_handed_out_before_the_rest_has_come(
 ) -> None:
     grid: dict[str, Any] = {"tensor_parallel_size": 4, "pipeline_parallel_size": 1, "rank": 1}
     gate = Gate(counted, 3)
-    with load("file:///x", cache=None, workers=2, **grid) as shard, load(sets["small"], **grid) as expected:
+    with (
+        open_set(
+            "file:///x",
+            cache=None,
+            connections=2,
+        ).load(Place(**grid)) as shard,
+        load(sets["small"], **grid) as expected,
+    ):
         tensors = shard.iter_tensors()
         name, first = next(tensors)
         assert torch.equal(first, expected[name])
@@ -488,7 +497,11 @@ def test_tensors_are_handed_out_before_the_rest_has_come(
 
 def test_what_is_wanted_first_is_asked_for_first(sets: dict[str, Path], counted: CountingStore) -> None:
     keys = part_keys(read_manifest(sets["small"]))
-    with load("file:///x", cache=None, workers=1, **WHOLE) as shard:
+    with open_set(
+        "file:///x",
+        cache=None,
+        connections=1,
+    ).load(Place(**WHOLE)) as shard:
         shard.wait()
         order: dict[str, int] = {}
         for i, request in enumerate(counted.requests):
@@ -515,7 +528,11 @@ def test_what_another_process_brings_is_handed_out_as_soon_as_it_is_there(
         numbers = Numbered(part).numbers(piece.span.start, piece.span.stop)
         assert other.claim(numbers.start, numbers.stop)
         counted.delay(0.1)
-        with load("file:///x", cache=tmp_path / "cache", workers=1, **grid) as shard:
+        with open_set(
+            "file:///x",
+            cache=tmp_path / "cache",
+            connections=1,
+        ).load(Place(**grid)) as shard:
             with ThreadPoolExecutor(1) as pool:
                 waiting = pool.submit(lambda: bytes(shard.memory(first)))
                 until(lambda: shard.bytes_fetched > 0)
@@ -579,7 +596,11 @@ def test_closing_in_the_middle_stops_and_leaks_nothing(counted: CountingStore, t
         before, threads = open_files(), fetchers()
         gate = Gate(counted, 3)
         counted.requests.clear()
-        shard = load("file:///x", cache=cache, workers=4, **WHOLE)
+        shard = open_set(
+            "file:///x",
+            cache=cache,
+            connections=4,
+        ).load(Place(**WHOLE))
         until(lambda: len([each for each in counted.requests if each.start]) >= 7)
         assert open_files() > before
         shard.close()
@@ -724,9 +745,9 @@ def test_a_forked_process_is_never_given_pieces_that_its_parent_has_freed(
 def test_a_revision_that_is_not_there_names_those_that_are(store: Path, tmp_path: Path) -> None:
     shutil.copy(store / "manifests/main.json", store / "manifests/v2.json")
     with pytest.raises(MissingError, match=r"store: no revision v3; there are main, v2"):
-        load(uri(store), cache=None, revision="v3")
+        open_set(uri(store), cache=None, revision="v3").load()
     with pytest.raises(InputError, match="is no name of a revision"):
-        load(uri(store), cache=None, revision="../main")
+        open_set(uri(store), cache=None, revision="../main").load()
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError, match="nothing has been pushed there, or the prefix is another one"):
         load(uri(tmp_path / "empty"), cache=None)
@@ -785,7 +806,11 @@ def test_an_error_of_the_store_reaches_who_asks_and_spoils_nothing_that_came(
     last = blocks_of_view(sets["small"], **WHOLE)
     key = next(key for part, key in keyed(sets["small"]) if "last" in part.placements)
     assert key in last
-    with load("file:///x", cache=None, workers=1, **WHOLE) as shard:
+    with open_set(
+        "file:///x",
+        cache=None,
+        connections=1,
+    ).load(Place(**WHOLE)) as shard:
         shard.wait()
     headers = part_header(sets, key)
 
@@ -794,7 +819,14 @@ def test_an_error_of_the_store_reaches_who_asks_and_spoils_nothing_that_came(
             raise StoreError("the store is on fire")
 
     counted.before = refuse
-    with load("file:///x", cache=None, workers=1, **WHOLE) as shard, load(sets["small"], **WHOLE) as expected:
+    with (
+        open_set(
+            "file:///x",
+            cache=None,
+            connections=1,
+        ).load(Place(**WHOLE)) as shard,
+        load(sets["small"], **WHOLE) as expected,
+    ):
         with pytest.raises(StoreError, match="on fire"):
             shard.wait()
         first = next(iter(shard.view.tensors))
@@ -847,7 +879,7 @@ def test_a_part_as_large_as_no_memory_is_a_clear_error(store: Path, tmp_path: Pa
 
 def test_wrong_ways_are_refused_before_the_store_is_asked(counted: CountingStore) -> None:
     with pytest.raises(InputError, match="io must be auto, mmap or read"):
-        load("file:///x", io="fast")  # type: ignore[arg-type]
+        ShardSet("file:///x", io="fast").load()  # type: ignore[arg-type]
     with pytest.raises(InputError, match="verify must be"):
         load("file:///x", verify="some")  # type: ignore[arg-type]
     assert counted.requests == []

@@ -24,6 +24,8 @@ from shardprep.convert import convert
 from shardprep.export import export
 from shardprep.split import split
 from shardprep.verify import verify
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 CHECKPOINT = Path(__file__).parent.parent / "data" / "tiny-llama"
 ROOT = CHECKPOINT.parent.parent.parent
@@ -273,7 +275,7 @@ def test_the_stages_together_hold_each_tensor_once(
 ) -> None:
     held: list[str] = []
     for rank in range(len(stages)):
-        with shardprep_runtime.load(shards, rank=rank, stages=stages) as shard:
+        with open_set(shards).load(Place(rank=rank, stages=stages)) as shard:
             held += shard
             assert all(same_bits(tensor, original[name]) for name, tensor in shard.items())
             names = [name for name, _ in shard.iter_tensors()]

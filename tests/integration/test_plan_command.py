@@ -16,6 +16,7 @@ import small_models
 from shardprep.fit.report import FitReport, plan_fit
 from shardprep_runtime import plan_view, read_manifest
 from shardprep_runtime.errors import InputError
+from shardprep_runtime.format.view import Place
 
 ONE_PROCESS = pytest.mark.xdist_group("transformers")
 """Of tests that import transformers, which takes seconds."""
@@ -388,7 +389,7 @@ def test_split_writes_the_stages_that_plan_recommends(tmp_path: Path) -> None:
     first, second = manifest.stages
     assert first[1] - first[0] > second[1] - second[0]  # the larger device has more layers
     for rank, stage in enumerate(best["stages"]):
-        assert plan_view(manifest, rank=rank, pipeline_parallel_size=2).nbytes == stage["weights"]
+        assert plan_view(manifest, Place(rank=rank, pipeline_parallel_size=2)).nbytes == stage["weights"]
 
 
 def test_split_for_equal_devices_shares_tensors(tmp_path: Path) -> None:

@@ -22,8 +22,10 @@ from shardprep_runtime.errors import IntegrityError, MissingError, ShardprepErro
 from shardprep_runtime.format.grid import Grid
 from shardprep_runtime.format.manifest import digest_of
 from shardprep_runtime.format.manifest import read as read_manifest
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.prefetch_command import Prefetching, fetch, ranks_of_node
 from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stores.folder import FolderStore
 from stores import CountingStore, make_store
 
@@ -136,7 +138,11 @@ def test_load_beside_a_prefetch_shares_its_work(counted: CountingStore, tmp_path
 def test_a_prefetch_that_fails_tells_who_waits_and_leaves_the_rest_to_load(
     counted: CountingStore, tmp_path: Path
 ) -> None:
-    fetch = prefetch("file:///x", cache=tmp_path / "cache", revision="v2", **GRID)
+    fetch = open_set(
+        "file:///x",
+        cache=tmp_path / "cache",
+        revision="v2",
+    ).prefetch(Place(**GRID))
     with pytest.raises(MissingError, match="no revision v2; there are main"):
         fetch.wait()
     with load(SHARDS, **GRID) as expected:

@@ -38,6 +38,8 @@ from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.cut import takes
 from shardprep_runtime.format.manifest import Quantization
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 CHECKPOINT = Path(__file__).parent.parent / "data" / "tiny-llama"
 ONE_PROCESS = pytest.mark.xdist_group("transformers, too")  # one process that has imported transformers
@@ -343,8 +345,8 @@ def test_expert_parallel_ranks_hold_whole_quantized_experts(tmp_path: Path) -> N
     case = small_case("qwen3_moe", SCHEMES["gptq act-order"], tmp_path)
     held: list[str] = []
     for rank in range(2):
-        with shardprep_runtime.load(
-            case.shards, rank=rank, tensor_parallel_size=2, expert_parallel_size=2
+        with open_set(case.shards).load(
+            Place(rank=rank, tensor_parallel_size=2, expert_parallel_size=2)
         ) as shard:
             own = [name for name in shard if ".experts." in name]
             assert all(same_bits(shard[name], case.tensors[name]) for name in own)

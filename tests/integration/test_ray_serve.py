@@ -32,10 +32,11 @@ import yaml
 from s3fixtures import isolate, put_shard_set
 from s3server import S3Server
 from shardprep.split import split
-from shardprep_runtime import load, read_manifest
+from shardprep_runtime import read_manifest
 from shardprep_runtime.errors import InputError, IntegrityError, ShardprepError
 from shardprep_runtime.format.manifest import digest_of
-from shardprep_runtime.stage.stage import side_folder
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.workers.ray_serve import Options, Wanted, read_options, read_request
 
@@ -393,13 +394,8 @@ class TestServe:
     def is_in_cache(cluster: Cluster, rank: int) -> bool:
         """Whether vLLM's rank finds all of its shard in the node's cache: the store is not asked."""
         try:
-            with load(
-                "file:///nowhere",
-                rank=rank,
-                tensor_parallel_size=2,
-                engine="vllm",
-                manifest_digest=cluster.digest,
-                cache=cluster.folder / "node/cache",
+            with open_set("file:///nowhere", digest=cluster.digest, cache=cluster.folder / "node/cache").load(
+                Place(rank=rank, tensor_parallel_size=2, engine="vllm")
             ) as shard:
                 shard.wait()
                 return shard.bytes_fetched == 0
@@ -432,16 +428,16 @@ def test_the_workers_manifest_is_made_of_options() -> None:
 
 def test_a_side_file_that_was_edited_is_refused(tmp_path: Path) -> None:
     split(TINY, tmp_path / "set", tensor_parallel_size=2)
-    with side_folder(tmp_path / "set") as found:
+    with open_set(tmp_path / "set").side_files() as found:
         assert found == tmp_path / "set"
     (tmp_path / "set/README.md").unlink()
-    with side_folder(tmp_path / "set/shardprep.json") as found:
+    with open_set(tmp_path / "set/shardprep.json").side_files() as found:
         assert found == tmp_path / "set"
     config = tmp_path / "set/config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     with (
         pytest.raises(IntegrityError, match=r"config\.json: does not match its digest"),
-        side_folder(tmp_path / "set"),
+        open_set(tmp_path / "set").side_files(),
     ):
         raise AssertionError
 

@@ -27,10 +27,12 @@ from typing import Any
 import pytest
 
 from shardprep.split import split
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.http.app import MOST_BYTES, build_app
 from shardprep_runtime.workers.local import open_local
 from shardprep_runtime.workers.pipeline import Pipeline, Policy
 from shardprep_runtime.workers.text.generate import Generator
+from shardprep_runtime.workers.worker import Compute
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("fastapi", "prometheus_client", "uvicorn")),
@@ -136,7 +138,9 @@ def greedy() -> list[int]:
 @pytest.fixture(scope="module")
 def generator(shards: Path) -> Iterator[Generator]:
     policy = Policy(probe_period=0)  # nobody probes but who is asked to
-    with Pipeline(open_local(str(shards), stages=STAGES, threads=1), STAGES, policy) as pipeline:
+    with Pipeline(
+        open_local(open_set(str(shards)), stages=STAGES, compute=Compute(threads=1)), STAGES, policy
+    ) as pipeline:
         yield Generator.from_folder(pipeline, shards, max_in_flight=4)
 
 

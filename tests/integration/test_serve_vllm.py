@@ -21,6 +21,8 @@ from shardprep.vllm.sharded_state import RECORD, Record, StateFile, dump_record
 from shardprep_runtime.engines.options import find_shard_set, read_options
 from shardprep_runtime.errors import InputError, LayoutError, ManifestError
 from shardprep_runtime.format.manifest import FILE_NAME, digest_of
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 from small_models import write_model
 from stores import make_store
 
@@ -96,8 +98,8 @@ def test_it_becomes_vllm_and_the_shards_of_this_host_are_on_their_way(
     assert "fetching ranks 0, 1" in errors
     # the fetch has this process's stderr, which has ended: so has the fetch
     for rank in range(2):
-        with shardprep_runtime.load(
-            uri, rank=rank, tensor_parallel_size=2, engine="vllm", manifest_digest=digest(shards)
+        with open_set(uri, digest=digest(shards)).load(
+            Place(rank=rank, tensor_parallel_size=2, engine="vllm")
         ) as shard:
             shard.wait()
             assert not shard.bytes_fetched

@@ -24,7 +24,9 @@ from shardprep_runtime.errors import (
     LayoutError,
     UnsupportedError,
 )
-from shardprep_runtime.stage.stage import build_stage, side_folder
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
+from shardprep_runtime.stage.stage import build_stage
 from stages_models import (
     PROMPT,
     cuts,
@@ -130,7 +132,7 @@ def test_a_stage_maps_its_tensors_and_gives_no_memory_to_others(
 ) -> None:
     shards = made("llama")
     stage = build_stage(shards, pp_rank=rank, stages=cut)
-    with shardprep_runtime.load(shards, rank=rank, stages=cut) as shard:
+    with open_set(shards).load(Place(rank=rank, stages=cut)) as shard:
         parameters = list(stage.module.parameters())
         assert sum(each.nbytes for each in parameters) == shard.nbytes
         assert all(mapped_bytes(each) == each.nbytes for each in parameters)
@@ -430,7 +432,7 @@ def test_a_stage_is_built_from_a_store(made: Callable[..., Path], tmp_path: Path
     stages = [build_stage(source, pp_rank=rank, **options) for rank in range(2)]
     expected = greedy(stages_of(shards, [[0, 2], [2, 4]]), PROMPT, TOKENS)
     assert torch.equal(greedy(stages, PROMPT, TOKENS), expected)
-    with shardprep_runtime.load(shards, rank=1, stages=[[0, 2], [2, 4]]) as shard:
+    with open_set(shards).load(Place(rank=1, stages=[[0, 2], [2, 4]])) as shard:
         assert stages[1].bytes_fetched > 0
         assert stages[1].manifest_digest == build_stage(shards).manifest_digest
         assert shard.bytes_fetched == 0
@@ -441,8 +443,8 @@ def test_a_stage_is_built_from_a_store(made: Callable[..., Path], tmp_path: Path
 def test_a_stage_is_built_from_what_was_begun_before(made: Callable[..., Path]) -> None:
     shards, cut = made("llama"), [[0, 2], [2, 4]]
     expected = greedy(stages_of(shards, cut), PROMPT, TOKENS)
-    with shardprep_runtime.load(shards, rank=1, stages=cut) as shard:
-        fetch = shardprep_runtime.prefetch(shards, rank=0, stages=cut)
+    with open_set(shards).load(Place(rank=1, stages=cut)) as shard:
+        fetch = open_set(shards).prefetch(Place(rank=0, stages=cut))
         with pytest.raises(InputError, match="pass folder="):
             build_stage(shard)
         first = build_stage(fetch, folder=shards)
@@ -456,7 +458,7 @@ def test_a_config_that_is_not_the_manifests_is_refused(made: Callable[..., Path]
     config.write_text(config.read_text().replace('"rms_norm_eps": ', '"rms_norm_eps": 1'))
     with pytest.raises(IntegrityError, match=r"config\.json: does not match its digest"):
         build_stage(tmp_path / "set")
-    with pytest.raises(IntegrityError), side_folder(tmp_path / "set"):
+    with pytest.raises(IntegrityError), open_set(tmp_path / "set").side_files():
         pass
 
 

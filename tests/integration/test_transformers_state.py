@@ -20,9 +20,11 @@ from s3server import S3Server
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme
 from shardprep.split import split
-from shardprep_runtime import load, prefetch, read_manifest
+from shardprep_runtime import read_manifest
 from shardprep_runtime.engines.transformers_state import check_loaded, transformers_state
 from shardprep_runtime.errors import InputError, IntegrityError, LayoutError
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 from stores import make_store
 from transformers_ranks import Ranks
 
@@ -155,7 +157,7 @@ def test_a_rank_loads_from_a_folder_of_its_own_bytes(
         pull(f"file://{store}", folder, "--rank", rank, "-tp", size, "--engine", "transformers")
         for other in set(range(size)) - {rank}:
             with pytest.raises(InputError):
-                load(folder, rank=other, tensor_parallel_size=size, engine="transformers")
+                open_set(folder).load(Place(rank=other, tensor_parallel_size=size, engine="transformers"))
     found = ranks.run(
         "state", size, source=f"{tmp_path}/{{rank}}", config=str(shards), dtype="float32", tp_size=size
     )
@@ -314,8 +316,8 @@ def test_what_was_begun_before_the_imports_is_the_state(case: Callable[[str], Ca
     """From a folder that is verified meanwhile, and from a store; nothing is read or fetched a second time."""
     _, shards, _ = case("llama")
     for source in (str(shards), f"file://{make_store(shards, tmp_path / 'store')}"):
-        begun = prefetch(
-            source, rank=1, tensor_parallel_size=4, engine="transformers", cache=tmp_path / "cache"
+        begun = open_set(source, cache=tmp_path / "cache").prefetch(
+            Place(rank=1, tensor_parallel_size=4, engine="transformers")
         )
         with closing(transformers_state(begun)) as state:
             assert state.shard is begun.shard()
@@ -327,7 +329,7 @@ def test_what_was_begun_before_the_imports_is_the_state(case: Callable[[str], Ca
 
 def test_what_was_begun_for_another_engine_is_refused(case: Callable[[str], Case]) -> None:
     _, shards, _ = case("llama")
-    begun = prefetch(str(shards), rank=1, tensor_parallel_size=4, engine="vllm")
+    begun = open_set(str(shards)).prefetch(Place(rank=1, tensor_parallel_size=4, engine="vllm"))
     with pytest.raises(LayoutError, match="cut as vllm asks; pass engine='transformers'"):
         transformers_state(begun)
     begun.wait()

@@ -19,7 +19,9 @@ from shardprep.layout import ModelLayout, Placed
 from shardprep.split import split
 from shardprep_runtime import Shard, load
 from shardprep_runtime.format.cut import WHOLE, Layout, Segment
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard import tensors as joining
+from shardprep_runtime.shard.shard_set import ShardSet, open_set
 from shardprep_runtime.stores.open import open_store
 from stores import make_store
 
@@ -164,7 +166,10 @@ SOME = [grid for grid in grids() if grid["size"] in (2, 4) and grid["rank"] in (
 @pytest.mark.parametrize("io", ["mmap", "read"])
 def test_every_rank_of_every_grid_gets_its_slices_from_a_folder(shards: Path, io: Any) -> None:
     for grid in grids() if io == "mmap" else SOME:
-        with load(shards, io=io, **options(grid)) as shard:
+        with ShardSet(
+            str(shards),
+            io=io,
+        ).load(Place(**options(grid))) as shard:
             check(shard, **grid)
 
 
@@ -235,7 +240,9 @@ def test_what_was_pulled_for_a_rank_is_what_it_loads(shards: Path, tmp_path: Pat
 
 def test_only_its_own_experts_are_read(shards: Path) -> None:
     """Of each piece one run of bytes: the rows of the experts."""
-    with load(shards, tensor_parallel_size=4, expert_parallel_size=4, rank=3, verify="off") as shard:
+    with open_set(shards, verify="off").load(
+        Place(tensor_parallel_size=4, expert_parallel_size=4, rank=3)
+    ) as shard:
         pieces = [
             (piece, stop - start) for _, piece, start, stop in shard.ranges() if piece.name.endswith("down")
         ]

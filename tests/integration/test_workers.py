@@ -32,9 +32,10 @@ from shardprep_runtime.errors import (
     UnsupportedError,
     WorkerError,
 )
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.transport import Step
-from shardprep_runtime.workers.worker import Worker, WorkerOptions, check_options
+from shardprep_runtime.workers.worker import Compute, Worker, WorkerOptions, check_options
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +134,9 @@ def pids_of(running: Launch) -> dict[str, list[int]]:
 def test_workers_of_this_host(shards: Path, expected: list[int]) -> None:
     """They give the model's tokens, keep the secret, are replaced by a spare, and end, even one that is stopped."""
     said: list[str] = []
-    with launch(shards, stages=STAGES, spares=1, dtype="float32", timeout=START, say=said.append) as running:
+    with launch(
+        shards, stages=STAGES, spares=1, timeout=START, say=said.append, compute=Compute(dtype="float32")
+    ) as running:
         pids = pids_of(running)
         assert set(pids) == {"stage-0", "stage-1", "spare"}
         for pid in (pid for ranks in pids.values() for pid in ranks):
@@ -176,11 +179,11 @@ def test_two_tensor_ranks_in_each_of_two_stages(shards: Path, expected: list[int
         shards,
         stages=STAGES,
         tensor_parallel_size=2,
-        dtype="float32",
         replace=False,
         fallback=False,
         timeout=START,
         say=said.append,
+        compute=Compute(dtype="float32"),
     ) as running:
         pids = pids_of(running)
         assert {name: len(ranks) for name, ranks in pids.items()} == {"stage-0": 2, "stage-1": 2}
@@ -423,7 +426,7 @@ def test_a_worker_without_a_secret_says_what_to_set(shards: Path) -> None:
 # ------------------------------------------------------------------------------------------------- in this process
 @pytest.fixture(scope="module")
 def options(shards: Path) -> WorkerOptions:
-    return WorkerOptions(source=str(shards), stages=STAGES, dtype="float32")
+    return WorkerOptions(shard_set=open_set(str(shards)), stages=STAGES, compute=Compute(dtype="float32"))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from shardprep.split import split
 from shardprep_runtime import plan_view, read_manifest
 from shardprep_runtime.errors import LayoutError
 from shardprep_runtime.format.cut import WHOLE, Layout, Segment
+from shardprep_runtime.format.view import Place
 
 GIB = 2**30
 
@@ -49,7 +50,7 @@ def test_weights_are_what_the_views_of_the_split_hold(tmp_path: Path, model: str
         held = [nbytes for stage in grid.stages for nbytes in stage.rank_weights]
         views = [
             plan_view(
-                manifest, rank=rank, tensor_parallel_size=grid.tensor_parallel_size, stages=grid.bounds
+                manifest, Place(rank=rank, tensor_parallel_size=grid.tensor_parallel_size, stages=grid.bounds)
             ).nbytes
             for rank in range(grid.devices)
         ]
@@ -94,11 +95,13 @@ def test_weights_of_expert_groups_are_what_their_views_hold(tmp_path: Path, engi
         views = [
             plan_view(
                 manifest,
-                rank=rank,
-                tensor_parallel_size=grid.tensor_parallel_size,
-                expert_parallel_size=grid.expert_parallel_size,
-                stages=grid.bounds,
-                engine=engine,
+                Place(
+                    rank=rank,
+                    tensor_parallel_size=grid.tensor_parallel_size,
+                    expert_parallel_size=grid.expert_parallel_size,
+                    stages=grid.bounds,
+                    engine=engine,
+                ),
             )
             for rank in range(grid.devices)
         ]

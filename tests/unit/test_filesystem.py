@@ -12,8 +12,10 @@ import pytest
 
 from shardprep_runtime import load
 from shardprep_runtime.errors import InputError, IntegrityError, SourceError
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard import filesystem
 from shardprep_runtime.shard.filesystem import choose_io, file_system, is_network
+from shardprep_runtime.shard.shard_set import ShardSet
 
 SHARDS = Path(__file__).parents[1] / "data/v1/llama-tied-kv2-tp4"
 
@@ -118,7 +120,7 @@ def test_no_other_way_is_known(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="io must be auto, mmap or read, not 'fast'"):
         choose_io(tmp_path, "fast")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="io must be auto, mmap or read"):
-        load(SHARDS, io="fast")  # type: ignore[arg-type]
+        ShardSet(str(SHARDS), io="fast").load()  # type: ignore[arg-type]
 
 
 GRIDS: list[dict[str, Any]] = [
@@ -131,7 +133,17 @@ GRIDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("verify", ["blocks", "headers", "off"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_both_ways_give_the_same_bytes(grid: dict[str, Any], verify: Any) -> None:
-    with load(SHARDS, io="mmap", **grid) as expected, load(SHARDS, io="read", verify=verify, **grid) as shard:
+    with (
+        ShardSet(
+            str(SHARDS),
+            io="mmap",
+        ).load(Place(**grid)) as expected,
+        ShardSet(
+            str(SHARDS),
+            io="read",
+            verify=verify,
+        ).load(Place(**grid)) as shard,
+    ):
         assert list(shard) == list(expected)
         for name in expected:
             assert shard.memory(name) == expected.memory(name)
@@ -155,10 +167,19 @@ def test_damage_is_found_when_reading_too(tmp_path: Path) -> None:
     raw[at] ^= 1
     path.write_bytes(raw)
     with (
-        load(folder, io="read", **GRIDS[0]) as shard,
+        ShardSet(
+            str(folder),
+            io="read",
+        ).load(Place(**GRIDS[0])) as shard,
         pytest.raises(IntegrityError, match="does not match its digest"),
     ):
         shard.memory(name)
     os.truncate(path, at)
-    with load(folder, io="read", **GRIDS[0]) as shard, pytest.raises(SourceError, match="ends at byte"):
+    with (
+        ShardSet(
+            str(folder),
+            io="read",
+        ).load(Place(**GRIDS[0])) as shard,
+        pytest.raises(SourceError, match="ends at byte"),
+    ):
         shard.wait()

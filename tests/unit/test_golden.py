@@ -13,7 +13,7 @@ import pytest
 import golden
 from shardprep.layout import derive_layout, known_types
 from shardprep_runtime.format.manifest import Entry, Form, Manifest
-from shardprep_runtime.format.view import TensorView, View, plan_view
+from shardprep_runtime.format.view import Place, TensorView, View, plan_view
 
 TYPES = {
     engine: sorted({path.stem for path in (golden.FOLDER / engine).glob("*.json")} & set(known_types()))
@@ -114,10 +114,12 @@ def differences(engine: str, plan: golden.Golden) -> Iterator[Difference]:
         for rank in range(size):
             view = plan_view(
                 manifest,
-                rank=rank,
-                tensor_parallel_size=size,
-                expert_parallel_size=experts if manifest.experts else 1,
-                engine=engine,
+                Place(
+                    rank=rank,
+                    tensor_parallel_size=size,
+                    expert_parallel_size=experts if manifest.experts else 1,
+                    engine=engine,
+                ),
             )
             for name in plan.shapes:
                 ours, theirs = held(view, name), reads[name][rank]

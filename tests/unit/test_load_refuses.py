@@ -22,7 +22,9 @@ from shardprep_runtime import Manifest, load, plan_view, read_manifest
 from shardprep_runtime.errors import FormatError, IntegrityError, LayoutError, ManifestError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.header import parse_header
-from shardprep_runtime.shard.loading import Verify
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard import Verify
+from shardprep_runtime.shard.shard_set import open_set
 
 FROZEN = Path(__file__).parents[1] / "data/v1"
 BLOCK = 256
@@ -131,12 +133,12 @@ def test_more_stages_than_layers_are_refused(folder: Path) -> None:
 )
 def test_stages_that_do_not_cover_the_layers_are_refused(folder: Path, stages: Any, words: str) -> None:
     with pytest.raises(LayoutError, match=words):
-        load(folder, stages=stages)
+        open_set(folder).load(Place(stages=stages))
 
 
 def test_stages_and_their_number_must_agree(folder: Path) -> None:
     with pytest.raises(LayoutError, match="2 stages were given for pipeline parallel size 3"):
-        load(folder, stages=[(0, 2), (2, 4)], pipeline_parallel_size=3)
+        open_set(folder).load(Place(stages=[(0, 2), (2, 4)], pipeline_parallel_size=3))
 
 
 @pytest.mark.parametrize("odd", ["sglang", "", None, 64, "\x1b[31m"])
@@ -144,30 +146,28 @@ def test_an_engine_that_the_set_does_not_know_is_refused_with_those_that_it_does
     folder: Path, odd: Any
 ) -> None:
     with pytest.raises(LayoutError, match=r"cuts; it serves torch, .*vllm.*; split .* again") as caught:
-        load(folder, engine=odd)
+        open_set(folder).load(Place(engine=odd))
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("odd", [0, -1, 2.0, True, "2"])
 def test_an_expert_parallel_size_is_an_integer_of_at_least_1(folder: Path, odd: Any) -> None:
     with pytest.raises(LayoutError, match="expert_parallel_size must be an integer of at least 1"):
-        load(folder, tensor_parallel_size=4, expert_parallel_size=odd)
+        open_set(folder).load(Place(tensor_parallel_size=4, expert_parallel_size=odd))
 
 
 def test_experts_that_do_not_divide_the_ranks_or_do_not_exist_are_refused_with_advice(folder: Path) -> None:
     with pytest.raises(LayoutError, match=r"3 does not divide tensor_parallel_size 4.*that work: 1, 2, 4$"):
-        load(folder, tensor_parallel_size=4, expert_parallel_size=3)
+        open_set(folder).load(Place(tensor_parallel_size=4, expert_parallel_size=3))
     with pytest.raises(LayoutError, match=r"this shard set knows of no experts; leave it out"):
-        load(folder, tensor_parallel_size=4, expert_parallel_size=2)
+        open_set(folder).load(Place(tensor_parallel_size=4, expert_parallel_size=2))
 
 
 def test_more_expert_ranks_than_experts_are_refused() -> None:
     with pytest.raises(LayoutError, match=r"the model has 5 experts; use at most 5"):
         plan_view(
             dataclasses.replace(read_manifest(FROZEN / "experts-each-tp4"), grain=8, tensors={}),
-            rank=0,
-            tensor_parallel_size=8,
-            expert_parallel_size=8,
+            Place(rank=0, tensor_parallel_size=8, expert_parallel_size=8),
         )
 
 
@@ -176,11 +176,11 @@ def test_a_stage_that_an_engine_cannot_run_is_refused_for_every_rank(folder: Pat
     for rank in range(2):
         load(folder, rank=rank, pipeline_parallel_size=2).close()  # torch has no such need
         with pytest.raises(LayoutError, match=r"vllm needs one of the layers 3 in every .* use at most 1"):
-            load(folder, rank=rank, pipeline_parallel_size=2, engine="vllm")
+            open_set(folder).load(Place(rank=rank, pipeline_parallel_size=2, engine="vllm"))
     change_manifest(folder, lambda fields: fields.update(stage_needs={"vllm": [1, 3]}))
-    load(folder, pipeline_parallel_size=2, engine="vllm").close()
+    open_set(folder).load(Place(pipeline_parallel_size=2, engine="vllm")).close()
     with pytest.raises(LayoutError, match=r"and 0-0 has none; .* --stages 0-1,2-3"):
-        load(folder, stages=[(0, 1), (1, 4)], engine="vllm")
+        open_set(folder).load(Place(stages=[(0, 1), (1, 4)], engine="vllm"))
 
 
 @pytest.mark.parametrize("how", [{"pipeline_parallel_size": 4}, {"stages": [(0, 2), (2, 3), (3, 4)]}])

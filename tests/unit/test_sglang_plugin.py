@@ -17,9 +17,10 @@ import torch
 
 import small_models
 from shardprep.split import split
-from shardprep_runtime import load
 from shardprep_runtime.engines.sglang_plugin import weights
 from shardprep_runtime.errors import LayoutError, UnsupportedError
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import open_set
 
 
 def from_files(loader: Any, model_config: Any, model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -57,7 +58,7 @@ def test_a_rank_gets_full_shapes_of_which_it_has_its_block(
     be_rank(monkeypatch, 1, 2)
     found = asked(shards)
     name = "model.layers.0.self_attn.o_proj.weight"
-    with load(shards, rank=1, tensor_parallel_size=2, engine="vllm") as shard:
+    with open_set(shards).load(Place(rank=1, tensor_parallel_size=2, engine="vllm")) as shard:
         assert found.keys() == shard.view.tensors.keys(), (
             "names that the config ties are not the checkpoint's"
         )

@@ -3,98 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ..errors import InputError, ManifestError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
-from ..shard.revisions import DEFAULT_REVISION, read_manifest
-from ..stores.open import is_uri, open_store
-from ..stores.store import Access
+from ..shard import options as words
+from ..shard.shard_set import ShardSet
+from ..stores.open import is_uri
 
 CONFIG: Final = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What an engine's options may say (vLLM's `--model-loader-extra-config`); the words are those of `shardprep_runtime.load`."""
+    """What an engine's options may say (vLLM's `--model-loader-extra-config`): the words of shard/options.py, and these."""
 
-    uri: str | None = None
-    """Of the store that has the parts; None: they are in the model's folder."""
-    revision: str = DEFAULT_REVISION
-    manifest_digest: str | None = None
-    verify: str = "blocks"
-    cache: str | None = "host"
-    workers: int | None = None
-    processes: int = 1
-    endpoint_url: str | None = None
-    profile: str | None = None
-    region: str | None = None
-    anonymous: bool = False
+    shard_set: ShardSet = ShardSet("")  # noqa: RUF009 - frozen, and has no state
+    """The store that has the parts; an empty source: they are in the model's folder."""
     drafts: bool = True
     """Whether an ordinary checkpoint may be loaded beside the shard set: the draft model of speculative decoding."""
-
-    @property
-    def access(self) -> Access:
-        return Access(
-            endpoint_url=self.endpoint_url,
-            profile=self.profile,
-            region=self.region,
-            anonymous=self.anonymous,
-        )
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
     """Options from the JSON that vLLM was given. Raises InputError for what is not known, or of another type."""
-    known = {field.name: field for field in fields(Options)}
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise InputError(
-            f"--model-loader-extra-config: {quote(unknown[0])} is not known; shardprep takes {', '.join(known)}"
-        )
-    kinds = {
-        "str": (str,), "str | None": (str, type(None)), "int": (int,), "int | None": (int, type(None)),
-        "bool": (bool,),
-    }  # fmt: skip
-    for name, value in given.items():
-        kind = str(known[name].type)
-        if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "bool"):
-            raise InputError(
-                f"--model-loader-extra-config: {name} is {quote(value)}, expected {kind.replace('None', 'null')}"
-            )
-    options = Options(**given)
-    if options.verify not in ("blocks", "headers", "off"):
-        raise InputError(
-            f"--model-loader-extra-config: verify is {quote(options.verify)}; use blocks, headers or off"
-        )
-    return options
+    return words.read_options(Options, given, what="--model-loader-extra-config")
 
 
 def find_shard_set(
     folder: Path, options: Options, *, is_draft: bool = False
-) -> tuple[str | Path, Manifest, str] | None:
-    """(where its parts are, manifest, its digest) of the shard set that a model's folder means; None: no shard set.
+) -> tuple[ShardSet, Manifest] | None:
+    """The shard set that a model's folder means, pinned to its manifest, and that; None: no shard set.
 
-    The manifest in the folder says which it is, wherever the parts are; without one there `options.uri` does, unless
-    this is a draft model, and config.json in the folder must be that shard set's. Raises ManifestError or InputError.
+    The manifest in the folder says which it is, wherever the parts are. Without one there the `uri` of the options does,
+    unless this is a draft model, and config.json in the folder must be that shard set's.
+
+    Raises:
+        ManifestError, InputError: For a manifest, a config or a URI that does not fit.
     """
+    wanted = options.shard_set
     if (folder / manifests.FILE_NAME).is_file():
-        pinned = None if is_draft else options.manifest_digest
-        manifest, digest = manifests.read_named(folder, digest=pinned)
+        manifest, digest = manifests.read_named(folder, digest=None if is_draft else wanted.digest)
         _check_config(folder, manifest)
-        store = None if is_draft else options.uri
         whole = all((folder / part.path).exists() for part in manifest.parts)
-        return (store if store is not None and not whole else folder), manifest, digest
-    if options.uri is None or is_draft:
+        source = wanted.source if wanted.source and not whole and not is_draft else str(folder)
+        return replace(wanted, source=source, digest=digest), manifest
+    if not wanted.source or is_draft:
         return None
-    if not is_uri(options.uri):
-        raise InputError(f"uri is {quote(options.uri)}; expected s3://bucket/prefix, gs:// or az://")
-    with open_store(options.uri, options.access) as opened:
-        raw, manifest = read_manifest(opened, options.revision, options.manifest_digest)
+    if not is_uri(wanted.source):
+        raise InputError(f"uri is {quote(wanted.source)}; expected s3://bucket/prefix, gs:// or az://")
+    pinned, manifest = wanted.pinned()
     _check_config(folder, manifest)
-    return options.uri, manifest, manifests.digest_of(raw)
+    return pinned, manifest
 
 
 def _check_config(folder: Path, manifest: Manifest) -> None:

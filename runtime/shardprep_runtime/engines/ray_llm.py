@@ -30,9 +30,10 @@ from ray.llm._internal.common.utils.download_utils import NodeModelDownloadable
 from ..errors import InputError, quote
 from ..format import manifest as manifests
 from ..format.grid import even_stages
-from ..shard.side_files import fetch_side_files
+from ..shard.options import words_of
+from ..shard.shard_set import ShardSet
 from ..stores.open import is_uri
-from .options import Options, read_options
+from .options import read_options
 from .vllm_plugin import LOAD_FORMAT
 
 logger = logging.getLogger("ray.serve")
@@ -42,14 +43,13 @@ logger = logging.getLogger("ray.serve")
 class Wanted:
     """What an LLMConfig says of its shard set."""
 
-    uri: str
+    shard_set: ShardSet
+    """As vLLM's `model_loader_extra_config` names it."""
     folder: Path
     """The same on every node; vLLM's model."""
     tensor_parallel_size: int
     pipeline_parallel_size: int
     is_expert_parallel: bool
-    options: Options
-    """vLLM's `model_loader_extra_config`."""
 
 
 def read_config(llm_config: Any) -> Wanted:
@@ -60,9 +60,9 @@ def read_config(llm_config: Any) -> Wanted:
         raise InputError(
             f"engine_kwargs: load_format is {quote(engine.get('load_format'))}, expected {LOAD_FORMAT}"
         )
-    options = read_options(engine.get("model_loader_extra_config") or {})
-    uri = options.uri
-    if uri is None or not is_uri(uri):
+    shard_set = read_options(engine.get("model_loader_extra_config") or {}).shard_set
+    uri = shard_set.source
+    if not is_uri(uri):
         raise InputError(
             f"engine_kwargs: model_loader_extra_config has {quote(uri)} as uri, expected s3://bucket/prefix of the shard set"
         )
@@ -72,12 +72,11 @@ def read_config(llm_config: Any) -> Wanted:
             f"for itself (/var/lib/shardprep/NAME); the weights come from {quote(uri)}"
         )
     return Wanted(
-        uri,
+        shard_set,
         Path(source),
         engine.get("tensor_parallel_size", 1),
         engine.get("pipeline_parallel_size", 1),
         bool(engine.get("enable_expert_parallel")),
-        options,
     )
 
 
@@ -104,14 +103,8 @@ class ShardprepCallback(CallbackBase):
     def on_before_download_model_files_distributed(self) -> None:
         """On each node of the replica. Raises what fetching the side files does."""
         wanted = self.wanted
-        fetch_side_files(
-            wanted.uri,
-            wanted.folder,
-            revision=wanted.options.revision,
-            manifest_digest=wanted.options.manifest_digest,
-            access=wanted.options.access,
-        )
-        if not self._prefetch or wanted.options.cache is None:
+        wanted.shard_set.fetch_side_files(wanted.folder)
+        if not self._prefetch or wanted.shard_set.cache is None:
             return
         ranks = self._own_ranks()
         if not ranks:
@@ -176,7 +169,7 @@ def ranks_of(
 def prefetch_arguments(wanted: Wanted, ranks: range) -> list[str]:
     """Of `shardprep-prefetch`, for `ranks` as vLLM loads them; `wanted.folder` has the manifest that they pin."""
     manifest, digest = manifests.read_named(wanted.folder)
-    arguments = [wanted.uri, "--engine", "vllm", "--ranks", f"{ranks[0]}-{ranks[-1]}"]
+    arguments = [wanted.shard_set.source, "--engine", "vllm", "--ranks", f"{ranks[0]}-{ranks[-1]}"]
     arguments += ["--manifest-digest", digest]
     arguments += ["--tensor-parallel-size", str(wanted.tensor_parallel_size)]
     if wanted.pipeline_parallel_size > 1:
@@ -186,18 +179,10 @@ def prefetch_arguments(wanted: Wanted, ranks: range) -> list[str]:
         arguments += ["--stages", ",".join(f"{start}-{stop - 1}" for start, stop in stages)]
     if wanted.is_expert_parallel:
         arguments += ["--expert-parallel-size", str(wanted.tensor_parallel_size)]
-    for option, name in (
-        ("--revision", "revision"),
-        ("--cache", "cache"),
-        ("--max-workers", "workers"),
-        ("--processes", "processes"),
-        ("--endpoint-url", "endpoint_url"),
-        ("--profile", "profile"),
-        ("--region", "region"),
-    ):
-        value = getattr(wanted.options, name)
-        if value is not None:
-            arguments += [option, str(value)]
-    if wanted.options.anonymous:
+    said = words_of(wanted.shard_set)
+    for name in ("revision", "cache", "max_workers", "processes", "endpoint_url", "profile", "region"):
+        if said[name] is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(said[name])]
+    if said["no_sign_request"]:
         arguments.append("--no-sign-request")
     return [*arguments, "--", "true"]

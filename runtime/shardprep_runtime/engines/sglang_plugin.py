@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import UnsupportedError
 from ..format.manifest import FILE_NAME, TORCH
+from ..format.view import Place
+from ..shard.shard_set import open_set
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,6 @@ def weights(original: Callable[..., Weights], loader: Any, model_config: Any, mo
     if not (folder / FILE_NAME).is_file():
         yield from original(loader, model_config, model)
         return
-    from ..shard.loading import load
     from .shardtensor import shard_tensors
 
     context: Any = importlib.import_module("sglang.srt.runtime_context")
@@ -58,10 +59,9 @@ def weights(original: Callable[..., Weights], loader: Any, model_config: Any, mo
             "this model has weights in a second place, which are not in the shard set; shardprep export gives the "
             "checkpoint that SGLang itself loads"
         )
-    with load(
-        folder,
-        rank=here.tp_rank,
-        tensor_parallel_size=here.tp_size,
-        engine=ENGINE if here.tp_size > 1 else TORCH,
+    with open_set(folder).load(
+        Place(
+            rank=here.tp_rank, tensor_parallel_size=here.tp_size, engine=ENGINE if here.tp_size > 1 else TORCH
+        )
     ) as shard:
         yield from shard_tensors(shard)

@@ -19,7 +19,7 @@ from ..errors import LayoutError, quote
 from ..format.dtypes import TORCH
 from ..format.manifest import Form
 from ..format.view import TensorView
-from ..shard.loading import Shard
+from ..shard.shard import Shard
 from .shardview import runs_of
 
 aten = torch.ops.aten

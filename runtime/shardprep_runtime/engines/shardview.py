@@ -19,7 +19,7 @@ from ..format.view import TensorView
 if TYPE_CHECKING:
     import torch
 
-    from ..shard.loading import Shard
+    from ..shard.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)

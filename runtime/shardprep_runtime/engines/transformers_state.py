@@ -19,16 +19,12 @@ from typing import Any, Final
 
 from .. import environment
 from ..errors import InputError, LayoutError, UnsupportedError, quote
-from ..format.manifest import TORCH
-from ..shard.cache import Cache
-from ..shard.filesystem import Io
-from ..shard.loading import Shard, Verify, load
+from ..format.manifest import TORCH, TRANSFORMERS
+from ..format.view import Place
 from ..shard.prefetch import Prefetch
-from ..shard.revisions import DEFAULT_REVISION
-from ..stores.store import Access
+from ..shard.shard import Shard
+from ..shard.shard_set import ShardSet, open_set
 from .shardview import ShardSlice, shard_slices
-
-ENGINE: Final = "transformers"
 
 WHOLE: Final = ("gptq", "awq")
 """Quantizations whose linears transformers does not cut: it leaves them whole on every tensor rank."""
@@ -117,36 +113,32 @@ def check_loaded(found: Mapping[str, Collection[Any]]) -> None:
 
 
 def transformers_state(
-    source: str | os.PathLike[str] | Prefetch,
+    source: str | os.PathLike[str] | ShardSet | Shard | Prefetch,
     *,
-    tensor_parallel_size: int | None = None,
     rank: int | None = None,
+    tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int = 1,
-    expert_parallel_size: int = 1,
-    stages: Sequence[Sequence[int]] | None = None,
-    verify: Verify = "blocks",
-    manifest_digest: str | None = None,
-    workers: int | None = None,
-    processes: int = 1,
-    revision: str = DEFAULT_REVISION,
-    cache: Cache | str | os.PathLike[str] | None = "host",
-    access: Access | None = None,
-    io: Io = "auto",
 ) -> TransformersState:
-    """The state of a rank, from a shard set's folder or a store; the arguments are those of `load`.
+    """The state of a rank, for transformers' own loader.
 
-    Raises what `load` raises, and UnsupportedError for GPTQ and AWQ on several tensor ranks.
+        with transformers_state(open_set("s3://bucket/llama-70b", digest="sha256:...")) as state:
+            model = state.from_pretrained(AutoModelForCausalLM, config=config)
 
     Args:
+        source: A folder, a URI, or what `open_set` gives. Or a shard that was loaded, or is being fetched since before
+            the imports (`Place(..., engine="transformers")`): the place is then its own.
+        rank: pp_rank * tensor_parallel_size + tp_rank; default: torch.distributed's, else RANK, else 0.
         tensor_parallel_size: Default: the processes of torch.distributed, if it is initialized, else WORLD_SIZE, else
             1, divided by the pipeline stages.
-        rank: Default: torch.distributed's, else RANK, else 0.
-        source: May also be what `prefetch(..., engine="transformers")` has begun before the imports, of a folder too:
-            then verifying is over, or near it, when transformers is there. Other arguments are its.
-        stages: Transformers gives each stage layers // size of them and the last one the rest.
+
+    Raises:
+        UnsupportedError: For GPTQ and AWQ on several tensor ranks.
+        ShardprepError: What `ShardSet.load` raises.
     """
     if isinstance(source, Prefetch):
         return _state_of(source.shard())
+    if isinstance(source, Shard):
+        return _state_of(source)
     own_rank, size = _place()
     if tensor_parallel_size is None:
         tensor_parallel_size, rest = divmod(size, pipeline_parallel_size)
@@ -160,25 +152,9 @@ def transformers_state(
             )
         rank = own_rank if size > 1 and tensor_parallel_size * pipeline_parallel_size > 1 else 0
     # one rank asks for whole tensors, also of a model that transformers cannot cut
-    alone = tensor_parallel_size == pipeline_parallel_size == expert_parallel_size == 1
-    shard = load(
-        source,
-        rank=rank,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        expert_parallel_size=expert_parallel_size,
-        stages=stages,
-        engine=TORCH if alone else ENGINE,
-        verify=verify,
-        manifest_digest=manifest_digest,
-        workers=workers,
-        processes=processes,
-        revision=revision,
-        cache=cache,
-        access=access,
-        io=io,
-    )
-    return _state_of(shard)
+    engine = TORCH if tensor_parallel_size == pipeline_parallel_size == 1 else TRANSFORMERS
+    place = Place(rank, tensor_parallel_size, pipeline_parallel_size, engine=engine)
+    return _state_of(open_set(source).load(place))
 
 
 def _state_of(shard: Shard) -> TransformersState:
@@ -190,9 +166,9 @@ def _state_of(shard: Shard) -> TransformersState:
             f"{quote(quantization.method)} at tensor parallel size {grid.tensor_parallel_size}: transformers does not cut "
             "these linears; load on one rank, or serve the same shard set with vLLM"
         )
-    elif grid.world_size > 1 and shard.view.engine != ENGINE:
+    elif grid.world_size > 1 and shard.view.engine != TRANSFORMERS:
         wrong = LayoutError(
-            f"this shard is cut as {quote(shard.view.engine)} asks; pass engine={ENGINE!r} to what loads it"
+            f"this shard is cut as {quote(shard.view.engine)} asks; pass engine={TRANSFORMERS!r} to what loads it"
         )
     if wrong is not None:
         shard.close()

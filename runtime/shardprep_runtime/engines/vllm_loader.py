@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +23,8 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ..errors import LayoutError, ManifestError, quote
 from ..format.grid import Grid, Stages
 from ..format.manifest import Manifest
-from ..shard.loading import Shard, load
+from ..format.view import Place
+from ..shard.shard import Shard
 from .options import find_shard_set, read_options
 from .shardtensor import shard_tensors
 
@@ -39,7 +39,7 @@ logger = logging.getLogger("vllm.shardprep")
 
 
 class ShardprepLoader(BaseModelLoader):
-    """`--load-format shardprep`. The model is a folder: a shard set's, or one with its side files (`Options.uri`)."""
+    """`--load-format shardprep`. The model is a folder: a shard set's, or one with its side files (`uri`)."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -56,32 +56,22 @@ class ShardprepLoader(BaseModelLoader):
         if found is None:
             self._load_default(model, model_config)
             return
-        source, manifest, digest = found
+        shard_set, manifest = found
         began = time.perf_counter()
         rank, grid = _place(model_config, manifest)
-        options = self.options
-        load_own = partial(
-            load,
-            source,
-            rank=rank,
-            tensor_parallel_size=grid.tensor_parallel_size,
+        place = Place(
+            rank,
+            grid.tensor_parallel_size,
             expert_parallel_size=grid.expert_parallel_size,
             stages=_stages(model_config, manifest),
             engine="vllm",
-            verify=options.verify,  # type: ignore[arg-type] # read_options has looked
-            manifest_digest=digest,
-            workers=options.workers,
-            processes=options.processes,
-            revision=options.revision,
-            cache=options.cache,
-            access=options.access,
         )
 
         def load_more(name: str) -> Shard:
             logger.info("shardprep: rank %d has %s too, which another stage uses", rank, name)
-            return load_own(tensors=[name])
+            return shard_set.load(place, tensors=[name])
 
-        with load_own() as shard:
+        with shard_set.load(place) as shard:
             more = load_more if grid.pipeline_parallel_size > 1 else None
             loaded = model.load_weights(shard_tensors(shard, more))  # type: ignore[operator]
             self._check_filled(model, model_config, loaded)
@@ -95,7 +85,7 @@ class ShardprepLoader(BaseModelLoader):
                 manifest.nbytes,
                 shard.bytes_read,
                 shard.bytes_fetched,
-                options.verify,
+                shard_set.verify,
                 time.perf_counter() - began,
             )
 

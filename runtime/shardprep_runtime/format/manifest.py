@@ -62,7 +62,10 @@ NUMBER: Final = re.compile("[0-9]+")
 TORCH: Final = "torch"
 """The engine that asks for every tensor as it is stored; every shard set serves it."""
 
-ENGINES: Final = (TORCH, "transformers", "vllm")
+TRANSFORMERS: Final = "transformers"
+"""The engine that cuts as transformers' own tensor parallelism does."""
+
+ENGINES: Final = (TORCH, TRANSFORMERS, "vllm")
 """Engines that commands offer; a shard set may know others."""
 
 PLACEMENTS: Final = ("first", "last", "ends", "every")

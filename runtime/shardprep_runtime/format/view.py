@@ -14,7 +14,54 @@ from ..errors import LayoutError, quote
 from .cut import Take, takes
 from .dtypes import BITS, nbytes
 from .grid import Grid, Stages, check_stage_needs, check_stages, even_stages, experts_of
-from .manifest import TORCH, Form, Layer, Manifest, Part, lines_of, names_of
+from .manifest import TORCH, TRANSFORMERS, Form, Layer, Manifest, Part, lines_of, names_of
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which shard of a set a worker owns: its rank in a grid, and for whose engine.
+
+    Place(rank=3, tensor_parallel_size=8)
+    Place(rank=1, stages=((0, 20), (20, 32)))
+    Place.of_stage(1, pipeline_parallel_size=2)
+    """
+
+    rank: int = 0
+    """pp_rank * tensor_parallel_size + tp_rank."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int | None = None
+    """Default: as many as `stages`, else 1."""
+    expert_parallel_size: int = 1
+    """Groups of a stage's tensor ranks that share its experts; divides tensor_parallel_size."""
+    stages: Sequence[Sequence[int]] | None = None
+    """Layers [start, stop) of each pipeline stage; default: those of the split if it made as many, else even ones."""
+    engine: str = TORCH
+    """Whose way of cutting to follow where engines differ (vLLM pads a vocabulary, say): one of the manifest's, or torch,
+    which asks for every tensor as it is stored."""
+
+    @classmethod
+    def of_stage(
+        cls,
+        pp_rank: int,
+        *,
+        stages: Sequence[Sequence[int]] | None = None,
+        pipeline_parallel_size: int | None = None,
+        tp_rank: int = 0,
+        tensor_parallel_size: int = 1,
+    ) -> Place:
+        """The place of a worker that holds a stage of a transformers module, or a tensor rank of one.
+
+        Args:
+            tp_rank: From 0, within the stage.
+        """
+        return cls(
+            pp_rank * tensor_parallel_size + tp_rank,
+            tensor_parallel_size,
+            pipeline_parallel_size,
+            stages=stages,
+            # one tensor rank takes whole tensors, also of a model that transformers cannot cut
+            engine=TRANSFORMERS if tensor_parallel_size > 1 else TORCH,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,29 +130,18 @@ class View:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def plan_view(
-    manifest: Manifest,
-    *,
-    rank: int,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int | None = None,
-    expert_parallel_size: int = 1,
-    stages: Sequence[Sequence[int]] | None = None,
-    engine: str = TORCH,
-    tensors: Collection[str] | None = None,
-) -> View:
-    """The view of `rank` in a grid of `tensor_parallel_size` x `pipeline_parallel_size` workers.
+def plan_view(manifest: Manifest, place: Place, *, tensors: Collection[str] | None = None) -> View:
+    """The view of one worker: which pieces of which tensors it loads.
 
-    `stages` gives the layers [start, stop) of each stage; without it a set that was split for as many stages uses
-    those, any other number is made by `grid.even_stages`. `expert_parallel_size` groups of the tensor ranks share the
-    experts. `engine` says who asks, where engines cut a tensor differently (vLLM pads a vocabulary, say): one of the
-    manifest's, or torch, which asks for every tensor as it is stored. `tensors` names those that the view is to have,
-    whatever their stage, and no others.
+    Args:
+        tensors: Names of those that the view is to have, whatever their stage, and no others.
 
     Raises:
         LayoutError: For a grid, rank, stages or engine that the manifest does not allow.
     """
-    chosen = choose_stages(manifest, pipeline_parallel_size=pipeline_parallel_size, stages=stages)
+    tensor_parallel_size, expert_parallel_size = place.tensor_parallel_size, place.expert_parallel_size
+    rank, engine = place.rank, place.engine
+    chosen = choose_stages(manifest, pipeline_parallel_size=place.pipeline_parallel_size, stages=place.stages)
     grid = Grid(tensor_parallel_size, len(chosen), expert_parallel_size)
     _check_engine(manifest, engine)
     if engine in manifest.stage_needs:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from .. import environment
 from ..errors import InputError, WriteError, quote
 from ..format.manifest import Part
 from .landing import Landing, land_in_file
@@ -166,3 +167,11 @@ class Cache:
             yield
         finally:
             os.close(fd)
+
+
+def open_cache(cache: Cache | str | os.PathLike[str] | None) -> Cache | None:
+    """The cache that a ShardSet names: "host" (SHARDPREP_CACHE_DIR, else ~/.cache/shardprep), a folder, or none."""
+    if cache is None or isinstance(cache, Cache):
+        return cache
+    folder = environment.cache_folder() if cache == "host" else Path(cache)
+    return Cache(folder, max_bytes=environment.cache_bytes())

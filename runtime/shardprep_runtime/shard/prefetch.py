@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
-from ..format.manifest import TORCH
-from ..stores.store import Access
-from .cache import Cache
-from .loading import Shard, Verify, load
-from .revisions import DEFAULT_REVISION
+from .shard import Shard
 
 
 class Prefetch:
     """A shard that is being fetched into the host's cache. Use `shard` for it in this process, `load` in others."""
 
-    def __init__(self, source: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
+    def __init__(self, load: Callable[[], Shard]) -> None:
+        """Begin `load` in a thread; returns at once."""
         self._error: BaseException | None = None
         self._shard: Shard | None = None
         self._opened = threading.Event()
         # a daemon: the worker may end before it
         self._thread = threading.Thread(
-            target=self._run, args=(source, arguments), name="shardprep-prefetch", daemon=True
+            target=self._run, args=(load,), name="shardprep-prefetch", daemon=True
         )
         self._thread.start()
 
-    def _run(self, source: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
+    def _run(self, load: Callable[[], Shard]) -> None:
         try:
-            self._shard = load(source, **arguments)
+            self._shard = load()
             self._opened.set()
             self._shard.wait()
         except BaseException as error:  # noqa: BLE001 - told to whoever waits, in whose thread it belongs
@@ -71,30 +66,3 @@ class Prefetch:
         if self._shard is not None:
             self._shard.close()
         self._thread.join()
-
-
-def prefetch(
-    source: str | os.PathLike[str],
-    *,
-    rank: int = 0,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int | None = None,
-    expert_parallel_size: int = 1,
-    stages: Sequence[Sequence[int]] | None = None,
-    engine: str = TORCH,
-    verify: Verify = "blocks",
-    manifest_digest: str | None = None,
-    workers: int | None = None,
-    processes: int = 1,
-    revision: str = DEFAULT_REVISION,
-    cache: Cache | str | os.PathLike[str] = "host",
-    access: Access | None = None,
-) -> Prefetch:
-    """Begin to fetch the shard of `rank` into the host's cache; returns at once, before any request. Of a folder, begin
-    to verify it.
-
-    The arguments are those of `load`; `Prefetch.shard` gives this process its shard once the imports are done. Nothing
-    fails here, and a fetch that ends early leaves the rest to the next `load`.
-    """
-    arguments = {name: value for name, value in locals().items() if name != "source"}
-    return Prefetch(source, arguments)

@@ -24,38 +24,14 @@ from typing import Any, Final, NoReturn
 from .. import environment
 from ..errors import InputError, ProblemError, ShardprepError, quote
 from ..format.grid import Grid, parse_stages
-from ..format.manifest import ENGINES, TORCH, digest_of
-from ..stores.open import is_uri, open_store
-from ..stores.store import Access
-from .loading import load, open_cache
-from .revisions import DEFAULT_REVISION, read_manifest
+from ..format.manifest import ENGINES, TORCH
+from ..format.view import Place
+from .options import read_set
+from .revisions import DEFAULT_REVISION
+from .shard_set import ShardSet
 
 ENDED: Final = 128 + signal.SIGTERM
 """The exit status of who was asked to end, as a shell tells it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefetching:
-    """What is fetched into a host's cache, and how; the fields are the arguments of `load`.
-
-    ranks     of the workers of this host: each gets its own view, bytes that several need are fetched once
-    workers   connections for each rank; default: 16
-    processes that fetch for each rank
-    """
-
-    source: str
-    ranks: tuple[int, ...] = (0,)
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int | None = None
-    expert_parallel_size: int = 1
-    stages: Sequence[Sequence[int]] | None = None
-    engine: str = TORCH
-    revision: str = DEFAULT_REVISION
-    manifest_digest: str | None = None
-    cache: str = "host"
-    workers: int | None = None
-    processes: int = 1
-    access: Access | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,56 +43,27 @@ class Fetched:
     bytes_fetched: int
 
 
-def fetch(wanted: Prefetching) -> list[Fetched]:
-    """Fetch and verify the shards of all ranks at once; returns when every block of them is in the cache.
+def fetch(shard_set: ShardSet, places: Sequence[Place]) -> list[Fetched]:
+    """Fetch and verify the shards of all places at once; returns when every block of them is in the cache.
 
-    All ranks read the same manifest, also where a push moves the revision meanwhile. Raises what `load` would, and
-    WriteError where the shards do not fit into the cache together.
+    Bytes that several places need are fetched once. All read the same manifest, also where a push moves the revision
+    meanwhile.
+
+    Raises:
+        ShardprepError: What `ShardSet.load` raises.
+        WriteError: Where the shards do not fit into the cache together.
     """
-    digest = wanted.manifest_digest
-    if digest is None and len(wanted.ranks) > 1 and is_uri(wanted.source):
-        digest = _digest(wanted)
+    if len(places) > 1 and shard_set.is_remote:
+        shard_set, _ = shard_set.pinned()
     with ExitStack() as stack:
         # all are open before the first is whole: none is evicted for the next
-        shards = [
-            stack.enter_context(
-                load(
-                    wanted.source,
-                    rank=rank,
-                    tensor_parallel_size=wanted.tensor_parallel_size,
-                    pipeline_parallel_size=wanted.pipeline_parallel_size,
-                    expert_parallel_size=wanted.expert_parallel_size,
-                    stages=wanted.stages,
-                    engine=wanted.engine,
-                    revision=wanted.revision,
-                    manifest_digest=digest,
-                    cache=wanted.cache,
-                    workers=wanted.workers,
-                    processes=wanted.processes,
-                    access=wanted.access,
-                )
-            )
-            for rank in wanted.ranks
-        ]
+        shards = [stack.enter_context(shard_set.load(place)) for place in places]
         for shard in shards:
             shard.wait()
         return [Fetched(shard.view.rank, shard.nbytes, shard.bytes_fetched) for shard in shards]
 
 
-def _digest(wanted: Prefetching) -> str:
-    """Of the manifest that the revision names now, which the cache keeps for the ranks that ask for it by digest."""
-    store = open_store(wanted.source, wanted.access)
-    try:
-        raw, _ = read_manifest(store, wanted.revision, None)
-    finally:
-        store.close()
-    cache = open_cache(wanted.cache)
-    assert cache is not None
-    cache.keep_manifest(digest_of(raw), raw)
-    return digest_of(raw)
-
-
-def fetch_beside(wanted: Prefetching) -> None:
+def fetch_beside(shard_set: ShardSet, places: Sequence[Place]) -> None:
     """Fetch in a process of its own, which is no child of this one and outlives it; returns at once.
 
     For a caller that becomes another program: what goes wrong is said on stderr and left to whoever loads. Call it
@@ -126,12 +73,12 @@ def fetch_beside(wanted: Prefetching) -> None:
     if fetcher == 0:
         # a grandchild: the worker is to have no child that it does not know of
         if os.fork() == 0:
-            _fetch_and_exit(wanted)
+            _fetch_and_exit(shard_set, places)
         os._exit(0)
     os.waitpid(fetcher, 0)
 
 
-def _fetch_and_exit(wanted: Prefetching) -> NoReturn:
+def _fetch_and_exit(shard_set: ShardSet, places: Sequence[Place]) -> NoReturn:
     status = 1
     try:
         os.setsid()
@@ -139,7 +86,7 @@ def _fetch_and_exit(wanted: Prefetching) -> NoReturn:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
-        fetch(wanted)
+        fetch(shard_set, places)
         status = 0
     except ShardprepError as error:
         print(f"shardprep-prefetch: {error}", file=sys.stderr, flush=True)
@@ -157,15 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         given, command = given[:cut], given[cut + 1 :]
     options = parser().parse_args(given)
     try:
-        wanted = _wanted(options)
+        shard_set, places = read_set(vars(options)), _places(options)
         if command and options.stay:
             raise InputError("--stay is for a fetch without a command; a command stays as long as it likes")
         if command:
-            fetch_beside(wanted)
+            fetch_beside(shard_set, places)
             _become(command)
         # the first process of a container ignores SIGTERM unless it says otherwise
         signal.signal(signal.SIGTERM, _end)
-        _report(fetch(wanted), options)
+        _report(fetch(shard_set, places), options)
         if options.stay:
             _stay()
         return 0
@@ -220,24 +167,19 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _wanted(options: argparse.Namespace) -> Prefetching:
-    return Prefetching(
-        source=options.source,
-        ranks=_ranks(options),
-        tensor_parallel_size=options.tensor_parallel_size,
-        pipeline_parallel_size=options.pipeline_parallel_size,
-        expert_parallel_size=options.expert_parallel_size,
-        stages=_stages(options.stages),
-        engine=options.engine,
-        revision=options.revision,
-        manifest_digest=options.manifest_digest,
-        cache=options.cache,
-        workers=options.max_workers,
-        processes=options.processes,
-        access=Access(
-            options.endpoint_url, options.profile, options.region, anonymous=options.no_sign_request
-        ),
-    )
+def _places(options: argparse.Namespace) -> list[Place]:
+    """The places of all workers to fetch for."""
+    return [
+        Place(
+            rank,
+            options.tensor_parallel_size,
+            options.pipeline_parallel_size,
+            options.expert_parallel_size,
+            _stages(options.stages),
+            options.engine,
+        )
+        for rank in _ranks(options)
+    ]
 
 
 def _is_of_a_host(options: argparse.Namespace) -> bool:

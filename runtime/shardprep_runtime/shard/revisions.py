@@ -13,16 +13,12 @@ from __future__ import annotations
 import hashlib
 import re
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from ..errors import FormatError, InputError, ManifestError, MissingError, StoreError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
-from ..stores.open import is_uri, open_store
-from ..stores.store import Access, Stat, Store, read_small, where
-
-if TYPE_CHECKING:
-    from .cache import Cache
+from ..stores.store import Stat, Store, read_small, where
 
 BLOBS: Final = "blobs/"
 MANIFESTS: Final = "manifests/"
@@ -121,21 +117,6 @@ def read_manifest(store: Store, revision: str, digest: str | None = None) -> tup
             f"{at}: its digest is {manifests.digest_of(raw)}, expected {quote(digest)}; do not load it"
         )
     return raw, manifests.parse(raw, where=at)
-
-
-def read_manifest_of(
-    source: str, *, revision: str, digest: str | None, access: Access, cache: Cache | None = None
-) -> tuple[Manifest, str]:
-    """The manifest of a folder or store, and its digest, by which processes start from the same whatever a revision is
-    moved to. One that came from a store is kept in `cache`. Raises what `read_manifest` and `manifest.read` do."""
-    if not is_uri(source):
-        return manifests.read_named(source, digest=digest)
-    with open_store(source, access) as store:
-        raw, manifest = read_manifest(store, revision, digest)
-    found = manifests.digest_of(raw)
-    if cache is not None:
-        cache.keep_manifest(found, raw)
-    return manifest, found
 
 
 def _those_there(store: Store) -> str:

@@ -17,12 +17,11 @@ from typing import Final
 from ..errors import InputError, IntegrityError, ManifestError, WriteError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest, SideFile
-from ..stores.open import open_store
-from ..stores.store import Access, Store, read, where
+from ..stores.store import Store, read, where
 from .fetch import TRIES
 from .filesystem import sync_folder
 from .loading import SPARSE
-from .revisions import DEFAULT_REVISION, blob_key, read_manifest
+from .revisions import blob_key
 
 MARKER: Final = ".shardprep-pull"
 """Holds the digest of the manifest that is being pulled, until the manifest itself is there."""
@@ -40,32 +39,26 @@ MAX_SIDE_FILE: Final = 2**30
 """A larger side file is refused before it is fetched: they are read whole."""
 
 
-def fetch_side_files(
-    source: str | Path,
-    destination: Path,
-    *,
-    revision: str = DEFAULT_REVISION,
-    manifest_digest: str | None = None,
-    access: Access | None = None,
-) -> Path:
-    """Bring the side files and the manifest of a revision of the shard set at `source` into `destination`; gives that.
+def bring_side_files(store: Store, raw: bytes, manifest: Manifest, destination: Path) -> Path:
+    """Bring the side files and the manifest `raw` from a store into `destination`; gives that.
 
     Several processes may do so at once, and ranks may be pulled into the same folder. What is there of this very
-    manifest is kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later, in
-    which case the same call resumes.
+    manifest is kept.
+
+    Raises:
+        InputError: Before anything is written, for a folder that holds something else.
+        StoreError, IntegrityError, WriteError: Later; the same call then resumes.
     """
-    with open_store(source, access) as store:
-        raw, manifest = read_manifest(store, revision, manifest_digest)
-        make_folder(destination)
-        with alone(destination):
-            prepare(destination, manifests.digest_of(raw), manifest)
-        missing = [side for side in manifest.side_files if not is_here(destination, side)]
-        with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="shardprep-side") as pool:
-            for side, data in zip(
-                missing, pool.map(lambda each: fetch_side_file(store, each), missing), strict=True
-            ):
-                with alone(destination):
-                    write_small(destination / side.path, data)
+    make_folder(destination)
+    with alone(destination):
+        prepare(destination, manifests.digest_of(raw), manifest)
+    missing = [side for side in manifest.side_files if not is_here(destination, side)]
+    with ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="shardprep-side") as pool:
+        for side, data in zip(
+            missing, pool.map(lambda each: fetch_side_file(store, each), missing), strict=True
+        ):
+            with alone(destination):
+                write_small(destination / side.path, data)
     finish(destination, raw)
     return destination
 

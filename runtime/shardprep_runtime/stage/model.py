@@ -39,7 +39,7 @@ from .weights import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..shard.loading import Shard
+    from ..shard.shard import Shard
 
 
 def read_config(folder: Any) -> PreTrainedConfig:

@@ -10,26 +10,20 @@ torch and transformers are imported when a stage is built.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ..engines.transformers_state import ENGINE, WHOLE
-from ..errors import CacheLostError, InputError, IntegrityError, LayoutError, UnsupportedError, quote
+from ..engines.transformers_state import WHOLE
+from ..errors import CacheLostError, InputError, LayoutError, UnsupportedError, quote
 from ..format import manifest as manifests
-from ..format.manifest import TORCH, Manifest
-from ..shard.cache import Cache
-from ..shard.filesystem import Io
-from ..shard.loading import Shard, Verify, load
+from ..format.manifest import TRANSFORMERS, Manifest
+from ..format.view import Place
 from ..shard.prefetch import Prefetch
-from ..shard.revisions import DEFAULT_REVISION
-from ..shard.side_files import fetch_side_files, is_here
-from ..stores.open import is_uri
-from ..stores.store import Access
+from ..shard.shard import Shard
+from ..shard.shard_set import ShardSet, open_set
 
 if TYPE_CHECKING:
     import torch
@@ -251,98 +245,70 @@ class Stage:
 
 
 def build_stage(
-    source: str | os.PathLike[str] | Prefetch | Shard,
+    source: str | os.PathLike[str] | ShardSet,
     *,
     pp_rank: int = 0,
-    tp_rank: int = 0,
     pipeline_parallel_size: int | None = None,
     stages: Sequence[Sequence[int]] | None = None,
-    tensor_parallel_size: int = 1,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
-    folder: str | os.PathLike[str] | None = None,
-    mesh: DeviceMesh | None = None,
     max_sequences: int = MAX_SEQUENCES,
     trainable: bool = False,
-    verify: Verify = "blocks",
-    manifest_digest: str | None = None,
-    workers: int | None = None,
-    processes: int = 1,
-    revision: str = DEFAULT_REVISION,
-    cache: Cache | str | os.PathLike[str] | None = "host",
-    access: Access | None = None,
-    io: Io = "auto",
 ) -> Stage:
-    """Build a stage of the shard set at `source`; nothing outside of the stage gets memory.
+    """Build a pipeline stage of the shard set at `source`; nothing outside of the stage gets memory.
 
-    max_sequences whose caches are kept; the least recently used are forgotten
-
-    Other arguments are those of `load`. Raises what that raises; UnsupportedError for a model that cannot be split so,
-    LayoutError where its weights would be missing in part.
+        with build_stage("s3://bucket/llama-70b", pp_rank=0, pipeline_parallel_size=2) as stage:
+            hidden = stage.step("a", torch.tensor([[1, 15043]]), past=0)  # [1, 2, H]
 
     Args:
-        source: A folder, a URI, or what a Prefetch or `load` has begun (with engine="transformers" where there are
-            several tensor ranks), whose grid, rank and stages then count; a Shard stays the caller's to close.
+        source: A folder, a URI, or what `open_set` gives.
         stages: Layers [start, stop) of each stage; default: those of the split, else even ones.
-        dtype: Of the weights, cast as they load; default: the checkpoint's, whose tensors then stay mapped.
-        folder: With config.json; default: the set's own, or fetched. A Prefetch or Shard needs it.
-        mesh: Of the stage's tensor ranks, one dim, where there are several.
+        dtype: dtype of the weights, cast as they load; default: the checkpoint's, whose tensors then stay mapped.
+        max_sequences: How many sequences' caches are kept; the least recently used are forgotten.
         trainable: Copy the weights, and keep gradients for them.
+
+    Raises:
+        UnsupportedError: For a model that cannot be split so.
+        LayoutError: Where its weights would be missing in part.
+        ShardprepError: What `ShardSet.load` raises.
     """
-    with ExitStack() as stack:
-        if isinstance(source, Shard | Prefetch):
-            if folder is None:
-                raise InputError("a shard knows no config.json; pass folder=, where the set's side files are")
-            shard = source if isinstance(source, Shard) else source.shard()
-            if isinstance(source, Prefetch):
-                stack.callback(shard.close)
-        else:
-            stages_of = pipeline_parallel_size if stages is None else len(stages)
-            if folder is None:
-                folder = stack.enter_context(
-                    side_folder(source, revision=revision, manifest_digest=manifest_digest, access=access)
-                )
-            # one tensor rank takes whole tensors, also of a model that transformers cannot cut
-            shard = load(
-                source,
-                rank=pp_rank * tensor_parallel_size + tp_rank,
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=stages_of,
-                stages=stages,
-                engine=ENGINE if tensor_parallel_size > 1 else TORCH,
-                verify=verify,
-                manifest_digest=manifest_digest,
-                workers=workers,
-                processes=processes,
-                revision=revision,
-                cache=cache,
-                access=access,
-                io=io,
-            )
-            stack.callback(shard.close)
-        return _stage_of(
+    shard_set = open_set(source)
+    place = Place.of_stage(pp_rank, stages=stages, pipeline_parallel_size=pipeline_parallel_size)
+    with shard_set.side_files() as folder, shard_set.load(place) as shard:
+        return stage_of(
             shard,
-            Path(folder),
+            folder,
             device=device,
             dtype=dtype,
-            mesh=mesh,
             max_sequences=max_sequences,
             trainable=trainable,
-            manifest_digest=manifest_digest,
+            manifest_digest=shard_set.digest,
         )
 
 
-def _stage_of(
-    shard: Shard,
-    folder: Path,
+def stage_of(
+    source: Shard | Prefetch,
+    folder: str | os.PathLike[str],
     *,
-    device: str | torch.device,
-    dtype: str | torch.dtype | None,
-    mesh: DeviceMesh | None,
-    max_sequences: int,
-    trainable: bool,
-    manifest_digest: str | None,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    mesh: DeviceMesh | None = None,
+    max_sequences: int = MAX_SEQUENCES,
+    trainable: bool = False,
+    manifest_digest: str | None = None,
 ) -> Stage:
+    """Build the stage whose shard was loaded, or is being fetched, at a `Place.of_stage`; it stays the caller's to close.
+
+    Args:
+        folder: A folder with the set's config.json.
+        mesh: The stage's tensor ranks, one dim, where there are several.
+        manifest_digest: The digest of the manifest, where the caller knows it.
+        dtype, max_sequences, trainable: As `build_stage` has them.
+
+    Raises:
+        UnsupportedError, LayoutError: As `build_stage` does.
+    """
+    shard = source.shard() if isinstance(source, Prefetch) else source
     grid, view = shard.view.grid, shard.view
     if max_sequences < 1:
         raise InputError(f"max_sequences must be at least 1, not {max_sequences}")
@@ -350,9 +316,9 @@ def _stage_of(
         raise UnsupportedError(
             "a stage shares no experts among its tensor ranks: leave expert_parallel_size out"
         )
-    if grid.tensor_parallel_size > 1 and view.engine != ENGINE:
+    if grid.tensor_parallel_size > 1 and view.engine != TRANSFORMERS:
         raise LayoutError(
-            f"this shard is cut as {quote(view.engine)} asks; pass engine={ENGINE!r} to what loads it"
+            f"this shard is cut as {quote(view.engine)} asks; pass engine={TRANSFORMERS!r} to what loads it"
         )
     quantization = shard.manifest.quantization
     if quantization is not None and quantization.method in WHOLE and grid.tensor_parallel_size > 1:
@@ -369,7 +335,7 @@ def _stage_of(
 
     from .model import build_model, read_config
 
-    config = read_config(folder)
+    config = read_config(Path(folder))
     place = torch.device(device)
     built = build_model(
         config,
@@ -384,43 +350,10 @@ def _stage_of(
         built,
         shard,
         config=config,
-        manifest_digest=manifest_digest or _digest(shard, folder),
+        manifest_digest=manifest_digest or _digest(shard, Path(folder)),
         device=place,
         max_sequences=max_sequences,
     )
-
-
-@contextmanager
-def side_folder(
-    source: str | os.PathLike[str],
-    *,
-    revision: str = DEFAULT_REVISION,
-    manifest_digest: str | None = None,
-    access: Access | None = None,
-) -> Iterator[Path]:
-    """A folder with config.json and the tokenizer: the set's own, whose side files are checked, or a temporary one.
-
-    Raises:
-        IntegrityError: Where a side file is not the manifest's.
-    """
-    if is_uri(source):
-        with tempfile.TemporaryDirectory(prefix="shardprep-") as folder:
-            yield fetch_side_files(
-                str(source),
-                Path(folder, "side"),
-                revision=revision,
-                manifest_digest=manifest_digest,
-                access=access,
-            )
-        return
-    own = manifests.find(source).parent
-    for side in manifests.read(source, digest=manifest_digest).side_files:
-        if (own / side.path).exists() and not is_here(own, side):
-            raise IntegrityError(
-                f"{quote(own / side.path)}: does not match its digest in the manifest; the copy that lies here is "
-                "damaged, or was edited"
-            )
-    yield own
 
 
 def _cuts(shard: Shard) -> list[int]:

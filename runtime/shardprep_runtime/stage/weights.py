@@ -22,7 +22,7 @@ from .relay import Absent, Relay, is_meta
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..shard.loading import Shard
+    from ..shard.shard import Shard
 
 
 class Names:

@@ -23,15 +23,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
 from .. import environment
-from ..engines.transformers_state import ENGINE
 from ..errors import InputError, ShardprepError, WorkerError, quote
 from ..format.grid import Stages
-from ..format.manifest import TORCH, Manifest
-from ..format.view import choose_stages, plan_view
-from ..shard.loading import Verify, open_cache
-from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
-from ..stores.open import is_uri
-from ..stores.store import Access
+from ..format.manifest import Manifest
+from ..format.view import Place, choose_stages, plan_view
+from ..shard.shard_set import ShardSet, open_set
 from .failures import Failure, raised
 from .meeting import (
     Meeting,
@@ -42,7 +38,7 @@ from .meeting import (
     open_meeting,
 )
 from .pipeline import Event, Pipeline, Policy
-from .worker import WorkerOptions
+from .worker import CPU, Compute, WorkerOptions
 from .worker_process import WorkerJob, dump_job, quiet
 
 if TYPE_CHECKING:
@@ -151,7 +147,11 @@ class Launch:
             for tp_rank in range(self._options.tensor_parallel_size):
                 device = _device_of(self._options, pp_rank, tp_rank)
                 options = dataclasses.replace(
-                    self._options, pp_rank=pp_rank, tp_rank=tp_rank, spare_for=spare_for, device=device
+                    self._options,
+                    pp_rank=pp_rank,
+                    tp_rank=tp_rank,
+                    spare_for=spare_for,
+                    compute=dataclasses.replace(self._options.compute, device=device),
                 )
                 job = WorkerJob(options=options, master=self.meeting.address, name=name)
                 process = Process(name, pp_rank, tp_rank, start_worker(job, secret=self._secret))
@@ -309,8 +309,8 @@ def _message(line: str) -> dict[str, str]:
 
 def _device_of(options: WorkerOptions, pp_rank: int | None, tp_rank: int) -> str:
     """cuda alone: a device for each process in turn."""
-    if options.device != "cuda":
-        return options.device
+    if options.compute.device != "cuda":
+        return options.compute.device
     import torch
 
     place = (len(options.stages) if pp_rank is None else pp_rank) * options.tensor_parallel_size + tp_rank
@@ -320,7 +320,7 @@ def _device_of(options: WorkerOptions, pp_rank: int | None, tp_rank: int) -> str
 # ------------------------------------------------------------------------------------------------------------- launch
 @contextlib.contextmanager
 def launch(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | ShardSet,
     *,
     stages: Sequence[Sequence[int]] | int | None = None,
     tensor_parallel_size: int = 1,
@@ -333,15 +333,7 @@ def launch(
     secret: str | None = None,
     replace: bool = True,
     fallback: bool = True,
-    device: str = "cpu",
-    dtype: str | None = None,
-    threads: int | None = None,
-    max_sequences: int = 64,
-    verify: Verify = "blocks",
-    manifest_digest: str | None = None,
-    revision: str = DEFAULT_REVISION,
-    cache: str | None = "host",
-    access: Access | None = None,
+    compute: Compute = CPU,
     policy: Policy | None = None,
     timeout: float | None = None,
     say: Callable[[str], None] | None = None,
@@ -363,17 +355,13 @@ def launch(
         replace: Start another worker for one that is lost, and another spare for one that was used, where the transport
             takes new ones.
         fallback: Go on in this process when no worker is left, as far as its memory allows.
-        device: "cuda": a device for each process in turn.
-        threads: How many each worker computes with; default: those started here share this host's cores.
+        compute: What each worker computes with. Device "cuda": one for each process in turn. Threads: those started
+            here share this host's cores by default.
         timeout: Seconds in which all must be there; None: however long it takes.
         say: Is told of progress, in lines, from any thread.
     """
     say = say or _silent
-    uri = os.fspath(source)
-    access = access or Access()
-    manifest, digest = read_manifest_of(
-        uri, revision=revision, digest=manifest_digest, access=access, cache=open_cache(cache)
-    )
+    shard_set, manifest = open_set(source).pinned()
     chosen = _stages_of(manifest, stages, tensor_parallel_size)
     if transport not in TRANSPORTS:
         raise InputError(f"no transport {quote(transport)}; there are {', '.join(TRANSPORTS)}")
@@ -383,26 +371,13 @@ def launch(
         )
     if spares < 0:
         raise InputError(f"spares must be at least 0, not {spares}")
-    if spares and is_uri(uri) and cache is None and len(chosen) > 1:
+    if spares and shard_set.is_remote and shard_set.cache is None and len(chosen) > 1:
         raise InputError("spares need a cache: without one they would hold the whole model in memory")
-    if threads is None and workers == "here" and transport != "local":
+    if compute.threads is None and workers == "here" and transport != "local":
         threads = max(1, len(os.sched_getaffinity(0)) // (len(chosen) * tensor_parallel_size))
+        compute = dataclasses.replace(compute, threads=threads)
     options = WorkerOptions(
-        source=uri,
-        stages=chosen,
-        tensor_parallel_size=tensor_parallel_size,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        max_sequences=max_sequences,
-        verify=verify,
-        manifest_digest=digest,
-        revision=revision,
-        cache=cache,
-        endpoint_url=access.endpoint_url,
-        profile=access.profile,
-        region=access.region,
-        no_sign_request=access.anonymous,
+        shard_set=shard_set, stages=chosen, tensor_parallel_size=tensor_parallel_size, compute=compute
     )
     with contextlib.ExitStack() as stack:
         if transport in ("links", "rpc"):
@@ -417,9 +392,9 @@ def launch(
                 transport=transport,
                 stages=chosen,
                 tensor_parallel_size=tensor_parallel_size,
-                dtype=dtype,
-                manifest_digest=digest,
-                revision=revision,
+                dtype=compute.dtype,
+                manifest_digest=shard_set.digest or "",
+                revision=shard_set.revision,
                 rpc=RpcPlan(port=0, world_size=count + 1) if transport == "rpc" else None,
             )
             quiet()
@@ -440,7 +415,7 @@ def launch(
                 for _ in range(spares):
                     running.start(None)
             else:
-                _say_how(say, meeting, uri, tensor_parallel_size)
+                _say_how(say, meeting, shard_set.source, tensor_parallel_size)
             running.watch(_transport_of(running, meeting, count, timeout))
             ending = contextlib.ExitStack()
             ending.callback(running.transport.close)
@@ -545,23 +520,11 @@ def _other_transport(name: str, options: WorkerOptions, spares: int, *, replace:
     if name == "ray":
         from .ray_actors import start_actors
 
-        gpus = 1 if options.device.startswith("cuda") else 0
+        gpus = 1 if options.compute.device.startswith("cuda") else 0
         return start_actors(options, spares=spares, gpus=gpus, max_restarts=-1 if replace else 0)
     from .local import open_local
 
-    return open_local(
-        options.source,
-        stages=options.stages,
-        device=options.device,
-        dtype=options.dtype,
-        threads=options.threads,
-        max_sequences=options.max_sequences,
-        verify=options.verify,
-        manifest_digest=options.manifest_digest,
-        revision=options.revision,
-        cache=options.cache,
-        access=options.access,
-    )
+    return open_local(open_set(options.shard_set), stages=options.stages, compute=options.compute)
 
 
 def _fallback_of(options: WorkerOptions) -> Callable[[], Transport]:
@@ -571,15 +534,8 @@ def _fallback_of(options: WorkerOptions) -> Callable[[], Transport]:
         from .local import open_fallback
 
         return open_fallback(
-            options.source,
-            device="cpu",
-            dtype=options.dtype,
-            max_sequences=options.max_sequences,
-            verify=options.verify,
-            manifest_digest=options.manifest_digest,
-            revision=options.revision,
-            cache=options.cache,
-            access=options.access,
+            open_set(options.shard_set),
+            compute=dataclasses.replace(options.compute, device="cpu", threads=None),
         )
 
     return open_here
@@ -598,9 +554,6 @@ def _stages_of(
     for pp_rank in range(len(chosen)):
         plan_view(
             manifest,
-            rank=pp_rank * tensor_parallel_size,
-            tensor_parallel_size=tensor_parallel_size,
-            stages=chosen,
-            engine=ENGINE if tensor_parallel_size > 1 else TORCH,
+            Place.of_stage(pp_rank, stages=chosen, tensor_parallel_size=tensor_parallel_size),
         )
     return chosen

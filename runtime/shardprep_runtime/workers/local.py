@@ -19,23 +19,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from ..engines.transformers_state import ENGINE
 from ..errors import InputError, ShardprepError, WorkerError, WorkerLostError, quote
 from ..format import dtypes
 from ..format import manifest as manifests
 from ..format.grid import Stages, even_stages, stages_with
-from ..format.manifest import Manifest
-from ..format.view import View, plan_view
+from ..format.manifest import TRANSFORMERS, Manifest
+from ..format.view import Place, View, plan_view
 from ..shard.filesystem import choose_io
-from ..shard.loading import Verify
-from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
-from ..stores.open import is_uri
-from ..stores.store import Access
+from ..shard.shard_set import ShardSet
 from .transport import Health, Output, Step, Timing, Transport, WorkerInfo, check_name
-from .worker import Worker, WorkerOptions
+from .worker import CPU, Compute, Worker, WorkerOptions
 
 if TYPE_CHECKING:
     import torch
@@ -163,35 +160,9 @@ class LayerByLayer(Transport):
     name = "local"
     can_replace = False
 
-    def __init__(
-        self,
-        source: str,
-        cuts: Stages,
-        *,
-        device: str = "cpu",
-        dtype: str | None = None,
-        max_sequences: int = 64,
-        verify: Verify = "blocks",
-        manifest_digest: str | None = None,
-        revision: str = DEFAULT_REVISION,
-        cache: str | None = "host",
-        access: Access | None = None,
-    ) -> None:
+    def __init__(self, shard_set: ShardSet, cuts: Stages, compute: Compute) -> None:
         """Proves each of the cuts once. `cuts`: layers [start, stop) that are in memory together, in order."""
-        from ..stage.stage import side_folder
-
-        self._cuts = cuts
-        self._max_sequences = max_sequences
-        self._options: dict[str, Any] = {
-            "stages": cuts,
-            "device": device,
-            "dtype": dtype,
-            "max_sequences": max_sequences,
-            "revision": revision,
-            "cache": cache,
-            "access": access,
-        }
-        self._source = source
+        self._shard_set, self._cuts, self._compute = shard_set, cuts, compute
         self._caches: list[OrderedDict[str, Any]] = [OrderedDict() for _ in cuts]
         self._worker = "layer-by-layer"
         self._nbytes = 0  # of the largest
@@ -201,31 +172,40 @@ class LayerByLayer(Transport):
         self._stack = ExitStack()
         _give_memory_back()
         try:
-            self._options["folder"] = self._stack.enter_context(
-                side_folder(source, revision=revision, manifest_digest=manifest_digest, access=access)
-            )
-            self._options["manifest_digest"] = manifest_digest
-            self._digest = manifest_digest or ""
-            self._prove(verify)
+            self._folder = self._stack.enter_context(shard_set.side_files())
+            self._digest = shard_set.digest or ""
+            self._prove()
         except BaseException:
             self.close()
             raise
 
-    def _prove(self, verify: Verify) -> None:
+    def _prove(self) -> None:
         from ..stage.probe import check_stage
 
         began = time.monotonic()
         for place in range(len(self._cuts)):
-            with self._build(place, verify) as stage:
+            with self._build(place) as stage:
                 self._digest = stage.manifest_digest
                 self._nbytes = max(self._nbytes, stage.nbytes)
                 check_stage(stage)
+        self._shard_set = replace(
+            self._shard_set, verify="off"
+        )  # from now on: what was proved is built again
         self._seconds["verify and prove"] = time.monotonic() - began
 
-    def _build(self, place: int, verify: Verify = "off") -> Stage:
-        from ..stage.stage import build_stage
+    def _build(self, place: int) -> Stage:
+        from ..stage.stage import stage_of
 
-        return build_stage(self._source, pp_rank=place, verify=verify, **self._options)
+        compute = self._compute
+        with self._shard_set.load(Place.of_stage(place, stages=self._cuts)) as shard:
+            return stage_of(
+                shard,
+                self._folder,
+                device=compute.device,
+                dtype=compute.dtype,
+                max_sequences=compute.max_sequences,
+                manifest_digest=self._shard_set.digest,
+            )
 
     def workers(self) -> Mapping[str, WorkerInfo]:
         return {
@@ -316,46 +296,16 @@ def _give_memory_back() -> None:
 
 # --------------------------------------------------------------------------------------------------------- which of both
 def open_local(
-    source: str,
-    *,
-    stages: Stages | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    threads: int | None = None,
-    max_sequences: int = 64,
-    verify: Verify = "blocks",
-    manifest_digest: str | None = None,
-    revision: str = DEFAULT_REVISION,
-    cache: str | None = "host",
-    access: Access | None = None,
+    shard_set: ShardSet, *, stages: Stages | None = None, compute: Compute = CPU
 ) -> LocalTransport:
     """A worker of this process for each stage, ready; by default one for the whole model."""
-    access = access or Access()
     if stages is None:
-        manifest, manifest_digest = read_manifest_of(
-            source, revision=revision, digest=manifest_digest, access=access
-        )
+        shard_set, manifest = shard_set.pinned()
         stages = ((0, manifest.layers),)
     workers: list[Worker] = []
     with ExitStack() as stack:
         for pp_rank in range(len(stages)):
-            options = WorkerOptions(
-                source=source,
-                stages=stages,
-                pp_rank=pp_rank,
-                device=device,
-                dtype=dtype,
-                threads=threads,
-                max_sequences=max_sequences,
-                verify=verify,
-                manifest_digest=manifest_digest,
-                revision=revision,
-                cache=cache,
-                endpoint_url=access.endpoint_url,
-                profile=access.profile,
-                region=access.region,
-                no_sign_request=access.anonymous,
-            )
+            options = WorkerOptions(shard_set=shard_set, stages=stages, pp_rank=pp_rank, compute=compute)
             workers.append(Worker(f"local-{pp_rank}", options))
             stack.callback(workers[-1].close)
             workers[-1].begin()
@@ -365,20 +315,7 @@ def open_local(
     return LocalTransport(workers)
 
 
-def open_fallback(
-    source: str,
-    *,
-    memory: int | None = None,
-    device: str = "cpu",
-    dtype: str | None = None,
-    threads: int | None = None,
-    max_sequences: int = 64,
-    verify: Verify = "blocks",
-    manifest_digest: str | None = None,
-    revision: str = DEFAULT_REVISION,
-    cache: str | None = "host",
-    access: Access | None = None,
-) -> Transport:
+def open_fallback(shard_set: ShardSet, *, memory: int | None = None, compute: Compute = CPU) -> Transport:
     """The whole model in this process: at once where `memory` bytes suffice for it, else layer by layer.
 
     Args:
@@ -388,43 +325,18 @@ def open_fallback(
     Raises:
         WorkerError: Where not even the largest layer fits.
     """
-    from ..stage.stage import side_folder
-
-    access = access or Access()
-    manifest, manifest_digest = read_manifest_of(
-        source, revision=revision, digest=manifest_digest, access=access
-    )
+    shard_set, manifest = shard_set.pinned()
     if memory is None:
         memory = int(SHARE * free_memory())
-    is_read = cache is None if is_uri(source) else choose_io(manifests.find(source).parent, "auto") == "read"
-    with side_folder(source, revision=revision, manifest_digest=manifest_digest, access=access) as folder:
-        cuts = choose_cuts(manifest, memory, dtype=dtype or _dtype_of(folder), is_read=is_read)
+    if shard_set.is_remote:
+        is_read = shard_set.cache is None
+    else:
+        is_read = choose_io(manifests.find(shard_set.source).parent, shard_set.io) == "read"
+    with shard_set.side_files() as folder:
+        cuts = choose_cuts(manifest, memory, dtype=compute.dtype or _dtype_of(folder), is_read=is_read)
     if len(cuts) == 1:
-        return open_local(
-            source,
-            stages=cuts,
-            device=device,
-            dtype=dtype,
-            threads=threads,
-            max_sequences=max_sequences,
-            verify=verify,
-            manifest_digest=manifest_digest,
-            revision=revision,
-            cache=cache,
-            access=access,
-        )
-    return LayerByLayer(
-        source,
-        cuts,
-        device=device,
-        dtype=dtype,
-        max_sequences=max_sequences,
-        verify=verify,
-        manifest_digest=manifest_digest,
-        revision=revision,
-        cache=cache,
-        access=access,
-    )
+        return open_local(shard_set, stages=cuts, compute=compute)
+    return LayerByLayer(shard_set, cuts, compute)
 
 
 def choose_cuts(
@@ -435,7 +347,7 @@ def choose_cuts(
     Args:
         is_read: Parts are read into memory, not mapped.
     """
-    needs = manifest.stage_needs.get(ENGINE, ())
+    needs = manifest.stage_needs.get(TRANSFORMERS, ())
     most = len(needs) or max(manifest.layers, 1)
     taken = 0
     for count in range(1, most + 1):
@@ -445,7 +357,7 @@ def choose_cuts(
             cuts = stages_with(needs, manifest.layers, count)
         else:
             cuts = even_stages(manifest.layers, count)
-        views = [plan_view(manifest, rank=rank, stages=cuts) for rank in range(count)]
+        views = [plan_view(manifest, Place(rank, stages=cuts)) for rank in range(count)]
         taken = max(memory_of_view(view, manifest, dtype=dtype, is_read=is_read) for view in views)
         if taken <= memory:
             return cuts

@@ -14,18 +14,16 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Final, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
-from ..engines.transformers_state import ENGINE, transformers_state
+from ..engines.transformers_state import transformers_state
 from ..errors import InputError, ProblemError, quote
-from ..format.view import plan_view
-from ..shard.loading import Verify
-from ..shard.prefetch import Prefetch, prefetch
-from ..shard.revisions import DEFAULT_REVISION, read_manifest_of
-from ..stage.stage import side_folder
-from ..stores.open import is_uri
-from ..stores.store import Access
+from ..format.manifest import TRANSFORMERS
+from ..format.view import Place, plan_view
+from ..shard import options as words
+from ..shard.prefetch import Prefetch
+from ..shard.shard_set import ShardSet
 from .http import openai as openai_api
 from .http.openai import Answer, Choice, FinishReason, RequestError
 
@@ -51,17 +49,15 @@ CANNOT: Final[Mapping[str, tuple[object, ...]]] = {
 class Options:
     """What `build` can be told, by `serve run` (name=value) or as `args` of a Serve config.
 
-    source                  a folder or URI of a shard set, the same on every node
+    shard_set               the shard set, the same on every node, by the words of shard/options.py
     model                   its name in requests; default: the last part of the source
     dtype                   of the model: float32, bfloat16, ...; default: that of its config
     num_replicas            groups, each of `tensor_parallel_size` workers of `cpus_per_worker` CPUs
     request_timeout_s       after which a request counts as hung, and its group is replaced
     health_check_period_s   between two questions to the model
-    verify, manifest_digest, revision, cache, workers, processes   as `shardprep_runtime.load` has them
-    endpoint_url, profile, region, no_sign_request                 of the store; default: environment and files
     """
 
-    source: str
+    shard_set: ShardSet
     model: str | None = None
     tensor_parallel_size: int = 1
     dtype: str | None = None
@@ -69,58 +65,21 @@ class Options:
     cpus_per_worker: float = 1
     request_timeout_s: float = 600
     health_check_period_s: float = 5
-    verify: Verify = "blocks"
-    manifest_digest: str | None = None
-    revision: str = DEFAULT_REVISION
-    cache: str | None = "host"
-    workers: int | None = None
-    processes: int = 1
-    endpoint_url: str | None = None
-    profile: str | None = None
-    region: str | None = None
-    no_sign_request: bool = False
 
     @property
     def name(self) -> str:
-        return self.model or self.source.rstrip("/").rpartition("/")[2]
-
-    @property
-    def access(self) -> Access:
-        return Access(self.endpoint_url, self.profile, self.region, anonymous=self.no_sign_request)
+        return self.model or self.shard_set.source.rstrip("/").rpartition("/")[2]
 
 
 def read_options(args: Mapping[str, object]) -> Options:
     """`args` as a Serve config or a command line gives them. Raises InputError for what is none, or no such value."""
-    known = {field.name: str(field.type) for field in fields(Options)}
-    if unknown := sorted(set(args) - set(known)):
-        raise InputError(f"no option {', '.join(map(quote, unknown))}; there are {', '.join(known)}")
     if not args.get("source"):
         raise InputError("source: give the folder or URI of a shard set (source=s3://bucket/prefix)")
-    found = Options(**{name: _parsed(name, known[name], value) for name, value in args.items()})
+    found = words.read_options(Options, args, from_text=True)
     for name, least in (("tensor_parallel_size", 1), ("num_replicas", 1), ("cpus_per_worker", 0)):
         if getattr(found, name) < least:
             raise InputError(f"{name} is {getattr(found, name)}, expected at least {least}")
-    if found.verify not in get_args(Verify):
-        raise InputError(f"verify is {quote(found.verify)}, expected blocks, headers or off")
     return found
-
-
-def _parsed(name: str, kind: str, value: object) -> Any:
-    """A value of the kind that an option has; from a command line all of them are text."""
-    optional, kind = "None" in kind, kind.partition(" | ")[0]
-    if value is None or (optional and value in ("", "none", "null")):
-        if optional:
-            return None
-    elif kind == "bool" and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    elif kind in ("int", "float") and not isinstance(value, bool):
-        try:
-            return int(str(value)) if kind == "int" else float(str(value))
-        except ValueError:
-            pass
-    elif kind in ("str", "Verify") and isinstance(value, str):
-        return value
-    raise InputError(f"{name} is {quote(value)}, expected {kind}{' or none' if optional else ''}")
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -227,12 +186,10 @@ class WorkerGroup:
         """Raises what makes a start hopeless (manifest, layout) before any worker is started."""
         import ray
 
-        manifest, digest = read_manifest_of(
-            options.source, revision=options.revision, digest=options.manifest_digest, access=options.access
-        )
-        plan_view(manifest, rank=0, tensor_parallel_size=options.tensor_parallel_size, engine=ENGINE)
         # whatever the revision is moved to meanwhile, all ranks start from this manifest
-        self._options = replace(options, manifest_digest=digest)
+        shard_set, manifest = options.shard_set.pinned()
+        plan_view(manifest, Place(0, options.tensor_parallel_size, engine=TRANSFORMERS))
+        self._options = replace(options, shard_set=shard_set)
         self._created = int(time.time())
         self._lost: str | None = None
         self._turn = asyncio.Lock()
@@ -292,7 +249,7 @@ class WorkerGroup:
         return {
             "status": "ok",
             "model": self._options.name,
-            "manifest_digest": self._options.manifest_digest,
+            "manifest_digest": self._options.shard_set.digest,
             "pid": os.getpid(),
             "workers": [asdict(each) for each in self.ready],
         }
@@ -381,19 +338,9 @@ class Worker:
         """Begin to fetch, and import what the model needs meanwhile; rank 0 says where the ranks meet."""
         options = self._options
         self._fetch: Prefetch | None = None
-        if is_uri(options.source) and options.cache is not None:
-            self._fetch = prefetch(
-                options.source,
-                rank=self._rank,
-                tensor_parallel_size=options.tensor_parallel_size,
-                engine=ENGINE,
-                verify=options.verify,
-                manifest_digest=options.manifest_digest,
-                revision=options.revision,
-                cache=options.cache,
-                workers=options.workers,
-                processes=options.processes,
-                access=options.access,
+        if options.shard_set.is_remote and options.shard_set.cache is not None:
+            self._fetch = options.shard_set.prefetch(
+                Place(self._rank, options.tensor_parallel_size, engine=TRANSFORMERS)
             )
         import torch
         import torch.distributed
@@ -416,14 +363,7 @@ class Worker:
                 meeting = self._store.host, self._store.port
         self._end("imports")
         with ExitStack() as stack:
-            folder = stack.enter_context(
-                side_folder(
-                    options.source,
-                    revision=options.revision,
-                    manifest_digest=options.manifest_digest,
-                    access=options.access,
-                )
-            )
+            folder = stack.enter_context(options.shard_set.side_files())
             self._config = auto[0].from_pretrained(folder)
             self._tokenizer = auto[1].from_pretrained(folder)
             self._generation = None
@@ -449,16 +389,9 @@ class Worker:
                 transformers_state(self._fetch)  # nothing is opened or verified a second time
                 if self._fetch is not None
                 else transformers_state(
-                    options.source,
+                    options.shard_set,
                     rank=self._rank,
                     tensor_parallel_size=options.tensor_parallel_size,
-                    verify=options.verify,
-                    manifest_digest=options.manifest_digest,
-                    workers=options.workers,
-                    processes=options.processes,
-                    revision=options.revision,
-                    cache=options.cache,
-                    access=options.access,
                 )
             )
             state.shard.wait()

@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ..engines.transformers_state import ENGINE
 from ..errors import InputError, IntegrityError, ShardprepError, WorkerError, quote
 from ..format import manifest as manifests
 from ..format.grid import Stages
-from ..format.manifest import TORCH, Manifest
-from ..shard.loading import Verify
+from ..format.manifest import Manifest
+from ..format.view import Place
 from ..shard.prefetch import Prefetch
-from ..shard.revisions import DEFAULT_REVISION
-from ..stores.open import is_uri
-from ..stores.store import Access
+from ..shard.shard_set import ShardSet
 from .tensor_group import IDLE, Command, Op, TensorGroup
 from .transport import Health, Step, Timing, WorkerInfo, check_name
 
@@ -38,45 +35,47 @@ BETWEEN_STEPS: Final = 0.05
 """Seconds that the leader of tensor ranks waits for a step to end before it leaves the sign of life to that step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What a worker computes with."""
+
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    dtype: str | None = None
+    """float32, bfloat16, ...; None: that of the model's config."""
+    threads: int | None = None
+    """Threads that torch computes with; None: as torch likes."""
+    max_sequences: int = 64
+    """How many sequences' caches it holds; the one that was used least recently goes first."""
+
+
+CPU: Final = Compute()
+"""As torch likes, on the CPU."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
-    """What a worker holds, and how it comes by it.
+    """What a worker holds, and how it comes by it."""
 
-    stages         layers [start, stop) of all stages
-    pp_rank        its stage; None: a spare
-    spare_for      stages that a spare may have to take; None: all
-    device         cpu, cuda, cuda:N
-    dtype          float32, bfloat16, ...; None: that of the model's config
-    threads        that torch computes with; None: as torch likes
-    max_sequences  whose caches it holds; the one that was used least recently goes first
-    verify, manifest_digest, revision, cache, workers, processes   as `shardprep_runtime.load` has them
-    endpoint_url, profile, region, no_sign_request                 of the store; default: environment and files
-    """
-
-    source: str
+    shard_set: ShardSet
     stages: Stages
+    """Layers [start, stop) of all stages."""
     pp_rank: int | None = None
+    """Its stage; None: a spare."""
     spare_for: tuple[int, ...] | None = None
+    """Stages that a spare may have to take; None: all."""
     tensor_parallel_size: int = 1
     tp_rank: int = 0
-    device: str = "cpu"
-    dtype: str | None = None
-    threads: int | None = None
-    max_sequences: int = 64
-    verify: Verify = "blocks"
-    manifest_digest: str | None = None
-    revision: str = DEFAULT_REVISION
-    cache: str | None = "host"
-    workers: int | None = None
-    processes: int = 1
-    endpoint_url: str | None = None
-    profile: str | None = None
-    region: str | None = None
-    no_sign_request: bool = False
+    compute: Compute = CPU
 
-    @property
-    def access(self) -> Access:
-        return Access(self.endpoint_url, self.profile, self.region, anonymous=self.no_sign_request)
+    def place(self, pp_rank: int) -> Place:
+        """The place of its shard of a stage."""
+        return Place.of_stage(
+            pp_rank,
+            stages=self.stages,
+            tp_rank=self.tp_rank,
+            tensor_parallel_size=self.tensor_parallel_size,
+        )
 
     @property
     def may_hold(self) -> tuple[int, ...]:
@@ -99,7 +98,7 @@ def check_options(options: WorkerOptions) -> WorkerOptions:
             f"tp_rank {options.tp_rank}: of {options.tensor_parallel_size} tensor ranks they go from 0 to "
             f"{options.tensor_parallel_size - 1}"
         )
-    if is_uri(options.source) and options.cache is None and len(options.may_hold) > 1:
+    if options.shard_set.is_remote and options.shard_set.cache is None and len(options.may_hold) > 1:
         raise InputError(
             f"a spare for {len(options.may_hold)} stages without a cache would hold the shards of all of them in "
             "memory; give it a cache, or say which one stage it is for (--spare-for)"
@@ -155,7 +154,7 @@ class Worker:
         self._fetch_error: BaseException | None = None
         self._stage: Stage | None = None
         self._pp_rank: int | None = None
-        self._digest: str | None = options.manifest_digest
+        self._digest: str | None = options.shard_set.digest
         self._proofs: dict[int, str] = {}  # pp_rank -> what the first forward gave
         self._clock = clock or Clock()
         self._is_closed = threading.Event()
@@ -178,31 +177,10 @@ class Worker:
             for pp_rank in self.options.may_hold:
                 if self._is_closed.is_set():
                     return
-                self._fetches[pp_rank] = self._fetch(pp_rank)
+                self._fetches[pp_rank] = self.options.shard_set.prefetch(self.options.place(pp_rank))
                 self._fetches[pp_rank].wait()
         except BaseException as error:  # noqa: BLE001 - told to `prepare`, in whose thread it belongs
             self._fetch_error = error
-
-    def _fetch(self, pp_rank: int) -> Prefetch:
-        options = self.options
-        return Prefetch(
-            options.source,
-            {
-                "rank": pp_rank * options.tensor_parallel_size + options.tp_rank,
-                "tensor_parallel_size": options.tensor_parallel_size,
-                "pipeline_parallel_size": len(options.stages),
-                "stages": options.stages,
-                # one tensor rank takes whole tensors, also of a model that transformers cannot cut
-                "engine": ENGINE if options.tensor_parallel_size > 1 else TORCH,
-                "verify": options.verify,
-                "manifest_digest": options.manifest_digest,
-                "workers": options.workers,
-                "processes": options.processes,
-                "revision": options.revision,
-                "cache": options.cache,
-                "access": options.access,
-            },
-        )
 
     def prepare(self) -> None:
         """Fetch, import, build and prove by a forward; once, before anything else. Raises what any of it does."""
@@ -212,20 +190,12 @@ class Worker:
         import transformers
 
         from ..stage.model import read_config
-        from ..stage.stage import side_folder
 
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        if options.compute.threads is not None:
+            torch.set_num_threads(options.compute.threads)
         self._clock.end("imports")
-        self._folder = self._stack.enter_context(
-            side_folder(
-                options.source,
-                revision=options.revision,
-                manifest_digest=options.manifest_digest,
-                access=options.access,
-            )
-        )
-        raw, manifest = _manifest_in(self._folder, options.source)
+        self._folder = self._stack.enter_context(options.shard_set.side_files())
+        raw, manifest = _manifest_in(self._folder, options.shard_set)
         self._digest = manifests.digest_of(raw)
         mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         mapping.get(
@@ -238,7 +208,7 @@ class Worker:
             raise self._fetch_error
         if any(each.shard().manifest != manifest for each in self._fetches.values()):
             raise WorkerError(
-                f"{quote(options.source)}: revision {quote(options.revision)} was moved while this worker started; start "
+                f"{quote(options.shard_set.source)}: revision {quote(options.shard_set.revision)} was moved while this worker started; start "
                 "it again, or pin the manifest by its digest"
             )
         self._clock.end("fetch and verify")
@@ -257,20 +227,16 @@ class Worker:
 
     def _take(self, pp_rank: int) -> None:
         """Build a stage and prove it."""
-        from ..stage.stage import build_stage
+        from ..stage.stage import stage_of
 
-        options = self.options
-        self._stage = build_stage(
+        compute = self.options.compute
+        self._stage = stage_of(
             self._fetches[pp_rank].shard(),
-            pp_rank=pp_rank,
-            tp_rank=options.tp_rank,
-            stages=options.stages,
-            tensor_parallel_size=options.tensor_parallel_size,
-            device=options.device,
-            dtype=options.dtype,
-            folder=self._folder,
+            self._folder,
+            device=compute.device,
+            dtype=compute.dtype,
             mesh=self._group.mesh if self._group is not None else None,
-            max_sequences=options.max_sequences,
+            max_sequences=compute.max_sequences,
             manifest_digest=self._digest,
         )
         self._pp_rank = pp_rank
@@ -511,9 +477,9 @@ class Worker:
         self._stack.close()
 
 
-def _manifest_in(folder: Path, source: str) -> tuple[bytes, Manifest]:
-    """The manifest beside the side files of `source`."""
-    file = folder / manifests.FILE_NAME if is_uri(source) else manifests.find(source)
+def _manifest_in(folder: Path, shard_set: ShardSet) -> tuple[bytes, Manifest]:
+    """The manifest beside the side files of a shard set."""
+    file = folder / manifests.FILE_NAME if shard_set.is_remote else manifests.find(shard_set.source)
     raw = file.read_bytes()
     return raw, manifests.parse(raw, where=quote(file))
 

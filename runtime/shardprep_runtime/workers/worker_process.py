@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 from .. import environment
 from ..engines.quiet import hush_loggers
 from ..errors import InputError, WorkerError, quote
+from ..shard.options import read_set, words_of
 from .failures import failure_of
 from .meeting import (
     Invitation,
@@ -30,7 +31,7 @@ from .meeting import (
 )
 from .tensor_group import TensorGroup, form_group
 from .transport import WorkerInfo, check_name
-from .worker import Clock, Worker, WorkerOptions
+from .worker import Clock, Compute, Worker, WorkerOptions
 
 
 class Serve(Protocol):
@@ -160,8 +161,8 @@ class _Process:
             tensor_parallel_size=options.tensor_parallel_size
             if options.stages
             else plan.tensor_parallel_size,
-            dtype=options.dtype or plan.dtype,
-            manifest_digest=options.manifest_digest or plan.manifest_digest,
+            compute=replace(options.compute, dtype=options.compute.dtype or plan.dtype),
+            shard_set=replace(options.shard_set, digest=options.shard_set.digest or plan.manifest_digest),
         )
         if self._worker is None:
             self._worker = self._make(options)
@@ -178,8 +179,8 @@ class _Process:
         wanted: Mapping[str, tuple[object, object]] = {
             "stages": (options.stages, plan.stages),
             "tensor_parallel_size": (options.tensor_parallel_size, plan.tensor_parallel_size),
-            "dtype": (options.dtype, plan.dtype),
-            "manifest_digest": (options.manifest_digest, plan.manifest_digest),
+            "dtype": (options.compute.dtype, plan.dtype),
+            "manifest_digest": (options.shard_set.digest, plan.manifest_digest),
         }
         for name, (own, theirs) in wanted.items():
             if own != theirs:
@@ -196,7 +197,7 @@ class _Process:
             name=check_name(self._job.group or self._job.own_name),
             tp_rank=options.tp_rank,
             size=options.tensor_parallel_size,
-            device=options.device,
+            device=options.compute.device,
             host=address_towards(invitation.host, invitation.port),
             secret=self._secret,
             nonce=invitation.plan.nonce,
@@ -266,13 +267,17 @@ def quiet() -> None:
 # ---------------------------------------------------------------------------------- a process that a front end started
 def dump_job(job: WorkerJob) -> bytes:
     """As a front end tells a worker's process: one line of JSON."""
-    return json.dumps(asdict(job)).encode() + b"\n"
+    said = asdict(job)
+    said["options"]["shard_set"] = words_of(job.options.shard_set)
+    return json.dumps(said).encode() + b"\n"
 
 
 def read_job(line: bytes) -> WorkerJob:
     """What `dump_job` wrote."""
     said: dict[str, Any] = json.loads(line)
     options = said.pop("options")
+    options["shard_set"] = read_set(options["shard_set"])
+    options["compute"] = Compute(**options["compute"])
     options["stages"] = tuple((start, stop) for start, stop in options["stages"])
     if options["spare_for"] is not None:
         options["spare_for"] = tuple(options["spare_for"])
