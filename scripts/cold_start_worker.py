@@ -128,9 +128,12 @@ def in_modeling_utils(module: Any) -> None:
             between(module.PreTrainedModel, name, lambda: note("built"), nothing)
 
 
-def in_load(module: Any) -> None:
+def in_shard(module: Any) -> None:
     spend(module.Shard, "check", "verify")
-    spend(module, "load", "map")
+
+
+def in_shard_set(module: Any) -> None:
+    spend(module.ShardSet, "load", "map")
 
 
 def in_fetch(module: Any) -> None:
@@ -141,7 +144,8 @@ def in_fetch(module: Any) -> None:
 HOOKS: dict[str, Callable[[Any], None]] = {
     "vllm.model_executor.model_loader.base_loader": in_base_loader,
     "transformers.modeling_utils": in_modeling_utils,
-    "shardprep_runtime.shard.loading": in_load,
+    "shardprep_runtime.shard.shard": in_shard,
+    "shardprep_runtime.shard.shard_set": in_shard_set,
     "shardprep_runtime.shard.fetch": in_fetch,
 }
 
@@ -172,8 +176,7 @@ def serve(spec: dict[str, Any]) -> None:
     from shardprep_runtime.shard.prefetch_command import fetch_beside
 
     launch = prepare_vllm(spec["source"], ["--tensor-parallel-size", str(spec["size"])])
-    assert launch.prefetching is not None
-    fetch_beside(launch.prefetching)
+    fetch_beside(launch.shard_set, launch.places)
     extra = launch.command[launch.command.index("--model-loader-extra-config") + 1]
     note("launched")
     options = {"model": str(launch.folder), "load_format": "shardprep", "extra": json.loads(extra)}
@@ -285,9 +288,8 @@ def transformers(spec: dict[str, Any]) -> None:
 
         config = LlamaConfig.from_pretrained(spec["side_files"])
         pin, verify = spec["manifest_digest"], spec["verify"]
-        source = begun if spec.get("begun") else spec["source"]
-        given = {} if spec.get("begun") else {"manifest_digest": pin, "verify": verify}
-        with transformers_state(source, **given) as state:
+        source = begun if spec.get("begun") else open_set(spec["source"], digest=pin, verify=verify)
+        with transformers_state(source) as state:
             note("opened")
             model = state.from_pretrained(LlamaForCausalLM, config=config, **options)
     else:

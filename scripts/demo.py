@@ -197,7 +197,7 @@ def prove(
         torch.equal(own_logits, logits) and own_tokens == tokens,
         "transformers.from_pretrained reads the shard set's folder as it is: the same",
     )
-    with shardprep_runtime.transformers_state(STORE, cache=cache) as state:
+    with shardprep_runtime.transformers_state(shardprep_runtime.open_set(STORE, cache=cache)) as state:
         started = state.from_pretrained(
             AutoModelForCausalLM,
             config=AutoConfig.from_pretrained(shards),

@@ -20,18 +20,21 @@ def probe(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
+    from shardprep_runtime.format.view import Place
+    from shardprep_runtime.shard.shard_set import open_set
     from shardprep_runtime.stage.probe import check_stage
-    from shardprep_runtime.stage.stage import build_stage
+    from shardprep_runtime.stage.stage import stage_of
 
-    stage = build_stage(
-        job["source"],
-        pp_rank=job["pp_rank"],
-        tp_rank=rank,
+    place = Place.of_stage(
+        job["pp_rank"],
         pipeline_parallel_size=job["stages"],
+        tp_rank=rank,
         tensor_parallel_size=job["size"],
-        mesh=DeviceMesh("cpu", list(range(job["size"])), mesh_dim_names=("tp",)),
-        dtype=job["dtype"],
     )
+    mesh = DeviceMesh("cpu", list(range(job["size"])), mesh_dim_names=("tp",))
+    shard_set = open_set(job["source"])
+    with shard_set.side_files() as folder, shard_set.load(place) as shard:
+        stage = stage_of(shard, folder, mesh=mesh, dtype=job["dtype"])
     if job.get("is_wrong"):
         with torch.no_grad():
             for parameter in stage.module.parameters():

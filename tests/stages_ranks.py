@@ -23,7 +23,7 @@ def greedy(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 
-    from shardprep_runtime.stage.stage import build_stage
+    from shardprep_runtime.stage.stage import stage_of
 
     size, stages = job["tp"], job["stages"]
     pp_rank, tp_rank = divmod(rank, size)
@@ -32,15 +32,10 @@ def greedy(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
         DeviceMesh("cpu", list(range(number * size, (number + 1) * size)), mesh_dim_names=("tp",))
         for number in range(len(stages))
     ]
-    stage = build_stage(
-        job["source"].format(rank=rank),
-        pp_rank=pp_rank,
-        tp_rank=tp_rank,
-        stages=stages,
-        tensor_parallel_size=size,
-        mesh=meshes[pp_rank],
-        dtype="float32",
-    )
+    place = Place.of_stage(pp_rank, stages=stages, tp_rank=tp_rank, tensor_parallel_size=size)
+    shard_set = open_set(job["source"].format(rank=rank))
+    with shard_set.side_files() as folder, shard_set.load(place) as shard:
+        stage = stage_of(shard, folder, mesh=meshes[pp_rank], dtype="float32")
     ids, past, found = torch.tensor(job["ids"]), 0, []
     logits, last = None, rank - tp_rank == (len(stages) - 1) * size
     for _ in range(job["tokens"]):
@@ -69,7 +64,7 @@ def quantized(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     """Greedy tokens of a quantized set's checkpoint, and of its two stages, the last of which is built twice."""
     import torch
 
-    from shardprep_runtime.stage.stage import build_stage
+    from shardprep_runtime.stage.stage import build_stage, stage_of
     from stages_models import generated, greedy, whole
 
     shards, ids, stages = Path(job["source"]), torch.tensor(job["ids"]), job["stages"]
@@ -77,7 +72,7 @@ def quantized(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     first = build_stage(shards, stages=stages, dtype="float32")
     with open_set(shards).load(Place(rank=1, stages=stages)) as shard:
         for _ in range(2):
-            last = build_stage(shard, folder=shards, dtype="float32")
+            last = stage_of(shard, shards, dtype="float32")
             found.append(greedy([first, last], ids, job["tokens"]).tolist())
     kinds = sorted({type(each).__name__ for each in last.layer_modules[0].modules()})
     return {"tokens": found, "kinds": kinds}

@@ -175,11 +175,17 @@ def state(job: Mapping[str, Any], rank: int) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
     from shardprep_runtime.engines.transformers_state import transformers_state
+    from shardprep_runtime.format.view import Place
+    from shardprep_runtime.shard.shard_set import open_set
 
     config = AutoConfig.from_pretrained(job["config"])
     for key, value in job.get("changes", {}).items():
         setattr(config, key, value)
-    with transformers_state(job["source"].format(rank=rank), **job.get("load", {})) as state:
+    source: Any = open_set(job["source"].format(rank=rank), cache=job.get("cache", "host"))
+    if "experts" in job:
+        place = Place(rank, job["tp_size"], expert_parallel_size=job["experts"], engine="transformers")
+        source = source.load(place)
+    with transformers_state(source, **job.get("load", {})) as state:
         how = job.get("how_loaded")
         if how is None:
             model = state.from_pretrained(AutoModelForCausalLM, config=config, **_options(job))

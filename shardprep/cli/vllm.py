@@ -59,7 +59,14 @@ def command(
     launch = prepare_vllm(shard_set, arguments, folder=folder, prefetch=not no_prefetch)
     if dry_run or as_json:
         if as_json:
-            render.print_json(launch)
+            render.print_json(
+                {
+                    "command": launch.command,
+                    "folder": launch.folder,
+                    "manifest_digest": launch.shard_set.digest,
+                    "ranks": [place.rank for place in launch.places],
+                }
+            )
         else:
             click.echo(shlex.join(launch.command))
         return

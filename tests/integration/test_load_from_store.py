@@ -103,7 +103,7 @@ def counted(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingSt
     """The store that `load` opens; every request of it is short, so that there are many."""
     monkeypatch.setattr(fetching, "RUN_BYTES", 2048)
     found = CountingStore(FolderStore(store))
-    module = importlib.import_module("shardprep_runtime.shard.loading")
+    module = importlib.import_module("shardprep_runtime.shard.shard_set")
     monkeypatch.setattr(module, "open_store", lambda *_: found)
     yield found
 
@@ -121,7 +121,7 @@ def blocks_of_view(folder: Path, **grid: Any) -> dict[str, set[tuple[int, int]]]
     manifest = read_manifest(folder)
     keys = part_keys(manifest)
     found: dict[str, set[tuple[int, int]]] = {}
-    with load(folder, verify="off", **grid) as shard:
+    with open_set(folder, verify="off").load(Place(**grid)) as shard:
         numbered = {part: Numbered(part) for part in {each[0] for each in shard.ranges()}}
         for part, piece, start, stop in shard.ranges():
             for number in numbered[part].numbers(piece.span.start + start, piece.span.start + stop):
@@ -186,7 +186,8 @@ def test_a_view_asks_for_its_own_blocks_once_and_for_nothing_else(
 ) -> None:
     grid: dict[str, Any] = {"tensor_parallel_size": 2, "rank": 2, "stages": [(0, 1), (1, 4)]}
     headers = {key: part.header_size for part, key in keyed(sets["small"])}
-    with load("file:///x", cache=tmp_path / "cache" if cached else None, **grid) as shard:
+    shard_set = open_set("file:///x", cache=tmp_path / "cache" if cached else None)
+    with shard_set.load(Place(**grid)) as shard:
         shard.wait()
         assert shard.bytes_fetched == nbytes(blocks_of_view(sets["small"], **grid))
     wanted = blocks_of_view(sets["small"], **grid)
@@ -347,18 +348,17 @@ WORKER = """
 import hashlib, importlib, json, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from shardprep_runtime import load
+from shardprep_runtime import Place, open_set
 from shardprep_runtime.shard import fetch
 from shardprep_runtime.stores.folder import FolderStore
-from shardprep_runtime.stores.store import open_store
 from stores import CountingStore
 fetch.RUN_BYTES = 1024
 store = CountingStore(FolderStore(Path({store!r})))
 store.delay(0.003)
-importlib.import_module("shardprep_runtime.shard.loading").open_store = lambda *_: store
+importlib.import_module("shardprep_runtime.shard.shard_set").open_store = lambda *_: store
 print("ready", flush=True)
 sys.stdin.readline()
-with load("file:///x", cache={cache!r}, workers=4, **{grid!r}) as shard:
+with open_set("file:///x", cache={cache!r}, connections=4).load(Place(**{grid!r})) as shard:
     digest = hashlib.sha256()
     for name in shard.view.tensors:
         digest.update(shard.memory(name))

@@ -23,7 +23,7 @@ from shardprep_runtime.format.grid import Grid
 from shardprep_runtime.format.manifest import digest_of
 from shardprep_runtime.format.manifest import read as read_manifest
 from shardprep_runtime.format.view import Place
-from shardprep_runtime.shard.prefetch_command import Prefetching, fetch, ranks_of_node
+from shardprep_runtime.shard.prefetch_command import fetch, ranks_of_node
 from shardprep_runtime.shard.revisions import blob_key
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stores.folder import FolderStore
@@ -47,10 +47,8 @@ def store(tmp_path: Path) -> Path:
 @pytest.fixture
 def counted(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingStore]:
     found = CountingStore(FolderStore(store))
-    for module in ("loading", "prefetch_command"):
-        monkeypatch.setattr(
-            importlib.import_module(f"shardprep_runtime.shard.{module}"), "open_store", lambda *_: found
-        )
+    module = importlib.import_module("shardprep_runtime.shard.shard_set")
+    monkeypatch.setattr(module, "open_store", lambda *_: found)
     yield found
 
 
@@ -288,9 +286,7 @@ def test_one_process_fetches_for_all_ranks_of_its_host(
 
 
 def test_bytes_that_several_ranks_need_are_fetched_once(counted: CountingStore, tmp_path: Path) -> None:
-    fetch(
-        Prefetching(source="file:///x", ranks=(0, 1, 2, 3), tensor_parallel_size=4, cache=str(tmp_path / "c"))
-    )
+    fetch(open_set("file:///x", cache=tmp_path / "c"), [Place(rank, 4) for rank in range(4)])
     asked = [(each.key, each.start) for each in counted.requests if each.key.startswith("blobs/")]
     assert len(asked) == len(set(asked))
     stored = {blob_key(part.digest): part.size for part in read_manifest(SHARDS).parts}
@@ -316,7 +312,7 @@ def test_all_ranks_are_of_one_revision_though_a_push_moves_it_meanwhile(
     counted: CountingStore, tmp_path: Path
 ) -> None:
     """The manifest is read once: a rank that asked again could be given another."""
-    fetch(Prefetching(source="file:///x", ranks=(0, 1), tensor_parallel_size=2, cache=str(tmp_path / "c")))
+    fetch(open_set("file:///x", cache=tmp_path / "c"), [Place(0, 2), Place(1, 2)])
     assert [each.key for each in counted.requests].count("manifests/main.json") == 1
 
 
@@ -335,9 +331,8 @@ def test_a_rank_that_fails_fails_the_host(counted: CountingStore, tmp_path: Path
     with load(SHARDS, **GRID) as expected:
         part, piece, start, _ = next(each for each in expected.ranges() if each[0].part.ranks == (1, 2))
     counted.corrupt(blob_key(part.part.digest), piece.span.start + start)
-    wanted = Prefetching(source="file:///x", ranks=(0, 1), tensor_parallel_size=2, cache=str(tmp_path / "c"))
     with pytest.raises(IntegrityError):
-        fetch(wanted)
+        fetch(open_set("file:///x", cache=tmp_path / "c"), [Place(0, 2), Place(1, 2)])
 
 
 # --------------------------------------------------------------------------------------------------------- with command
@@ -437,7 +432,7 @@ from shardprep_runtime.shard.prefetch_command import main
 from stores import CountingStore
 store = CountingStore(FolderStore(Path({store!r})))
 store.delay({delay})
-importlib.import_module("shardprep_runtime.shard.loading").open_store = lambda *_: store
+importlib.import_module("shardprep_runtime.shard.shard_set").open_store = lambda *_: store
 sys.exit(main())
 """
 
@@ -484,8 +479,9 @@ def test_a_worker_that_is_run_so_has_its_shard(store: Path, tmp_path: Path) -> N
 
 BESIDE = """
 import os, sys
-from shardprep_runtime.shard.prefetch_command import Prefetching, fetch_beside
-fetch_beside(Prefetching(source=sys.argv[1], ranks=(0, 1), tensor_parallel_size=2, cache=sys.argv[2]))
+from shardprep_runtime import Place, open_set
+from shardprep_runtime.shard.prefetch_command import fetch_beside
+fetch_beside(open_set(sys.argv[1], cache=sys.argv[2]), [Place(0, 2), Place(1, 2)])
 os.execvp("sh", ["sh", "-c", "echo became; exec cat"])
 """
 

@@ -25,6 +25,7 @@ from shardprep.verify import verify
 from shardprep_runtime.errors import IntegrityError, ProblemError, UnsupportedError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.shard.revisions import read_manifest
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stage.probe import Checked, check_stage
 from shardprep_runtime.stage.stage import build_stage
 from shardprep_runtime.stores.open import open_store
@@ -263,7 +264,7 @@ def test_a_tiny_change_is_what_digests_are_for(probed: Path, tmp_path: Path) -> 
     assert check(folder, "float32").proven is True
     expected = manifests.read_named(probed)[1]
     with pytest.raises(manifests.ManifestError, match="its digest is"):
-        build_stage(folder, manifest_digest=expected)
+        build_stage(open_set(folder, digest=expected))
 
 
 def test_nan_is_found_without_a_recorded_probe(tmp_path: Path) -> None:

@@ -21,12 +21,14 @@ import small_models
 from processes import ended
 from shardprep.cli import main
 from shardprep.split import split
-from shardprep_runtime import load, read_manifest
+from shardprep_runtime import read_manifest
 from shardprep_runtime.errors import FormatError
 from shardprep_runtime.format.manifest import Part
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.landing import ABSENT, HEAD, VERIFIED, read_map
 from shardprep_runtime.shard.parts import Numbered, open_part
 from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stores.folder import FolderStore
 from stores import make_store
 
@@ -81,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def needed(shards: Path, **grid: Any) -> dict[str, set[int]]:
     """Path of each part -> the numbers of the blocks that a view needs."""
     found: dict[str, set[int]] = {}
-    with load(shards, verify="off", **grid) as shard:
+    with open_set(shards, verify="off").load(Place(**grid)) as shard:
         for part, piece, start, stop in shard.ranges():
             numbers = Numbered(part).numbers(piece.span.start + start, piece.span.start + stop)
             found.setdefault(part.part.path, set()).update(numbers)
@@ -171,7 +173,7 @@ def test_the_report_as_json(shards: Path, store: Path, tmp_path: Path) -> None:
     assert set(report) == {
         "source", "revision", "manifest_digest", "destination", "rank", "nbytes", "bytes_fetched", "parts", "seconds",
     }  # fmt: skip
-    with load(shards, rank=5, **RANK) as shard:
+    with open_set(shards).load(Place(rank=5, **RANK)) as shard:
         assert report["nbytes"] == shard.bytes_read - sum(part.header_size for part in shard.view.parts)
         assert [path for path, _ in report["parts"]] == [part.path for part in shard.view.parts]
     assert report["rank"] == 5
@@ -193,9 +195,9 @@ def test_a_rank_gets_its_own_blocks_and_nothing_else(
     names = {path.name for path in folder.iterdir()}
     manifest = read_manifest(shards)
     assert {side.path for side in manifest.side_files} | {"shardprep.json"} <= names
-    with load(shards, rank=rank, **RANK) as expected:
+    with open_set(shards).load(Place(rank=rank, **RANK)) as expected:
         for verify in ("blocks", "headers", "off"):
-            with load(folder, rank=rank, verify=verify, **RANK) as shard:
+            with open_set(folder, verify=verify).load(Place(rank=rank, **RANK)) as shard:
                 assert tensors(shard) == tensors(expected)
 
 
@@ -206,9 +208,9 @@ def test_a_rank_that_was_not_pulled_is_refused_with_advice(store: Path, tmp_path
         with pytest.raises(
             FormatError, match=r"those of .* that rank 4 needs; pull for this rank too, or --all"
         ):
-            load(folder, rank=4, verify=verify, **RANK)
+            open_set(folder, verify=verify).load(Place(rank=4, **RANK))
         with pytest.raises(FormatError, match="cannot open the part"):
-            load(folder, rank=1, verify=verify, **RANK)
+            open_set(folder, verify=verify).load(Place(rank=1, **RANK))
     assert CliRunner().invoke(main, ["verify", str(folder)]).exit_code == 2
 
 
@@ -219,7 +221,7 @@ def test_a_part_without_its_map_is_not_believed(shards: Path, store: Path, tmp_p
     assert maps
     maps[0].write_bytes(b"something else")
     with pytest.raises(FormatError, match="nothing says which of its bytes are there; pull it again"):
-        load(folder, rank=0, verify="off", **RANK)
+        open_set(folder, verify="off").load(Place(rank=0, **RANK))
     pull(store, folder, *RANK_OPTIONS, "--rank", 0)
     assert there(shards, folder) == needed(shards, rank=0, **RANK)
 
@@ -229,7 +231,10 @@ def test_ranks_that_come_later_make_the_folder_whole(shards: Path, store: Path, 
     fetched = 0
     for rank in range(16):
         fetched += json.loads(pull(store, folder, *RANK_OPTIONS, "--rank", rank, "--json"))["bytes_fetched"]
-        with load(folder, rank=rank, **RANK) as shard, load(shards, rank=rank, **RANK) as expected:
+        with (
+            open_set(folder).load(Place(rank=rank, **RANK)) as shard,
+            open_set(shards).load(Place(rank=rank, **RANK)) as expected,
+        ):
             assert tensors(shard) == tensors(expected)
     assert contents(folder) == contents(shards)
     assert fetched == sum(part.size - part.header_size for part in read_manifest(shards).parts)
@@ -251,7 +256,10 @@ def test_ranks_that_come_at_once_make_the_folder_whole(shards: Path, store: Path
                 assert process.returncode == 0, complaint
                 fetched += json.loads(said)["bytes_fetched"]
         for rank in pair:
-            with load(folder, rank=rank, **RANK) as shard, load(shards, rank=rank, **RANK) as expected:
+            with (
+                open_set(folder).load(Place(rank=rank, **RANK)) as shard,
+                open_set(shards).load(Place(rank=rank, **RANK)) as expected,
+            ):
                 assert tensors(shard) == tensors(expected)
     union: dict[str, set[int]] = {}
     for rank in {rank for pair in pairs for rank in pair}:
@@ -399,7 +407,10 @@ def test_a_rank_that_was_killed_goes_on_beside_another(shards: Path, store: Path
     with ended(last):
         assert last.wait(60) == 0
     for rank in (0, 4):
-        with load(folder, rank=rank, **RANK) as shard, load(shards, rank=rank, **RANK) as expected:
+        with (
+            open_set(folder).load(Place(rank=rank, **RANK)) as shard,
+            open_set(shards).load(Place(rank=rank, **RANK)) as expected,
+        ):
             assert tensors(shard) == tensors(expected)
 
 
@@ -441,7 +452,10 @@ def test_a_block_that_was_spoilt_before_the_rerun_is_fetched_alone(
     sparse.write_bytes(raw)
     report = json.loads(pull(store, folder, *RANK_OPTIONS, "--rank", 0, "--json"))
     assert report["bytes_fetched"] == block.stop - block.start
-    with load(folder, rank=0, **RANK) as shard, load(shards, rank=0, **RANK) as expected:
+    with (
+        open_set(folder).load(Place(rank=0, **RANK)) as shard,
+        open_set(shards).load(Place(rank=0, **RANK)) as expected,
+    ):
         assert tensors(shard) == tensors(expected)
 
 

@@ -93,7 +93,11 @@ def test_it_becomes_vllm_and_the_shards_of_this_host_are_on_their_way(
     assert option(command, "--load-format") == "shardprep"
     assert option(command, "--served-model-name") == "llama"
     options = read_options(json.loads(option(command, "--model-loader-extra-config")))
-    assert (options.uri, options.verify, options.manifest_digest) == (uri, "headers", digest(shards))
+    assert (options.shard_set.source, options.shard_set.verify, options.shard_set.digest) == (
+        uri,
+        "headers",
+        digest(shards),
+    )
     assert find_shard_set(folder, options) is not None
     assert "fetching ranks 0, 1" in errors
     # the fetch has this process's stderr, which has ended: so has the fetch
@@ -118,7 +122,7 @@ def test_a_dry_run_prints_the_command_and_fetches_no_weights(shards: Path, host:
 
 def test_a_folder_is_served_from_where_it_is(shards: Path, host: Path) -> None:
     launch = prepare_vllm(shards, ["-tp", "2", "--served-model-name", "mine", "other"])
-    assert launch.folder == shards.resolve() and launch.ranks == ()
+    assert launch.folder == shards.resolve() and not launch.places
     assert list(launch.command).count("--served-model-name") == 1
     assert json.loads(option(launch.command, "--model-loader-extra-config")) == {
         "manifest_digest": digest(shards)
@@ -126,7 +130,7 @@ def test_a_folder_is_served_from_where_it_is(shards: Path, host: Path) -> None:
     with pytest.raises(InputError, match="a folder already"):
         prepare_vllm(shards, [], folder=host)
     with pytest.raises(ManifestError, match="digest"):
-        prepare_vllm(shards, [], manifest_digest="sha256:" + "0" * 64)
+        prepare_vllm(open_set(shards, digest="sha256:" + "0" * 64), [])
 
 
 @pytest.mark.parametrize(
@@ -140,8 +144,8 @@ def test_a_folder_is_served_from_where_it_is(shards: Path, host: Path) -> None:
 def test_what_is_fetched_is_of_the_ranks_of_this_host(
     host: Path, uri: str, arguments: list[str], ranks: tuple[int, ...]
 ) -> None:
-    assert prepare_vllm(uri, arguments).ranks == ranks
-    assert prepare_vllm(uri, arguments, prefetch=False).ranks == ()
+    assert tuple(place.rank for place in prepare_vllm(uri, arguments).places) == ranks
+    assert not prepare_vllm(uri, arguments, prefetch=False).places
 
 
 def test_layers_are_dealt_out_as_vllm_does(
@@ -149,8 +153,8 @@ def test_layers_are_dealt_out_as_vllm_does(
 ) -> None:
     layers = shardprep_runtime.read_manifest(shards).layers
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", f"1,{layers - 1}")
-    found = prepare_vllm(uri, ["-pp", "2"]).prefetching
-    assert found is not None and found.stages == ((0, 1), (1, layers))
+    found = prepare_vllm(uri, ["-pp", "2"]).places
+    assert [place.stages for place in found] == [((0, 1), (1, layers))] * 2
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "1,1,1")
     with pytest.raises(LayoutError, match="expected 2 numbers whose sum"):
         prepare_vllm(uri, ["-pp", "2"])
@@ -232,11 +236,11 @@ def install(site: Path, version: str) -> None:
 def test_exported_files_are_served_by_vllms_own_formats(host: Path, exported: Path) -> None:
     launch = prepare_vllm(exported, ["-tp", "2"])
     assert option(launch.command, "--load-format") == "sharded_state"
-    assert launch.command[2] == str(exported) and launch.ranks == ()
+    assert launch.command[2] == str(exported) and not launch.places
     remote = prepare_vllm(f"file://{exported}", ["-tp", "2"])
     assert option(remote.command, "--load-format") == "runai_streamer_sharded"
     assert remote.command[2] == f"file://{exported}"
-    assert remote.manifest_digest == launch.manifest_digest == digest_of((exported / RECORD).read_bytes())
+    assert remote.shard_set.digest == launch.shard_set.digest == digest_of((exported / RECORD).read_bytes())
 
 
 def test_exported_files_are_refused_where_vllm_would_load_them_wrong(host: Path, exported: Path) -> None:
@@ -247,7 +251,7 @@ def test_exported_files_are_refused_where_vllm_would_load_them_wrong(host: Path,
         with pytest.raises(LayoutError, match=message):
             prepare_vllm(exported, arguments)
     with pytest.raises(ManifestError, match="the digest of its record is"):
-        prepare_vllm(exported, ["-tp", "2"], manifest_digest="sha256:" + "1" * 64)
+        prepare_vllm(open_set(exported, digest="sha256:" + "1" * 64), ["-tp", "2"])
     install(host / "site", "0.33.0")
     with pytest.raises(LayoutError, match=r"files are vLLM 0\.32\.0\+cpu's, and this is vLLM 0\.33\.0"):
         prepare_vllm(exported, ["-tp", "2"])

@@ -26,7 +26,7 @@ from shardprep_runtime.errors import (
 )
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
-from shardprep_runtime.stage.stage import build_stage
+from shardprep_runtime.stage.stage import Stage, build_stage, stage_of
 from stages_models import (
     PROMPT,
     cuts,
@@ -341,6 +341,13 @@ def test_a_closed_stage_computes_nothing(made: Callable[..., Path]) -> None:
 # ------------------------------------------------------------------------------------------------- never wrong ones
 
 
+def stage_with(shards: Path, folder: Path, pp_rank: int, cut: Any, *, tensor_parallel_size: int = 1) -> Stage:
+    """A stage of `shards`, with the config.json that lies in `folder`."""
+    place = Place.of_stage(pp_rank, stages=cut, tensor_parallel_size=tensor_parallel_size)
+    with open_set(shards).load(place) as shard:
+        return stage_of(shard, folder)
+
+
 def with_config(shards: Path, folder: Path, **changes: Any) -> Path:
     """A folder with another config.json."""
     folder.mkdir()
@@ -366,12 +373,7 @@ def test_weights_that_are_not_the_models_do_not_load(
 ) -> None:
     shards = made("llama")
     with pytest.raises(InputError, match=words):
-        build_stage(
-            shards,
-            pp_rank=1,
-            stages=[[0, 2], [2, 4]],
-            folder=with_config(shards, tmp_path / "other", **changes),
-        )
+        stage_with(shards, with_config(shards, tmp_path / "other", **changes), 1, [[0, 2], [2, 4]])
 
 
 def test_a_tensor_that_the_model_lacks_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -380,7 +382,7 @@ def test_a_tensor_that_the_model_lacks_is_refused(made: Callable[..., Path], tmp
         shards, tmp_path / "llama", model_type="llama", architectures=["LlamaForCausalLM"]
     )
     with pytest.raises(LayoutError, match=r"the model lacks model.layers.0.self_attn.k_proj.bias"):
-        build_stage(shards, stages=[[0, 2], [2, 4]], folder=with_bias)
+        stage_with(shards, with_bias, 0, [[0, 2], [2, 4]])
 
 
 REFUSED = {
@@ -428,15 +430,15 @@ def test_keys_that_layers_share_are_not_cut_apart(made: Callable[..., Path]) -> 
 def test_a_stage_is_built_from_a_store(made: Callable[..., Path], tmp_path: Path) -> None:
     shards = made("llama")
     source = f"file://{make_store(shards, tmp_path / 'store')}"
-    options: dict[str, Any] = {"cache": tmp_path / "cache", "stages": [[0, 2], [2, 4]]}
-    stages = [build_stage(source, pp_rank=rank, **options) for rank in range(2)]
+    shard_set, cut = open_set(source, cache=tmp_path / "cache"), [[0, 2], [2, 4]]
+    stages = [build_stage(shard_set, pp_rank=rank, stages=cut) for rank in range(2)]
     expected = greedy(stages_of(shards, [[0, 2], [2, 4]]), PROMPT, TOKENS)
     assert torch.equal(greedy(stages, PROMPT, TOKENS), expected)
     with open_set(shards).load(Place(rank=1, stages=[[0, 2], [2, 4]])) as shard:
         assert stages[1].bytes_fetched > 0
         assert stages[1].manifest_digest == build_stage(shards).manifest_digest
         assert shard.bytes_fetched == 0
-    again = build_stage(source, pp_rank=1, **options)
+    again = build_stage(shard_set, pp_rank=1, stages=cut)
     assert again.bytes_fetched == 0
 
 
@@ -445,11 +447,9 @@ def test_a_stage_is_built_from_what_was_begun_before(made: Callable[..., Path]) 
     expected = greedy(stages_of(shards, cut), PROMPT, TOKENS)
     with open_set(shards).load(Place(rank=1, stages=cut)) as shard:
         fetch = open_set(shards).prefetch(Place(rank=0, stages=cut))
-        with pytest.raises(InputError, match="pass folder="):
-            build_stage(shard)
-        first = build_stage(fetch, folder=shards)
+        first = stage_of(fetch, shards)
         for _ in range(2):  # a shard can be built from again
-            assert torch.equal(greedy([first, build_stage(shard, folder=shards)], PROMPT, TOKENS), expected)
+            assert torch.equal(greedy([first, stage_of(shard, shards)], PROMPT, TOKENS), expected)
 
 
 def test_a_config_that_is_not_the_manifests_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -464,12 +464,12 @@ def test_a_config_that_is_not_the_manifests_is_refused(made: Callable[..., Path]
 
 def test_several_tensor_ranks_need_a_mesh(trained: Path) -> None:
     with pytest.raises(LayoutError, match="2 tensor ranks need a mesh"):
-        build_stage(trained, tensor_parallel_size=2)
+        stage_with(trained, trained, 0, None, tensor_parallel_size=2)
     with (
         shardprep_runtime.load(trained, tensor_parallel_size=2) as shard,
         pytest.raises(LayoutError, match="cut as torch asks; pass engine='transformers'"),
     ):
-        build_stage(shard, folder=trained)
+        stage_of(shard, trained)
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -575,7 +575,7 @@ def test_four_bits_on_several_tensor_ranks_are_refused(tmp_path: Path) -> None:
     write_quantized(CHECKPOINT, tmp_path / "in", Scheme("gptq", group=32))
     split(tmp_path / "in", tmp_path / "set", tensor_parallel_size=2)
     with pytest.raises(UnsupportedError, match="gptq at tensor parallel size 2"):
-        build_stage(tmp_path / "set", tensor_parallel_size=2)
+        stage_with(tmp_path / "set", tmp_path / "set", 0, None, tensor_parallel_size=2)
 
 
 @pytest.mark.skipif(

@@ -188,7 +188,7 @@ def test_a_rank_asks_a_store_for_its_own_bytes(
             config=str(shards),
             dtype="float32",
             tp_size=2,
-            load={"cache": None},
+            cache=None,
             environment=server.environment(),
         )
         sent = server.stats()["sent"]
@@ -216,7 +216,7 @@ def test_expert_parallel_ranks_load_their_own_experts(
     _, shards, expected = case(model)
     found = ranks.run(
         "state", 2, source=str(shards), config=str(shards), dtype="float32", tp_size=2, ep_size=2,
-        load={"expert_parallel_size": 2},
+        experts=2,
     )  # fmt: skip
     assert_same(found, expected)
 
@@ -324,7 +324,7 @@ def test_what_was_begun_before_the_imports_is_the_state(case: Callable[[str], Ca
             assert state["lm_head.weight"][13:26].shape == (13, 64)
             with pytest.raises(LayoutError, match="this rank"):
                 state["lm_head.weight"][0:13]
-        begun.wait()
+            begun.wait()
 
 
 def test_what_was_begun_for_another_engine_is_refused(case: Callable[[str], Case]) -> None:

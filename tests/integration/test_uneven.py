@@ -180,7 +180,7 @@ def test_reading_row_by_row_and_reading_what_lies_between_give_the_same(
 ) -> None:
     monkeypatch.setattr(joining, "WIDE", wide)
     for grid in SOME:
-        with load(shards, **options(grid)) as shard:
+        with open_set(shards).load(Place(**options(grid))) as shard:
             check(shard, **grid)
 
 
@@ -193,7 +193,7 @@ def test_a_read_that_is_cut_short_is_finished(shards: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(joining.os, "preadv", short)
     for grid in SOME:
-        with load(shards, **options(grid)) as shard:
+        with open_set(shards).load(Place(**options(grid))) as shard:
             check(shard, **grid)
 
 
@@ -202,7 +202,9 @@ def test_a_read_that_is_cut_short_is_finished(shards: Path, monkeypatch: pytest.
 def test_they_arrive_from_a_store(shards: Path, tmp_path: Path, cached: bool) -> None:
     store = make_store(shards, tmp_path / "store")
     for grid in SOME:
-        with load(f"file://{store}", cache=tmp_path / "cache" if cached else None, **options(grid)) as shard:
+        with open_set(f"file://{store}", cache=tmp_path / "cache" if cached else None).load(
+            Place(**options(grid))
+        ) as shard:
             check(shard, **grid)
 
 
@@ -214,7 +216,7 @@ def test_they_arrive_from_s3(shards: Path, tmp_path: Path, monkeypatch: pytest.M
         with open_store(f"s3://{BUCKET}/set") as store:
             put_shard_set(store, shards)
         for grid in SOME[::4]:
-            with load(f"s3://{BUCKET}/set", cache=None, **options(grid)) as shard:
+            with open_set(f"s3://{BUCKET}/set", cache=None).load(Place(**options(grid))) as shard:
                 check(shard, **grid)
 
 
@@ -234,7 +236,7 @@ def test_what_was_pulled_for_a_rank_is_what_it_loads(shards: Path, tmp_path: Pat
         ]
         found = CliRunner().invoke(main, ["pull", str(store), str(folder), *map(str, arguments)])
         assert found.exit_code == 0, found.output
-        with load(folder, **options(grid)) as shard:
+        with open_set(folder).load(Place(**options(grid))) as shard:
             check(shard, **grid)
 
 
