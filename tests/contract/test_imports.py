@@ -98,7 +98,7 @@ def test_a_worker_that_loads_from_a_folder_knows_no_network() -> None:
     assert not loaded & {"ssl", "socket", "http.client", "email", "asyncio", "subprocess", "argparse"}
     assert not loaded & {
         f"shardprep_runtime.{name}"
-        for name in ("stores.s3", "stores.connection", "stores.s3_by_botocore", "shard.fetch_processes")
+        for name in ("stores.s3", "stores.s3_client", "stores.connection", "shard.fetch_processes")
     }
 
 

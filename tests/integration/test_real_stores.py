@@ -34,6 +34,7 @@ from shardprep_runtime import load
 from shardprep_runtime.errors import ConflictError, DeniedError, MissingError, SourceError, StoreError
 from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.stores.s3 import S3Store
+from shardprep_runtime.stores.s3_upload import unfinished
 from shardprep_runtime.stores.store import (
     Access,
     BufferSink,
@@ -117,8 +118,8 @@ def transfer(request: pytest.FixtureRequest) -> Transfer:
 def store(server: Server, transfer: Transfer, request: pytest.FixtureRequest) -> Iterator[S3Store]:
     name = request.node.originalname.removeprefix("test_")
     with opened(server, transfer, prefix=f"{name}/{transfer}") as found:
-        with suppress(found.client.exceptions.BucketAlreadyOwnedByYou):
-            found.client.create_bucket(Bucket=BUCKET)
+        with suppress(found.client.boto.exceptions.BucketAlreadyOwnedByYou):
+            found.client.boto.create_bucket(Bucket=BUCKET)
         yield found
 
 
@@ -405,17 +406,17 @@ def test_only_stale_uploads_below_the_prefix_are_aborted(store: S3Store) -> None
         store.upload(key, PARTS).send(0, chunk(data))
     assert store.abort_uploads("blobs/", before=time.time() - 3600) == 0
     assert store.abort_uploads("blobs/", before=time.time() + 3600) == 2
-    left = [each["Key"].removeprefix(store.prefix) for each in store.unfinished("")]
+    left = [each["Key"].removeprefix(store.client.prefix) for each in unfinished(store.client, "")]
     assert left == ["other/c"]
     assert store.abort_uploads("", before=time.time() + 3600) == 1
-    assert list(store.unfinished("")) == []
+    assert list(unfinished(store.client, "")) == []
 
 
 def test_unfinished_uploads_are_found_over_several_pages(store: S3Store) -> None:
     for number in range(23):
-        store.client.create_multipart_upload(Bucket=BUCKET, Key=f"{store.prefix}u/{number:02}")
+        store.client.boto.create_multipart_upload(Bucket=BUCKET, Key=f"{store.client.prefix}u/{number:02}")
     assert store.abort_uploads("u/", before=time.time() + 3600) == 23
-    assert list(store.unfinished("u/")) == []
+    assert list(unfinished(store.client, "u/")) == []
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -525,7 +526,9 @@ def test_a_broken_transfer_goes_on_at_the_byte(server: Server, store: S3Store, t
     stat = store.put("cut", data)
     with (
         Cutter(server.endpoint, [MIB, MIB // 2, 100]) as cutter,
-        opened(server, transfer, prefix=store.prefix.strip("/"), endpoint_url=cutter.endpoint) as broken,
+        opened(
+            server, transfer, prefix=store.client.prefix.strip("/"), endpoint_url=cutter.endpoint
+        ) as broken,
     ):
         assert read(broken, "cut", 1, len(data), version=stat.version) == data[1:]
         passed = cutter.passed
@@ -551,7 +554,9 @@ def test_a_transfer_does_not_go_on_in_another_object(
 
     with (
         Cutter(server.endpoint, [MIB]) as cutter,
-        opened(server, transfer, prefix=store.prefix.strip("/"), endpoint_url=cutter.endpoint) as broken,
+        opened(
+            server, transfer, prefix=store.client.prefix.strip("/"), endpoint_url=cutter.endpoint
+        ) as broken,
         pytest.raises(SourceError, match="replaced while it was read"),
     ):
         broken.get("swapped", 0, Swap(memoryview(bytearray(len(old)))))

@@ -33,9 +33,10 @@ from shardprep_runtime.errors import (
     SourceError,
     StoreError,
 )
-from shardprep_runtime.stores import s3 as s3_module
-from shardprep_runtime.stores.s3 import NativeMover, S3Store
+from shardprep_runtime.stores import s3_client
+from shardprep_runtime.stores.s3 import S3Store
 from shardprep_runtime.stores.s3_by_botocore import BotoMover
+from shardprep_runtime.stores.s3_native import NativeMover
 from shardprep_runtime.stores.store import BufferSink, Chunk, FileRange, Transfer, read, read_small
 
 MIB = 2**20
@@ -113,7 +114,7 @@ def test_what_is_put_is_found_and_read_under_its_very_key(store: S3Store, server
     assert abs(found.modified - time.time()) < 60
     assert read_small(store, key, most=len(data)) == (data, found)
     assert [each.key for each in store.list("")] == [key]
-    assert f"{store.prefix}{key}" in server.objects(BUCKET)
+    assert f"{store.client.prefix}{key}" in server.objects(BUCKET)
     store.delete([key])
     assert store.head(key) is None
 
@@ -542,7 +543,9 @@ def test_a_file_that_became_shorter_while_it_is_sent_ends_the_upload_at_once(
 
 def test_a_list_goes_over_pages_and_keeps_to_its_prefix(store: S3Store, server: S3Server) -> None:
     for number in range(1003):
-        (server.root / BUCKET / percent(f"{store.prefix}many/{number:04}", safe="")).write_bytes(b"x" * 3)
+        (server.root / BUCKET / percent(f"{store.client.prefix}many/{number:04}", safe="")).write_bytes(
+            b"x" * 3
+        )
     odd = [f"odd/{name}" for name in ("a b", "a+b", "a&b<c>", "ü/日本", "%41", "a\"'b", "trailing/")]
     for key in [*odd, "manyother"]:
         store.put(key, b"odd")
@@ -561,7 +564,7 @@ def test_a_list_goes_over_pages_and_keeps_to_its_prefix(store: S3Store, server: 
 
 def test_a_list_that_fails_on_its_second_page_raises(store: S3Store, server: S3Server) -> None:
     for number in range(1003):
-        (server.root / BUCKET / percent(f"{store.prefix}{number:04}", safe="")).write_bytes(b"")
+        (server.root / BUCKET / percent(f"{store.client.prefix}{number:04}", safe="")).write_bytes(b"")
     server.fault("status", code=403, skip=1, method="GET")
     with pytest.raises(DeniedError):
         list(store.list(""))
@@ -794,7 +797,7 @@ def verbs(store: S3Store) -> dict[str, Callable[[], object]]:
 def test_a_store_that_never_answers_is_given_up_before_the_deadline(
     server: S3Server, transfer: Transfer, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "UNREACHED", 0.5)
+    monkeypatch.setattr(s3_client, "UNREACHED", 0.5)
     began = time.monotonic()
     with (
         opened(transfer=transfer, endpoint_url="http://127.0.0.1:9", deadline=60.0) as store,
@@ -809,9 +812,9 @@ def test_a_store_that_answers_slow_down_is_there(
 ) -> None:
     """A fleet that starts at once is not told that the endpoint may be misspelt."""
     store.put("k", b"bytes")
-    monkeypatch.setattr(s3_module, "UNREACHED", 0.0)
+    monkeypatch.setattr(s3_client, "UNREACHED", 0.0)
     for verb in ("head", "get", "list"):
-        with opened(store.prefix.strip("/"), transfer=store.access.transfer) as fresh:
+        with opened(store.client.prefix.strip("/"), transfer=store.access.transfer) as fresh:
             server.fault("status", code=503, times=2)
             assert verbs(fresh)[verb]()
 
@@ -829,7 +832,7 @@ def test_an_endpoint_whose_name_is_unknown_is_said_to_be(server: S3Server, trans
 def test_an_endpoint_that_gives_pages_is_no_store(
     server: S3Server, transfer: Transfer, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_module, "UNREACHED", 0.1)
+    monkeypatch.setattr(s3_client, "UNREACHED", 0.1)
     handler = type("Here", (s3fixtures.Page,), {"body": page.encode()})
     with (
         s3fixtures.http_server(handler) as endpoint,
@@ -858,7 +861,7 @@ def test_userinfo_in_an_endpoint_is_neither_used_nor_shown(
     with opened(prefix, transfer=transfer, endpoint_url=f"http://user:hunter2@{url.netloc}") as store:
         store.put("k", b"bytes")
         assert read(store, "k", 0, 5) == b"bytes"
-        assert "hunter2" not in store.uri + store.host
+        assert "hunter2" not in store.uri + store.client.host
         server.fault("status", code=403, times=0)
         for verb in verbs(store).values():
             with pytest.raises(StoreError) as caught:

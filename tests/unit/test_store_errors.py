@@ -15,7 +15,8 @@ from shardprep_runtime.errors import (
     StoreError,
 )
 from shardprep_runtime.stores.retry import Patience, Transient
-from shardprep_runtime.stores.s3 import S3Store, _may_lack_checksums
+from shardprep_runtime.stores.s3_answers import refusal
+from shardprep_runtime.stores.s3_upload import _may_lack_checksums
 from shardprep_runtime.stores.store import Access
 
 
@@ -37,11 +38,8 @@ def test_an_error_without_an_answer_has_no_status() -> None:
 
 
 def answer(status: int, code: str, headers: Mapping[str, str] = {}) -> Exception:
-    """What S3Store makes of an answer."""
-    pytest.importorskip("botocore")
-    access = Access(endpoint_url="http://localhost:1", region="us-east-1", anonymous=True)
-    with S3Store("bucket", "", access) as store:
-        return store.refusal("k", status, code, "why", headers)
+    """What is made of an answer of S3."""
+    return refusal("s3://bucket/k", status, code, "why", headers, host="localhost:1", region="us-east-1")
 
 
 @pytest.mark.parametrize(

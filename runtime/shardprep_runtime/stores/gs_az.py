@@ -28,7 +28,7 @@ from ..errors import (
     quote,
 )
 from .retry import Patience, Transient
-from .store import SCRATCH, Access, Chunk, FileRange, Sink, Stat, changed, read, where
+from .store import SCRATCH, Access, Chunk, FileRange, Sink, Stat, changed, holds, where
 
 REQUEST_SECONDS: Final = 300.0
 """For one request, body included: obstore knows no least rate. What has landed by then is not fetched again."""
@@ -249,13 +249,7 @@ class ObstoreStore:
                     f"{where(self, key)}: this store cannot replace an object conditionally; use a new name"
                 ) from None
             found = self.head(key)
-            # an earlier try may have succeeded although its answer was lost
-            if (
-                patience.tries
-                and found
-                and found.size == len(data)
-                and read(self, key, 0, found.size) == data
-            ):
+            if found and patience.tries and holds(self, key, found, data):
                 return found
             raise ConflictError(f"{where(self, key)}: was written by somebody else meanwhile")
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ..errors import SourceError
 from .connection import LEAST_RATE, Broken, Reply
+from .s3_answers import check_range
+from .s3_client import S3Client
 from .store import SCRATCH, Body, FileRange, Sink
-
-if TYPE_CHECKING:
-    from .s3 import S3Store
 
 CHECKSUM: Final = "x-amz-checksum-crc32"
 
@@ -19,25 +18,23 @@ CHECKSUM: Final = "x-amz-checksum-crc32"
 class BotoMover:
     """Each range a `get_object`, each part an `upload_part`."""
 
-    def __init__(self, store: S3Store) -> None:
-        self._store = store
+    def __init__(self, client: S3Client) -> None:
+        self._client = client
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None) -> str:
-        from .s3 import check_range
-
         stop = start + sink.left
         condition = {"IfMatch": version} if version else {}
-        answer = self._store.call_once(
+        answer = self._client.call_once(
             key,
             "get_object",
-            Key=self._store.prefix + key,
+            Key=self._client.prefix + key,
             Range=f"bytes={start}-{stop - 1}",
             **condition,
         )
         body = answer["Body"]
         try:
-            found = check_range(self._store, key, _reply(answer), start, stop, version)
-            idle = self._store.access.idle_timeout
+            found = check_range(self._client, key, _reply(answer), start, stop, version)
+            idle = self._client.access.idle_timeout
             began, came = time.monotonic(), 0
             while sink.left:
                 room = sink.room()[:SCRATCH]
@@ -59,7 +56,7 @@ class BotoMover:
         return found
 
     def put(self, key: str, query: Mapping[str, str], body: Body, headers: Mapping[str, str]) -> Reply:
-        params: dict[str, Any] = {"Key": self._store.prefix + key}
+        params: dict[str, Any] = {"Key": self._client.prefix + key}
         try:
             params["Body"] = (
                 b"".join(map(bytes, body.chunks())) if isinstance(body, FileRange) else bytes(body)
@@ -70,7 +67,7 @@ class BotoMover:
             params["ChecksumCRC32"] = headers[CHECKSUM]
         if query:
             params |= {"UploadId": query["uploadId"], "PartNumber": int(query["partNumber"])}
-        return _reply(self._store.call_once(key, "upload_part" if query else "put_object", **params))
+        return _reply(self._client.call_once(key, "upload_part" if query else "put_object", **params))
 
     def close(self) -> None:
         """The store closes its client."""

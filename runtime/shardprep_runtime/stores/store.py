@@ -125,16 +125,20 @@ class Upload(Protocol):
         """Stop, and leave what was sent to a later upload of the same key."""
 
 
-class Store(Protocol):
+class Named(Protocol):
+    """What messages can name: a store, or its client."""
+
+    @property
+    def uri(self) -> str:
+        """Without credentials; fit for messages."""
+
+
+class Store(Named, Protocol):
     """Named objects. Keys are relative, with `/` between words. Safe to use from several threads.
 
     Every verb retries what is transient, with full jitter, until `Access.deadline` has passed without progress, and
     raises StoreError (MissingError, ConflictError, DeniedError) at once for what is not.
     """
-
-    @property
-    def uri(self) -> str:
-        """Without credentials; fit for messages."""
 
     def head(self, key: str) -> Stat | None:
         """What is known of an object; None where there is none."""
@@ -220,14 +224,29 @@ def read_small(store: Store, key: str, *, most: int) -> tuple[bytes, Stat] | Non
     return read(store, key, 0, stat.size, version=stat.version), stat
 
 
-def where(store: Store, key: str) -> str:
+def holds(store: Store, key: str, found: Stat, data: bytes) -> bool:
+    """Whether an object holds `data`: then an earlier put has succeeded, although its answer was lost.
+
+    Args:
+        store: Where the object lies.
+        key: Its key.
+        found: What is known of it.
+        data: What was to be put.
+
+    Returns:
+        Whether all of its bytes are those of `data`.
+    """
+    return found.size == len(data) and read(store, key, 0, found.size) == data
+
+
+def where(named: Named, key: str) -> str:
     """How a message names an object."""
-    return quote(f"{store.uri.rstrip('/')}/{key}")
+    return quote(f"{named.uri.rstrip('/')}/{key}")
 
 
-def changed(store: Store, key: str) -> SourceError:
+def changed(named: Named, key: str) -> SourceError:
     """The error of an object that was replaced while it was read."""
-    return SourceError(f"{where(store, key)}: the object was replaced while it was read; run again")
+    return SourceError(f"{where(named, key)}: the object was replaced while it was read; run again")
 
 
 def missing(store: Store, key: str) -> StoreError:
