@@ -840,7 +840,7 @@ def test_an_endpoint_that_gives_pages_is_no_store(
     ):
         for verb in verbs(store).values():
             began = time.monotonic()
-            with pytest.raises(StoreError, match=r"(an endpoint of S3|knows no ranges, or is no store)"):
+            with pytest.raises(StoreError, match=r"(an endpoint of S3|knows no ranges, or is not a store)"):
                 verb()
             assert time.monotonic() - began < 4
 

@@ -33,7 +33,7 @@ class Broken(Exception):  # noqa: N818 - always tried again by the store
     def __init__(self, message: str, *, version: str | None = None, unanswered: bool = False) -> None:
         super().__init__(message)
         self.version = version
-        """Of the bytes that did come."""
+        """Version of the object that the bytes that did come are of; None where none came."""
         self.unanswered = unanswered
         """Whether it was closed from the other side before the answer began."""
 
@@ -93,7 +93,18 @@ class Connection:
         self._http.sock = self._socket
 
     def request(self, method: str, path: str, headers: Mapping[str, str], body: Body | None) -> Reply:
-        """Send a request and read the head of its answer. Raises Broken."""
+        """Send a request and read the head of its answer.
+
+        Args:
+            method: GET or PUT.
+            path: Path and query, encoded.
+            headers: Headers to send; a signed request's have its signature.
+            body: What is sent after them; None: nothing.
+
+        Raises:
+            Broken: Where the connection fails.
+            SourceError: Where the file that is sent cannot be read.
+        """
         self.requests += 1
         self._received = False
         try:
@@ -145,9 +156,14 @@ class Connection:
             self._socket.settimeout(self._idle_timeout)
 
     def receive(self, sink: Sink, *, version: str | None) -> None:
-        """Put the body of the last answer, `sink.left` bytes that were checked to be its length, into `sink`.
+        """Bring the body of the last answer into `sink`.
 
-        Raises Broken where the connection fails or is too slow; what has landed has landed.
+        Args:
+            sink: Wants as many bytes as the body was checked to have.
+            version: Version of the object that they are of.
+
+        Raises:
+            Broken: Where the connection fails or is too slow; what has landed has landed.
         """
         response = self._response
         assert response is not None
@@ -156,7 +172,7 @@ class Connection:
             response.fp.read(len(early))
         except (OSError, http.client.HTTPException) as error:
             raise Broken(_said(error), version=version) from None
-        # from here on an OSError is the sink's: a full disk is no failure of the connection
+        # from here on an OSError is the sink's: a full disk is not a failure of the connection
         while early:
             room = sink.room()[: len(early)]
             room[:] = early[: len(room)]
@@ -250,7 +266,7 @@ def _open(address: tuple[str, int], timeout: float) -> socket.socket:
 
 
 def _read(body: FileRange) -> Iterator[memoryview]:
-    """The bytes of a file. An OSError of the file is none of the connection's, which would be tried again."""
+    """The bytes of a file. An OSError of the file is not the connection's, which would be tried again."""
     try:
         yield from body.chunks()
     except OSError as error:

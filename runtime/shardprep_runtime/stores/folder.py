@@ -182,7 +182,7 @@ class FolderUpload:
 
     def __init__(self, store: FolderStore, key: str, parts: Sequence[tuple[int, int]]) -> None:
         self.store, self.key, self.parts = store, key, tuple(parts)
-        store._path(key)  # what is no key is refused before anything is written
+        store._path(key)  # what is not a key is refused before anything is written
         folder = store.folder / UPLOADS
         self.path = folder / f"{time.time_ns():x}-{secrets.token_hex(8)}"
         try:

@@ -31,19 +31,19 @@ from .retry import Patience, Transient
 from .store import SCRATCH, Access, Chunk, FileRange, Sink, Stat, changed, holds, where
 
 REQUEST_SECONDS: Final = 300.0
-"""For one request, body included: obstore knows no least rate. What has landed by then is not fetched again."""
+"""Seconds of one request, body included: obstore knows no least rate. What has landed is not fetched again."""
 
 UNREACHED: Final = 20.0
 """Seconds for which a store that has not answered yet is tried."""
 
 SENT_BYTES: Final = 8 * 2**20
-"""Of one request of an upload."""
+"""Bytes of one request of an upload."""
 
 SENT_AT_ONCE: Final = 4
-"""Requests of one upload."""
+"""Requests of one upload that run at a time."""
 
 MOST_SENDS: Final = 3
-"""Of a whole object that failed midway: each of its requests has been tried again by itself before."""
+"""How often a whole object is sent that fails midway: each request has been tried again by itself before."""
 
 REFUSED: Final = re.compile(r"status(?: code)?:? (4\d\d)(?<!408)(?<!425)(?<!429)")
 """In obstore's words, an answer that will not change."""
@@ -62,7 +62,6 @@ class ObstoreStore:
     """A bucket or container, under a prefix."""
 
     def __init__(self, scheme: str, bucket: str, prefix: str, access: Access) -> None:
-        _import()
         made = _connect(scheme, bucket, access)
         self._store = made(0)
         self.patient = made(10)
@@ -84,7 +83,12 @@ class ObstoreStore:
         """Nothing to do: obstore closes its connections when they have been idle."""
 
     def persist(self, key: str, work: Callable[[Patience], T]) -> T:
-        """Do `work` until it succeeds, fails for good, or the deadline passes without progress."""
+        """Do some work until it succeeds, fails for good, or the deadline passes without progress.
+
+        Args:
+            key: The object, for messages.
+            work: One try. Raises Transient for what may pass.
+        """
         # a store that never answered is more likely misspelt than overloaded
         patience = Patience(self.access.deadline if self._reached else min(self.access.deadline, UNREACHED))
         while True:
@@ -105,7 +109,16 @@ class ObstoreStore:
             raise DeniedError(f"{where(self, key)}: without credentials gs:// can only be read")
 
     def ask(self, key: str, request: Callable[[], T]) -> T:
-        """One request of obstore. Raises Transient for what may pass, and errors of ours for what does not."""
+        """Make one request of obstore.
+
+        Args:
+            key: The object, for messages.
+            request: Makes it.
+
+        Raises:
+            Transient: For what may pass.
+            ShardprepError: For what does not.
+        """
         from obstore.exceptions import BaseError
 
         try:
@@ -298,7 +311,12 @@ class ObstoreStore:
                     raise
 
     def abort_uploads(self, prefix: str, *, before: float) -> int:
-        """None: obstore cannot see them. Azure drops them after a week, Google by a rule of the bucket."""
+        """Drop nothing: obstore cannot see them. Azure drops them after a week, Google by a rule of the bucket.
+
+        Args:
+            prefix: Not looked at, like `before`.
+            before: See `prefix`.
+        """
         return 0
 
     def _stat(self, meta: Mapping[str, Any]) -> Stat:
@@ -427,18 +445,13 @@ class _Broken(Exception):  # noqa: N818 - always tried again
         self.version = version
 
 
-def _import() -> None:
-    try:
-        import obstore  # noqa: F401
-    except ImportError:
-        raise InputError("gs:// and az:// need obstore: pip install 'shardprep[obstore]'") from None
-
-
 def _connect(scheme: str, bucket: str, access: Access) -> Callable[[int], Any]:
     """What makes obstore's store, given how often it tries a request again by itself."""
-    from obstore.exceptions import BaseError
-    from obstore.store import AzureStore, GCSStore
-
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import AzureStore, GCSStore
+    except ImportError:
+        raise InputError("gs:// and az:// need obstore: pip install 'shardprep[obstore]'") from None
     if access.profile is not None or access.region is not None:
         raise InputError(f"a profile and a region are of s3://, not of {scheme}://")
     client = {

@@ -41,7 +41,7 @@ def split_uri(uri: str) -> tuple[str, str, str]:
     prefix = prefix.strip("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:-]{1,254}", bucket):
         raise InputError(
-            f"{quote(uri)}: {quote(bucket)} is no name of a bucket; write {scheme}://bucket/prefix"
+            f"{quote(uri)}: {quote(bucket)} is not the name of a bucket; write {scheme}://bucket/prefix"
         )
     if any(word in ("", ".", "..") for word in prefix.split("/")) and prefix:
         raise InputError(f"{quote(uri)}: the prefix {quote(prefix)} has an empty or dotted word")

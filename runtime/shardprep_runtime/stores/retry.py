@@ -42,7 +42,7 @@ class Transient(Exception):  # noqa: N818 - never leaves the store: it is tried 
 
 
 class Patience:
-    """Of one job: how long it has gone without progress.
+    """Knows how long one job has gone without progress.
 
     Pauses are drawn evenly from 0 to a bound that doubles (AWS Architecture Blog, "Exponential Backoff And Jitter":
     full jitter), so that a fleet that was refused at once does not come back at once.
@@ -67,7 +67,15 @@ class Patience:
         self._last = time.monotonic()
 
     def pause(self, error: Transient, *, where: str) -> None:
-        """Sleep before the next try. Raises StoreError once the deadline has passed without progress."""
+        """Sleep before the next try.
+
+        Args:
+            error: Why the last one failed.
+            where: The object, for the message.
+
+        Raises:
+            StoreError: Once the deadline has passed without progress, with the facts of `error`.
+        """
         bound = min(LONGEST_PAUSE, FIRST_PAUSE * 2**self._tries)
         self._tries += 1
         pause = random.uniform(0, bound)  # noqa: S311 - spreads retries, keeps no secret

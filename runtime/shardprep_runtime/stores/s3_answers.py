@@ -183,7 +183,7 @@ def check_range(named: Named, key: str, reply: Reply, start: int, stop: int, ver
             kind = quote(reply.headers.get("content-type", "no type"))
             raise Transient(
                 f"bytes {start} to {stop} were asked for, the answer is {reply.status} without a range ({kind}): "
-                "the store or something in between knows no ranges, or is no store",
+                "the store or something in between knows no ranges, or is not a store",
                 most=3,
             )
     elif (int(given[1]), int(given[2]) + 1) != (start, stop):

@@ -33,10 +33,31 @@ class Mover(Protocol):
     """What moves the data of one store."""
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None) -> str:
-        """One try of `Store.get`. Raises Transient for what may pass."""
+        """One try of `Store.get`.
+
+        Args:
+            key: As there, like the others.
+            start: First byte.
+            sink: Where the bytes go.
+            version: Version that the object must have; None: any.
+
+        Raises:
+            Transient: For what may pass.
+            Broken: Where the connection failed, with the version that the bytes are of which came.
+        """
 
     def put(self, key: str, query: Mapping[str, str], body: Body, headers: Mapping[str, str]) -> Reply:
-        """One try of a PUT. Raises Transient for what may pass."""
+        """One try of a PUT.
+
+        Args:
+            key: Key of the object, without the store's prefix.
+            query: Number of the part and id of its upload; empty for a whole object.
+            body: What is sent.
+            headers: Checksums.
+
+        Raises:
+            Transient: For what may pass.
+        """
 
     def close(self) -> None:
         """Close connections."""
@@ -80,7 +101,11 @@ class S3Client:
                 self._connected[1].close()
 
     def credentials(self) -> Any:
-        """The user's credentials as they are now; None where requests are anonymous. Raises DeniedError without any."""
+        """The user's credentials as they are now; None where requests are anonymous.
+
+        Raises:
+            DeniedError: Where there are none.
+        """
         if self.access.anonymous:
             return None
         with self._lock:
@@ -119,7 +144,12 @@ class S3Client:
         return self.access.deadline if self._reached else min(self.access.deadline, UNREACHED)
 
     def persist(self, key: str, work: Callable[[Patience], T]) -> T:
-        """Do `work` until it succeeds, fails for good, or the deadline passes without progress."""
+        """Do some work until it succeeds, fails for good, or the deadline passes without progress.
+
+        Args:
+            key: The object, for messages.
+            work: One try. Raises Transient for what may pass, Expired for credentials that have.
+        """
         patience = Patience(self._deadline)
         used, renewed = None, False
         while True:
@@ -147,11 +177,31 @@ class S3Client:
                 renewed = True
 
     def call(self, key: str, name: str, **params: Any) -> Any:
-        """One of botocore's operations on this bucket, retried."""
+        """Ask for one of botocore's operations on this bucket, retried.
+
+        Args:
+            key: The object, for messages.
+            name: The operation, as botocore's method is called.
+            params: What it is given beside the bucket, as botocore names it.
+
+        Returns:
+            What botocore made of the answer.
+        """
         return self.persist(key, lambda _: self.call_once(key, name, **params))
 
     def call_once(self, key: str, name: str, **params: Any) -> Any:
-        """One of botocore's operations on this bucket. Raises Transient for what may pass."""
+        """Ask once, as `call` does until it is answered.
+
+        Args:
+            key: As `call`'s, like the others.
+            name: The operation.
+            params: What it is given.
+
+        Raises:
+            Transient: For what may pass.
+            Expired: For credentials that have expired.
+            StoreError: For what will not pass.
+        """
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
 
@@ -190,7 +240,15 @@ class S3Client:
     def refusal(
         self, key: str, status: int, code: str, message: str, headers: Mapping[str, str]
     ) -> Exception:
-        """What an answer that does not say success means, as `s3_answers.refusal` has it."""
+        """What an answer that does not say success means, as `s3_answers.refusal` has it.
+
+        Args:
+            key: Key of the object, without the store's prefix.
+            status: As there, like the others.
+            code: The store's name of the error.
+            message: What the store says of it.
+            headers: Headers of the answer.
+        """
         if "x-amz-request-id" in headers:
             self._reached = True
         region = self.boto.meta.region_name

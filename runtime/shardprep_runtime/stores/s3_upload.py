@@ -191,7 +191,7 @@ class S3Upload:
 
 
 def _may_lack_checksums(error: StoreError) -> bool:
-    """Whether a store may only not know checksums; never one that found another.
+    """Whether a store may just not know checksums; never true where it found another one.
 
     Args:
         error: What it answered to a request with a checksum.
@@ -220,7 +220,15 @@ def _md5(body: Body) -> str:
 
 
 def unfinished(client: S3Client, prefix: str) -> Iterator[Mapping[str, Any]]:
-    """Multipart uploads that were begun and not ended, as botocore describes them."""
+    """Multipart uploads that were begun and not ended.
+
+    Args:
+        client: Client of the store.
+        prefix: How the keys of their objects begin.
+
+    Yields:
+        Each as botocore describes it.
+    """
     more: dict[str, str] = {}
     while True:
         page = client.call(prefix, "list_multipart_uploads", Prefix=client.prefix + prefix, **more)
@@ -231,7 +239,16 @@ def unfinished(client: S3Client, prefix: str) -> Iterator[Mapping[str, Any]]:
 
 
 def abort_uploads(client: S3Client, prefix: str, *, before: float) -> int:
-    """As `Store.abort_uploads`."""
+    """Drop unfinished uploads, as `Store.abort_uploads`.
+
+    Args:
+        client: Client of the store.
+        prefix: How the keys of their objects begin.
+        before: Those begun before this time, in seconds since the epoch.
+
+    Returns:
+        How many there were.
+    """
     count = 0
     for each in list(unfinished(client, prefix)):
         if each["Initiated"].timestamp() < before:

@@ -69,7 +69,7 @@ class Sink(Protocol):
 
 @dataclass(slots=True)
 class FileRange:
-    """Bytes [start, stop) of an open file, to be sent from the file itself where the store can."""
+    """Bytes [start, stop) of an open file, which are sent from the file itself where the store can."""
 
     fd: int
     start: int
@@ -79,7 +79,11 @@ class FileRange:
         return self.stop - self.start
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes, through one buffer. Raises OSError where the file has become shorter."""
+        """The bytes, through one buffer.
+
+        Raises:
+            OSError: Where the file has become shorter.
+        """
         buffer = memoryview(bytearray(min(SCRATCH, len(self))))
         at = self.start
         while at < self.stop:
@@ -99,7 +103,7 @@ class Chunk:
 
     body: Body
     crc32: int | None = None
-    """zlib's; sent along where the store checks it."""
+    """Checksum of the body as zlib makes it; sent along where the store checks it."""
 
 
 class Upload(Protocol):
@@ -113,13 +117,33 @@ class Upload(Protocol):
         """Bytes [start, stop) of each part."""
 
     def has(self, number: int, chunk: Callable[[], Chunk]) -> bool:
-        """Whether an earlier, unfinished upload has left this part in the store. Calls `chunk` only to compare."""
+        """Whether an earlier, unfinished upload has left this part in the store.
+
+        Args:
+            number: Index of the part in `parts`.
+            chunk: Called for the part only where there is something to compare it with.
+        """
 
     def send(self, number: int, chunk: Chunk) -> bool:
-        """Send one part. True where the store has checked its checksum. Raises StoreError."""
+        """Send one part.
+
+        Args:
+            number: Index of the part in `parts`.
+            chunk: Its bytes.
+
+        Returns:
+            Whether the store has checked its checksum.
+
+        Raises:
+            StoreError: Where the store refuses it.
+        """
 
     def finish(self) -> Stat:
-        """Make the object of its parts, all of which were sent. Raises StoreError."""
+        """Make the object of its parts, all of which were sent.
+
+        Raises:
+            StoreError: Where the store refuses, or has made another object.
+        """
 
     def leave(self) -> None:
         """Stop, and leave what was sent to a later upload of the same key."""
@@ -144,35 +168,69 @@ class Store(Named, Protocol):
         """What is known of an object; None where there is none."""
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
-        """Put the bytes from `start` on into `sink` until it wants no more, and give the version that they are of.
+        """Bring the bytes of an object into `sink`. A broken transfer is resumed at the byte.
 
-        With `version` it must still be that one. A broken transfer is resumed at the byte. Raises SourceError where
-        the object changed meanwhile or ends before the sink has all, MissingError where there is none.
+        Args:
+            key: Key of the object.
+            start: First byte; the last is where the sink is full (exclusive).
+            sink: Where the bytes go; it wants at least one.
+            version: Version that the object must have; None: any.
+
+        Returns:
+            The version that the bytes are of.
+
+        Raises:
+            SourceError: Where the object changed meanwhile, or ends before the sink has all.
+            MissingError: Where there is none.
         """
 
     def put(self, key: str, data: bytes) -> Stat:
-        """Put a small object whole, whatever was there."""
+        """Put a small object whole, whatever was there.
+
+        Args:
+            key: Key of the object.
+            data: All of its bytes.
+        """
 
     def put_if(self, key: str, data: bytes, *, version: str | None) -> Stat:
-        """Put a small object only where the key has this `version` now (None: only where it is absent).
+        """Put a small object only where the key has a certain version now.
 
-        Raises ConflictError, and changes nothing, otherwise.
+        Args:
+            key: Key of the object.
+            data: All of its bytes.
+            version: The version that it must have; None: there must be no object.
+
+        Raises:
+            ConflictError: Where it has another one; nothing is changed then.
         """
 
     def upload(self, key: str, parts: Sequence[tuple[int, int]]) -> Upload:
-        """Begin to put an object whose parts may be cut at `parts`, bytes [start, stop) that follow each other.
+        """Begin to put an object.
 
-        The upload says in its own `parts` how it wants them: the same, or several joined to one.
+        Args:
+            key: Key of the object.
+            parts: Where it may be cut: bytes [start, stop) that follow each other.
+
+        Returns:
+            The upload, which says in its own `parts` how it wants them: the same, or several joined to one.
         """
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        """Every object whose key begins with `prefix`, in no order. Raises rather than giving a part of them."""
+        """Every object whose key begins with `prefix`, in any order. Raises rather than giving a part of them."""
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; those that are gone already are no error."""
+        """Remove objects. One that is gone already is not an error."""
 
     def abort_uploads(self, prefix: str, *, before: float) -> int:
-        """Drop unfinished uploads begun before that time (seconds since the epoch); how many there were."""
+        """Drop unfinished uploads.
+
+        Args:
+            prefix: How the keys of their objects begin.
+            before: Those begun before this time, in seconds since the epoch.
+
+        Returns:
+            How many there were.
+        """
 
     def close(self) -> None:
         """Close connections. The store cannot be used any more."""
@@ -185,7 +243,7 @@ class Store(Named, Protocol):
 
 
 class BufferSink:
-    """Takes a range into memory of the caller."""
+    """Puts a range into memory of the caller."""
 
     def __init__(self, into: memoryview) -> None:
         self._rest = into
@@ -202,7 +260,15 @@ class BufferSink:
 
 
 def read(store: Store, key: str, start: int, stop: int, *, version: str | None = None) -> bytes:
-    """Bytes [start, stop) of an object."""
+    """Read bytes of an object.
+
+    Args:
+        store: Where the object lies.
+        key: Its key.
+        start: First byte.
+        stop: Where the bytes end (exclusive).
+        version: Version that the object must have; None: any.
+    """
     found = bytearray(stop - start)
     if found:
         with memoryview(found) as into:
@@ -211,7 +277,15 @@ def read(store: Store, key: str, start: int, stop: int, *, version: str | None =
 
 
 def read_small(store: Store, key: str, *, most: int) -> tuple[bytes, Stat] | None:
-    """A whole object of at most `most` bytes, and what is known of it; None where there is none.
+    """Read a whole object that must be small.
+
+    Args:
+        store: Where the object lies.
+        key: Its key.
+        most: Bytes that it may have.
+
+    Returns:
+        Its bytes and what is known of it; None where there is none.
 
     Raises:
         FormatError: For a larger one, before any of it is fetched.
@@ -240,15 +314,30 @@ def holds(store: Store, key: str, found: Stat, data: bytes) -> bool:
 
 
 def where(named: Named, key: str) -> str:
-    """How a message names an object."""
+    """How a message names an object.
+
+    Args:
+        named: The store that it lies in.
+        key: Its key.
+    """
     return quote(f"{named.uri.rstrip('/')}/{key}")
 
 
 def changed(named: Named, key: str) -> SourceError:
-    """The error of an object that was replaced while it was read."""
+    """The error of an object that was replaced while it was read.
+
+    Args:
+        named: The store that it lies in.
+        key: Its key.
+    """
     return SourceError(f"{where(named, key)}: the object was replaced while it was read; run again")
 
 
-def missing(store: Store, key: str) -> StoreError:
-    """The error of an object that is not there."""
-    return MissingError(f"{where(store, key)}: no such object")
+def missing(named: Named, key: str) -> StoreError:
+    """The error of an object that is not there.
+
+    Args:
+        named: The store that does not have it.
+        key: Its key.
+    """
+    return MissingError(f"{where(named, key)}: no such object")
