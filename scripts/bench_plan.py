@@ -39,7 +39,9 @@ from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 from shardprep_runtime.format.dtypes import nbytes
 from shardprep_runtime.format.header import dump_header
 from shardprep_runtime.format.manifest import Entry, Manifest, Part
+from shardprep_runtime.format.read_manifest import parse_manifest
 from shardprep_runtime.format.view import Place, View, plan_view
+from shardprep_runtime.format.write_manifest import dump_manifest
 from shardprep_runtime.shard.shard_set import ShardSet
 
 GRAIN = 8
@@ -266,7 +268,7 @@ def cut(model: str, file: str) -> dict[str, float]:
     }
     began = time.perf_counter()
     manifest = manifest_of(index, layout, plan, {})
-    raw = manifests.dump(manifest)
+    raw = dump_manifest(manifest)
     found["dump s"] = time.perf_counter() - began
     found["manifest MB"] = len(raw) / 1e6
     needed = {part.path for part in view_of(manifest).parts}
@@ -276,7 +278,7 @@ def cut(model: str, file: str) -> dict[str, float]:
             header = plan.header(part, None)
             digests[part.path] = manifests.digest_of(header)
             sparse(Path(file).with_name(part.path), header, part.size)
-    Path(file).write_bytes(manifests.dump(manifest_of(index, layout, plan, digests)))
+    Path(file).write_bytes(dump_manifest(manifest_of(index, layout, plan, digests)))
     return found
 
 
@@ -313,7 +315,7 @@ def worker(_: str, file: str) -> dict[str, float]:
     raw = Path(file).read_bytes()
     before = resident_bytes()
     began = time.perf_counter()
-    manifest = manifests.parse(raw)
+    manifest = parse_manifest(raw)
     parsed = time.perf_counter()
     view = view_of(manifest)
     ended = time.perf_counter()

@@ -119,10 +119,11 @@ def make_payloads(chosen: argparse.Namespace, work: Path, root: Path) -> dict[st
 def publish_set(checkpoint: Path, folder: Path, root: Path, prefix: str, grain: int) -> Payload:
     """Split, and lay the parts out as a push would: blobs by digest, and the manifest."""
     from shardprep_runtime.format import manifest as manifests
+    from shardprep_runtime.format.read_manifest import read_manifest
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     benchlib.run_once(SHARDPREP, "split", checkpoint, folder, "--tensor-parallel-size", str(grain))
-    manifest = manifests.read(folder)
+    manifest = read_manifest(folder)
     bucket = root / BUCKET
     blobs = bucket / prefix / "blobs"
     blobs.mkdir(parents=True)

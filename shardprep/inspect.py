@@ -11,6 +11,7 @@ from pathlib import Path
 from shardprep_runtime.errors import InputError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Part
+from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.stores.store import Access
 
 from .index import Index, LeftOut, SourceFile, Tensor, natural
@@ -71,7 +72,7 @@ def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
     with open_source(path, access, data=False) as source:
         index = read_checkpoint(source)
         scheme, parameters, unknown = _numbers(index)
-    manifest = manifests.read(path) if index.kind == "shard set" else None
+    manifest = read_manifest(path) if index.kind == "shard set" else None
     tensors = tuple(sorted(index.tensors.values(), key=lambda tensor: natural(tensor.name)))
     model_type = index.config.get("model_type")
     return Inspection(

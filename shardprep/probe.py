@@ -24,6 +24,7 @@ from shardprep_runtime.errors import (
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Manifest, Probe, Response
 from shardprep_runtime.format.view import Place
+from shardprep_runtime.format.write_manifest import dump_manifest
 from shardprep_runtime.shard.loading import load_parts
 from shardprep_runtime.stores.store import read
 
@@ -68,7 +69,7 @@ def record_probe(manifest: Manifest, written: Destination, *, workers: int | Non
             contextlib.redirect_stdout(sys.stderr),  # where GPTQModel tells of its kernels
         ):
             _bring_config(manifest, written, Path(folder))
-            digest = manifests.digest_of(manifests.dump(manifest))
+            digest = manifests.digest_of(dump_manifest(manifest))
             for number in range(manifest.layers):
                 found |= _observed(manifest, written, number, Path(folder), digest, workers)
     except (InputError, IntegrityError) as error:  # which would have the parts removed

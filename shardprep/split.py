@@ -23,6 +23,8 @@ from shardprep_runtime.format.manifest import (
     QuantizationReport,
     SideFile,
 )
+from shardprep_runtime.format.read_manifest import parse_manifest
+from shardprep_runtime.format.write_manifest import dump_manifest
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION, check_revision
 from shardprep_runtime.stores.open import is_uri
 from shardprep_runtime.stores.store import Access
@@ -173,8 +175,8 @@ def split(
             )
             if probe:
                 manifest = replace(manifest, probe=record_probe(manifest, staging, workers=conduct.workers))
-            raw = manifests.dump(manifest)
-            manifests.parse(raw)  # what no reader would take must not be published
+            raw = dump_manifest(manifest)
+            parse_manifest(raw)  # what no reader would take must not be published
             staging.complete(manifests.FILE_NAME, raw)
     digest = manifests.digest_of(raw)
     return _report(plan, index, layout, destination, tensor_parallel_size, chosen, probe, digest)

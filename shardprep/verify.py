@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardprep_runtime.format import manifest as manifests
+from shardprep_runtime.format.read_manifest import find_manifest, read_manifest
 from shardprep_runtime.shard.parts import Block, blocks_of, check_blocks, default_workers
 
 from .files import LocalFolder
@@ -35,9 +36,9 @@ def verify(
 
     Raises ManifestError, FormatError or IntegrityError that names the first bad part, tensor and block.
     """
-    file = manifests.find(path)
+    file = find_manifest(path)
     raw_digest = manifests.digest_of(file.read_bytes()) if file.stat().st_size <= manifests.MAX_BYTES else ""
-    manifest = manifests.read(file, digest=manifest_digest)
+    manifest = read_manifest(file, digest=manifest_digest)
     parts = open_parts(file.parent, manifest)
     try:
         located = locate_pieces(manifest, parts)

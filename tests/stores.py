@@ -12,7 +12,7 @@ from types import TracebackType
 
 from shardprep_runtime.errors import SourceError
 from shardprep_runtime.format.manifest import FILE_NAME, Manifest
-from shardprep_runtime.format.manifest import read as read_manifest
+from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.shard.revisions import blob_key, manifest_key
 from shardprep_runtime.stores.store import Sink, Stat, Store, Upload, where
 

@@ -46,6 +46,7 @@ from shardprep_runtime.errors import (
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.grid import Stages
 from shardprep_runtime.format.manifest import PLACEMENTS, Layer, Manifest, lines_of
+from shardprep_runtime.format.read_manifest import read_named
 from shardprep_runtime.format.view import Place, choose_stages
 from shardprep_runtime.shard.filesystem import sync_folder
 from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_manifest
@@ -392,10 +393,7 @@ def _manifest_of(
         with open_store(str(source), access) as store:
             raw, manifest = read_manifest(store, revision, digest)
         return manifest, manifests.digest_of(raw)
-    file = manifests.find(source)
-    raw = file.read_bytes()
-    found = digest or manifests.digest_of(raw)
-    return manifests.read(file, digest=found), found
+    return read_named(source, digest=digest)
 
 
 def _chosen(manifest: Manifest, stages: int | Sequence[Sequence[int]]) -> Stages:

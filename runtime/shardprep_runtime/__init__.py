@@ -24,7 +24,7 @@ from .engines.transformers_state import transformers_state
 from .errors import ShardprepError
 from .format.grid import Grid
 from .format.manifest import Manifest
-from .format.manifest import read as read_manifest
+from .format.read_manifest import read_manifest
 from .format.view import Place, View, plan_view
 from .shard.cache import Cache
 from .shard.prefetch import Prefetch

@@ -22,6 +22,7 @@ from typing import Final
 from shardprep_runtime.errors import InputError, ManifestError, StoreError, quote
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Manifest, Part, SideFile
+from shardprep_runtime.format.read_manifest import parse_manifest
 from shardprep_runtime.shard.revisions import (
     BLOBS,
     MANIFESTS,
@@ -84,7 +85,7 @@ def _describe(store: Store, revision: str, stat: Stat) -> Revision | None:
         if found is None:
             return None
         raw = found[0]
-        manifest = manifests.parse(raw, where=where(store, manifest_key(revision)))
+        manifest = parse_manifest(raw, where=where(store, manifest_key(revision)))
     except ManifestError as error:
         digest = manifests.digest_of(raw) if raw else ""
         return Revision(revision, digest, stat.modified, 0, 0, 0, str(error))
@@ -258,7 +259,7 @@ class _Named:
             found = fetch_manifest(self._store, revision)
             if found is None:  # removed meanwhile; what it named is not known, and younger than no grace
                 return None
-            return manifests.parse(found[0], where=where(self._store, manifest_key(revision)))
+            return parse_manifest(found[0], where=where(self._store, manifest_key(revision)))
         except ManifestError as error:
             raise InputError(f"{error}; nothing is removed while a manifest cannot be followed") from None
 

@@ -36,6 +36,7 @@ from shardprep_runtime.errors import (
 )
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Manifest
+from shardprep_runtime.format.read_manifest import find_manifest, read_manifest
 from shardprep_runtime.shard.revisions import (
     DEFAULT_REVISION,
     blob_key,
@@ -109,10 +110,10 @@ def push(
     key = manifest_key(revision)
     conduct = conduct or Conduct()
     workers = conduct.workers or CONNECTIONS
-    file = manifests.find(folder)
+    file = find_manifest(folder)
     raw = file.read_bytes() if file.stat().st_size <= manifests.MAX_BYTES else b""
     digest = manifest_digest or manifests.digest_of(raw)
-    manifest = manifests.read(file, digest=digest)
+    manifest = read_manifest(file, digest=digest)
     if manifests.digest_of(raw) != digest:
         raise ManifestError(f"{quote(file)}: changed while it was read; run again")
     with contextlib.ExitStack() as stack:

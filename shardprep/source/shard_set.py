@@ -7,8 +7,8 @@ from pathlib import Path
 
 from shardprep_runtime.errors import ManifestError, quote
 from shardprep_runtime.format import cut
-from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Manifest
+from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.shard.parts import OpenPart, PieceSpan, open_part
 
 from ..files import LocalFolder
@@ -59,7 +59,7 @@ def locate_pieces(manifest: Manifest, parts: list[OpenPart]) -> dict[str, list[t
 
 def read_shard_set(folder: Path) -> tuple[Index, Manifest]:
     """The index of a shard set's tensors, put together from their pieces, and its manifest."""
-    manifest = manifests.read(folder)
+    manifest = read_manifest(folder)
     parts = open_parts(folder, manifest)
     try:
         tensors = {}

@@ -26,7 +26,9 @@ from shardprep_runtime.format import dtypes
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.cut import Layout, Segment
 from shardprep_runtime.format.header import MAX_DIMS, MAX_HEADER_BYTES, PAGE, parse_header
+from shardprep_runtime.format.read_manifest import parse_manifest
 from shardprep_runtime.format.view import Place
+from shardprep_runtime.format.write_manifest import dump_manifest
 from shardprep_runtime.shard.shard_set import open_set
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,7 @@ def example(title: str) -> str:
 
 
 def parsed(fields: Any) -> manifests.Manifest:
-    return manifests.parse(json.dumps(fields).encode())
+    return parse_manifest(json.dumps(fields).encode())
 
 
 def without_tool(raw: str) -> Any:
@@ -153,7 +155,7 @@ def test_example_manifests_are_valid_and_written_back_as_they_are(path: Path) ->
     VALIDATOR.validate(json.loads(raw))
     # the writer leaves no key out, but for the probe that was not asked for
     assert list(json.loads(raw)) == [key for key in SCHEMA["properties"] if key != "probe"]
-    assert manifests.dump(manifests.parse(raw)) == raw
+    assert dump_manifest(parse_manifest(raw)) == raw
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*/shardprep.json")), ids=lambda path: path.parent.name)
@@ -161,8 +163,8 @@ def test_frozen_manifests_are_valid_and_say_the_same_when_they_are_written_anew(
     raw = path.read_bytes()
     VALIDATOR.validate(json.loads(raw))
     assert json.loads(raw).keys() <= SCHEMA["properties"].keys()
-    found = manifests.parse(raw)
-    assert manifests.parse(manifests.dump(found)) == found
+    found = parse_manifest(raw)
+    assert parse_manifest(dump_manifest(found)) == found
 
 
 def test_a_probe_is_written_back_as_it_is_and_one_of_another_method_is_left_alone(
@@ -173,12 +175,12 @@ def test_a_probe_is_written_back_as_it_is_and_one_of_another_method_is_left_alon
     found = parsed(fields)
     assert found.probe is not None
     assert len(found.probe.layers) == 1
-    raw = manifests.dump(found)
+    raw = dump_manifest(found)
     assert json.loads(raw)["probe"] == probe_of(1)
-    assert manifests.dump(manifests.parse(raw)) == raw
+    assert dump_manifest(parse_manifest(raw)) == raw
     without = copy.deepcopy(fields)
     del without["probe"]
-    assert manifests.dump(parsed(without)) == raw[: raw.index(b',\n  "probe"')] + b"\n}\n"
+    assert dump_manifest(parsed(without)) == raw[: raw.index(b',\n  "probe"')] + b"\n}\n"
     fields["probe"] = {"method": "noise-2", "layers": "whatever it holds"}
     VALIDATOR.validate(fields)
     assert parsed(fields).probe is None
@@ -300,7 +302,7 @@ REFUSED_BY_BOTH = [
     (set_at("forms", 0, "layout", value={"cut": "diagonal"}), "this reader knows whole, units, chunks"),
     (set_at("forms", 0, "shape", value=[]), "without dims cannot be cut"),
     (set_at("forms", 2, "layout", "segments", value=[]), "must add up"),
-    (set_at("forms", 5, "layout", "segments", 0, 1, value=0), "no multiple of 0 units"),
+    (set_at("forms", 5, "layout", "segments", 0, 1, value=0), "not a multiple of 0 units"),
     (set_at("forms", 5, "layout", "segments", 0, 2, value=1), "true or false"),
     (set_at("tensors", "model.norm.weight", 1, value="middle"), "nor a placement"),
     (set_at("parts", 0, "digest", value="sha256:" + "A" * 64), "64 hex digits"),
@@ -319,14 +321,14 @@ REFUSED_BY_BOTH = [
     (set_at("forms", 0, "engines", value={"torch": {"cut": "whole"}}), "not among the engines"),
     (set_at("engines", value=["torch"]), "which asks as stored"),
     (set_at("engines", value=["vllm", "vllm"]), "one of them twice"),
-    (set_at("engines", value=["vLLM"]), "no engine's name"),
+    (set_at("engines", value=["vLLM"]), "not the name of an engine"),
     (set_at("experts", value=2**16 + 1), "from 0 to 65536"),
     (set_at("stage_needs", value={"vllm": []}), "some of the 1 layers"),
     (set_at("tensors", "model.norm.weight", value=[1, 0, [0, 0]]), "once, no digit beside it"),
     (set_at("tensors", "model.norm.weight", value=[1, 0, 1, 1]), "must be"),
     (set_at("probe", value=[]), "must be an object"),
     (set_at("probe", value={}), "lacks 'method'"),
-    (set_at("probe", value={"method": "Signs"}), "is no name"),
+    (set_at("probe", value={"method": "Signs"}), "is not a name"),
     (set_at("probe", value={**probe_of(1), "embedding": None}), "'embedding' must be an object"),
     (set_at("probe", value={**probe_of(1), "head": {"noise": -1e-3, **ROWS}}), "not negative"),
     (set_at("probe", value={**probe_of(1), "head": {"noise": 1e31, **ROWS}}), "none beyond 1e[+]30"),
@@ -338,8 +340,8 @@ REFUSED_BY_BOTH = [
 
 REFUSED_BY_THE_READER = [
     (set_at("forms", 2, "layout", "segments", 0, "size", value=12), "must add up to 6"),
-    (set_at("forms", 2, "layout", "segments", 0, "units", value=4), "no multiple of 4 units"),
-    (set_at("forms", 2, "layout", "segments", 0, "units", value=0), "no multiple of 0 units"),
+    (set_at("forms", 2, "layout", "segments", 0, "units", value=4), "not a multiple of 4 units"),
+    (set_at("forms", 2, "layout", "segments", 0, "units", value=0), "not a multiple of 0 units"),
     (set_at("forms", 6, "layout", "segments", 0, 1, value=1), "does not allow the grain 2"),
     (set_at("forms", 2, "layout", "dim", value=2), "from 0 to 1"),
     (set_at("forms", 0, "shape", value=[2**62, 4]), "larger than any file"),
@@ -407,7 +409,7 @@ def test_the_reader_refuses_what_no_schema_can_see(
 )
 def test_the_reader_refuses_what_is_no_strict_json(change: Callable[[bytes], bytes], message: str) -> None:
     with pytest.raises(ManifestError, match=message):
-        manifests.parse(change(example("manifest").encode()))
+        parse_manifest(change(example("manifest").encode()))
 
 
 # ---------------------------------------------------------------------------------------------------- the page
@@ -421,7 +423,7 @@ def test_the_example_is_the_manifest_that_split_writes(tmp_path: Path) -> None:
 
 
 def test_the_example_header_is_that_of_the_second_part(tmp_path: Path) -> None:
-    part = manifests.parse(example("manifest").encode()).parts[1]
+    part = parse_manifest(example("manifest").encode()).parts[1]
     text = json.dumps(json.loads(example("header")), separators=(",", ":")).encode()
     padded = text.ljust(-(8 + len(text)) % PAGE + len(text))
     raw = len(padded).to_bytes(8, "little") + padded

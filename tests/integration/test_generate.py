@@ -21,8 +21,8 @@ from shardprep.model.shrink import shrink
 from shardprep.model.skeleton import build, default_config
 from shardprep.split import split
 from shardprep_runtime.errors import CacheLostError, InputError, WorkerError, WorkerLostError
-from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.grid import Stages, even_stages
+from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.shard.shard_set import load, open_set
 from shardprep_runtime.shard.tensors import is_mapped
 from shardprep_runtime.workers.local import (
@@ -425,7 +425,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused(
 
 def test_a_model_that_cannot_take_positions_back_is_refused_with_a_draft_model(tmp_path: Path) -> None:
     folder = made(tmp_path, "qwen3_next", tie_word_embeddings=True)
-    layers = manifests.read(folder).layers
+    layers = read_manifest(folder).layers
     with opened(folder, ((0, layers),)) as pipeline, opened(folder, ((0, layers),)) as draft:
         assert Generator(pipeline).generate([[1, 2, 3]], Sampling(max_tokens=2))[0].trips == 2
         with pytest.raises(InputError, match="the split model cannot take back"):
@@ -471,7 +471,7 @@ def test_a_few_layers_at_a_time_say_where_a_cache_is_lost(shards: str) -> None:
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_what_takes_memory_is_what_is_not_mapped_as_it_lies(shards: str, dtype: str | None) -> None:
-    manifest = manifests.read(shards)
+    manifest = read_manifest(shards)
     with load(shards) as shard:
         joined = {
             name for name, tensor in shard.view.tensors.items() if not is_mapped(tensor, shard._located[name])
@@ -488,7 +488,7 @@ def test_what_takes_memory_is_what_is_not_mapped_as_it_lies(shards: str, dtype: 
 def test_a_model_is_opened_whole_where_memory_suffices_and_layer_by_layer_where_not(
     shards: str, generator: Generator
 ) -> None:
-    manifest = manifests.read(shards)
+    manifest = read_manifest(shards)
     with load(shards) as shard:
         whole = memory_of_view(shard.view, manifest, dtype="float32")
     assert choose_cuts(manifest, whole, dtype="float32") == WHOLE
@@ -553,7 +553,7 @@ def test_where_memory_is_short_no_more_is_taken_than_a_run_of_layers_needs(tmp_p
         head_dim=64,
         dtype="bfloat16",
     )
-    manifest = manifests.read(folder)
+    manifest = read_manifest(folder)
     with load(folder) as shard:
         whole = memory_of_view(shard.view, manifest, dtype="float32")
     assert whole > 150 * 2**20

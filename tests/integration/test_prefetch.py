@@ -21,7 +21,7 @@ from shardprep_runtime import load, prefetch
 from shardprep_runtime.errors import IntegrityError, MissingError, ShardprepError
 from shardprep_runtime.format.grid import Grid
 from shardprep_runtime.format.manifest import digest_of
-from shardprep_runtime.format.manifest import read as read_manifest
+from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.prefetch_command import fetch, ranks_of_node
 from shardprep_runtime.shard.revisions import blob_key

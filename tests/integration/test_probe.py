@@ -24,7 +24,8 @@ from shardprep.split import split
 from shardprep.verify import verify
 from shardprep_runtime.errors import IntegrityError, ProblemError, UnsupportedError
 from shardprep_runtime.format import manifest as manifests
-from shardprep_runtime.shard.revisions import read_manifest
+from shardprep_runtime.format.read_manifest import read_manifest, read_named
+from shardprep_runtime.shard import revisions
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stage.probe import Checked, check_stage
 from shardprep_runtime.stage.stage import build_stage
@@ -140,7 +141,7 @@ def test_a_model_that_rounding_upsets_proves_itself_too(probed: Path, tmp_path: 
 
     spoilt(probed, tmp_path, weaken)
     split(tmp_path / "model", tmp_path / "weak", tensor_parallel_size=2, probe=True)
-    probes = [manifests.read(folder).probe for folder in (probed, tmp_path / "weak")]
+    probes = [read_manifest(folder).probe for folder in (probed, tmp_path / "weak")]
     noises = [max(layer.noise for layer in probe.layers) for probe in probes if probe is not None]
     assert noises[1] > 2 * noises[0]
     torch.set_num_threads(2)
@@ -174,7 +175,7 @@ def test_other_architectures_prove_themselves(model_type: str, tmp_path: Path) -
     config = shrink(default_config(model_type))
     build(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, probe=True)
-    layers = manifests.read(tmp_path / "shards").layers
+    layers = read_manifest(tmp_path / "shards").layers
     for dtype in ("float32", "bfloat16", "float16"):
         for pp_rank, stages in ((0, [(0, layers)]), (0, [(0, 1), (1, layers)]), (1, [(0, 1), (1, layers)])):
             assert check(tmp_path / "shards", dtype, pp_rank, stages).proven is True
@@ -231,9 +232,7 @@ def test_layers_of_another_place_or_revision_are_found(
 
 
 def test_every_tensor_that_is_zero_is_found_in_every_dtype(probed: Path, tmp_path: Path) -> None:
-    names = [
-        name for name in manifests.read(probed).tensors if ".layers." not in name or ".layers.1." in name
-    ]
+    names = [name for name in read_manifest(probed).tensors if ".layers." not in name or ".layers.1." in name]
     assert len(names) == 12
     for number, name in enumerate(names):
         folder = spoilt(probed, tmp_path / str(number), lambda tensors, name=name: tensors[name].zero_())
@@ -262,7 +261,7 @@ def test_a_tiny_change_is_what_digests_are_for(probed: Path, tmp_path: Path) -> 
 
     folder = spoilt(probed, tmp_path, change)
     assert check(folder, "float32").proven is True
-    expected = manifests.read_named(probed)[1]
+    expected = read_named(probed)[1]
     with pytest.raises(manifests.ManifestError, match="its digest is"):
         build_stage(open_set(folder, digest=expected))
 
@@ -314,14 +313,14 @@ def test_a_probe_is_all_that_is_added_and_the_same_again(probed: Path, tmp_path:
 @pytest.mark.parametrize("grain", [1, 4])
 def test_the_probe_does_not_depend_on_the_grain(probed: Path, tmp_path: Path, grain: int) -> None:
     split(TRAINED, tmp_path / "shards", tensor_parallel_size=grain, pipeline_parallel_size=3, probe=True)
-    assert manifests.read(tmp_path / "shards").probe == manifests.read(probed).probe
+    assert read_manifest(tmp_path / "shards").probe == read_manifest(probed).probe
 
 
 def test_a_store_is_given_the_same_probe(probed: Path, tmp_path: Path) -> None:
     uri = f"file://{tmp_path}/store"
     report = split(TRAINED, uri, tensor_parallel_size=2, probe=True, scratch=tmp_path / "scratch")
     with open_store(uri) as store:
-        raw, manifest = read_manifest(store, "main", report.manifest_digest)
+        raw, manifest = revisions.read_manifest(store, "main", report.manifest_digest)
     assert raw == (probed / "shardprep.json").read_bytes()
     assert manifest.probe is not None
     assert not list((tmp_path / "scratch").iterdir())

@@ -38,6 +38,7 @@ from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.cut import takes
 from shardprep_runtime.format.manifest import Quantization
+from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
 
@@ -185,7 +186,7 @@ def test_a_plan_weighs_each_rank_to_the_byte(case: Case) -> None:
 
 def test_what_splits_says_how_it_is_quantized(case: Case) -> None:
     scheme = case.scheme
-    assert manifests.read(case.shards).quantization == Quantization(
+    assert read_manifest(case.shards).quantization == Quantization(
         scheme.method, scheme.bits, scheme.group, scheme.symmetric, scheme.act_order, scheme.format
     )
     config = config_of(case.shards)
@@ -509,7 +510,7 @@ def test_a_report_beside_the_weights_goes_into_the_manifest(tmp_path: Path) -> N
     report = {"summary": {"kl": 0.0123, "perplexity": 57.5}, "layers": [1, 2]}
     (source / "quantization_report.json").write_text(json.dumps(report))
     split(source, tmp_path / "out", tensor_parallel_size=2)
-    found = manifests.read(tmp_path / "out").quantization
+    found = read_manifest(tmp_path / "out").quantization
     assert found is not None and found.report is not None
     assert found.report.summary == report["summary"]
     raw = (tmp_path / "out" / "quantization_report.json").read_bytes()

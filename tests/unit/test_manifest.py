@@ -28,9 +28,9 @@ from shardprep_runtime.format.manifest import (
     Response,
     SideFile,
     digest_of,
-    dump,
-    parse,
 )
+from shardprep_runtime.format.read_manifest import parse_manifest, read_manifest
+from shardprep_runtime.format.write_manifest import dump_manifest
 
 DIGEST = "sha256:" + "0" * 64
 
@@ -74,13 +74,13 @@ def example() -> Manifest:
 
 def fields() -> dict[str, Any]:
     """The example as JSON."""
-    found: dict[str, Any] = json.loads(dump(example()))
+    found: dict[str, Any] = json.loads(dump_manifest(example()))
     return found
 
 
 def parse_fields(value: object) -> Manifest:
     """Parse what would be dumped as JSON."""
-    return parse(json.dumps(value).encode(), where="shardprep.json")
+    return parse_manifest(json.dumps(value).encode(), where="shardprep.json")
 
 
 # ------------------------------------------------------------------------------------------------------ round trip
@@ -172,14 +172,14 @@ def whole_manifests(draw: st.DrawFn) -> Manifest:
 
 @given(whole_manifests())
 def test_what_is_dumped_is_parsed_again(manifest: Manifest) -> None:
-    raw = dump(manifest)
-    assert parse(raw) == manifest
-    assert dump(parse(raw)) == raw
+    raw = dump_manifest(manifest)
+    assert parse_manifest(raw) == manifest
+    assert dump_manifest(parse_manifest(raw)) == raw
     assert raw.isascii()
 
 
 def test_the_example_is_sound() -> None:
-    assert parse(dump(example())) == example()
+    assert parse_manifest(dump_manifest(example())) == example()
 
 
 def test_forms_that_are_alike_are_stored_once() -> None:
@@ -200,11 +200,11 @@ def with_experts(count: int, *names: str) -> Manifest:
 
 def test_tensors_of_experts_that_are_alike_stand_on_one_line_and_are_found_by_their_names() -> None:
     manifest = with_experts(300, "layers.1.e.#.up", "layers.1.e.#.down")
-    raw = dump(manifest)
+    raw = dump_manifest(manifest)
     listed = json.loads(raw)["tensors"]
     assert listed["layers.1.e.{expert}.up"] == [1, 1, [0, 300]]
     assert len(listed) == len(manifest.tensors) - 598
-    found = parse(raw)
+    found = parse_manifest(raw)
     assert len(found.tensors) == len(manifest.tensors)
     assert found.tensors["layers.1.e.299.down"] == manifest.tensors["layers.1.e.299.down"]
     for missing in (
@@ -226,14 +226,14 @@ def test_experts_that_differ_or_leave_a_gap_stand_on_lines_of_their_own() -> Non
     del tensors["e.2.up"]
     tensors["1.e.3"] = Entry(tensors["norm"].form, 1, 3)
     manifest = dataclasses.replace(manifest, tensors=tensors)
-    assert not any("{expert}" in name for name in json.loads(dump(manifest))["tensors"])
-    assert parse(dump(manifest)) == manifest
+    assert not any("{expert}" in name for name in json.loads(dump_manifest(manifest))["tensors"])
+    assert parse_manifest(dump_manifest(manifest)) == manifest
 
 
 def test_a_name_that_holds_the_placeholder_itself_is_a_name() -> None:
     tensors = {**example().tensors, "a.{expert}.0": Entry(example().tensors["norm"].form, 1, 0)}
     manifest = dataclasses.replace(example(), tensors=tensors)
-    assert parse(dump(manifest)) == manifest
+    assert parse_manifest(dump_manifest(manifest)) == manifest
 
 
 @given(
@@ -244,7 +244,7 @@ def test_a_name_that_holds_the_placeholder_itself_is_a_name() -> None:
     )
 )  # fmt: skip
 def test_lines_that_name_the_same_tensor_are_refused_and_no_others(lines: list[tuple[str, int, int]]) -> None:
-    found = json.loads(dump(with_experts(20)))
+    found = json.loads(dump_manifest(with_experts(20)))
     found["tensors"], found["aliases"], found["tied"] = {}, {}, {}
     names = []
     for name, first, count in lines:
@@ -407,7 +407,7 @@ WRONG = [
 def test_a_wrong_value_anywhere_gives_a_manifest_error_or_a_sound_manifest(path: tuple[Any, ...]) -> None:
     for wrong in WRONG:
         try:
-            dump(parse_fields(replaced(fields(), path, wrong)))
+            dump_manifest(parse_fields(replaced(fields(), path, wrong)))
         except ManifestError as error:
             assert str(error).isascii()
             assert str(error).isprintable()
@@ -584,7 +584,7 @@ def test_structured_mutation_raises_nothing_but_manifest_errors() -> None:
             path = rng.choice(paths_of(found))
             found = replaced(found, path, rng.choice(values) if rng.random() < 0.8 or not path else ...)
         try:
-            dump(parse_fields(found))
+            dump_manifest(parse_fields(found))
         except ManifestError:
             refused += 1
     assert refused > 1500
@@ -602,7 +602,7 @@ def test_nesting_of_any_depth_is_a_manifest_error_or_harmless(path: tuple[Any, .
     for depth in (*range(850, 1000, 15), 100_000):
         raw = text.replace('"HERE"', "[" * depth + "]" * depth).encode()
         try:
-            parse(raw)
+            parse_manifest(raw)
         except ManifestError as error:
             assert len(str(error)) < 500
 
@@ -616,20 +616,22 @@ def test_nesting_of_any_depth_is_a_manifest_error_or_harmless(path: tuple[Any, .
 )
 def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(ManifestError, match=r"^shardprep\.json"):
-        parse(raw)
+        parse_manifest(raw)
 
 
 def test_a_key_that_stands_twice_is_refused() -> None:
-    raw = dump(example()).replace(b'"norm": [2, "last"]', b'"norm": [2, "last"], "norm": [2, "first"]')
+    raw = dump_manifest(example()).replace(
+        b'"norm": [2, "last"]', b'"norm": [2, "last"], "norm": [2, "first"]'
+    )
     with pytest.raises(ManifestError, match="norm stands twice"):
-        parse(raw)
+        parse_manifest(raw)
 
 
 def test_every_truncation_is_refused() -> None:
-    raw = dump(example()).rstrip()
+    raw = dump_manifest(example()).rstrip()
     for length in range(len(raw)):
         with pytest.raises(ManifestError):
-            parse(raw[:length])
+            parse_manifest(raw[:length])
 
 
 # ------------------------------------------------------------------------------------------------------------ paths
@@ -671,32 +673,32 @@ def test_two_files_of_one_path_are_refused_even_where_only_case_tells_them_apart
 
 
 def test_the_manifest_is_found_by_its_folder_and_by_itself(tmp_path: Path) -> None:
-    raw = dump(example())
+    raw = dump_manifest(example())
     (tmp_path / "shardprep.json").write_bytes(raw)
-    assert manifests.read(tmp_path) == manifests.read(tmp_path / "shardprep.json") == example()
-    assert manifests.read(tmp_path, digest=digest_of(raw)) == example()
+    assert read_manifest(tmp_path) == read_manifest(tmp_path / "shardprep.json") == example()
+    assert read_manifest(tmp_path, digest=digest_of(raw)) == example()
 
 
 @pytest.mark.parametrize("digest", [DIGEST, "", "sha256:", "\x1b[31m"])
 def test_a_manifest_with_another_digest_is_refused_naming_both(tmp_path: Path, digest: str) -> None:
-    raw = dump(example())
+    raw = dump_manifest(example())
     (tmp_path / "shardprep.json").write_bytes(raw)
     with pytest.raises(ManifestError, match="do not load it") as caught:
-        manifests.read(tmp_path, digest=digest)
+        read_manifest(tmp_path, digest=digest)
     assert digest_of(raw) in str(caught.value)
     assert str(caught.value).isprintable()
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no manifest here"):
-        manifests.read(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_a_manifest_of_more_bytes_than_any_has_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "shardprep.json").open("wb") as stream:
         stream.truncate(2**40)
     with pytest.raises(ManifestError, match="1099511627776 bytes is more than"):
-        manifests.read(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_a_report_must_be_the_side_file_of_its_name() -> None:

@@ -9,6 +9,7 @@ import pytest
 from shardprep_runtime.errors import InputError, ManifestError, MissingError
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import digest_of
+from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.shard import revisions as remote
 from shardprep_runtime.stores.folder import FolderStore
 
@@ -63,7 +64,7 @@ def test_foreign_keys_are_no_revisions(key: str) -> None:
 def test_a_manifest_is_read_as_its_exact_bytes(store: FolderStore) -> None:
     raw, manifest = remote.read_manifest(store, "main")
     assert raw == RAW
-    assert manifest == manifests.read(SHARDS)
+    assert manifest == read_manifest(SHARDS)
     assert remote.read_manifest(store, "main", digest_of(RAW))[0] == RAW
 
 

@@ -40,6 +40,8 @@ from shardprep_runtime.errors import (
 )
 from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.format.manifest import Manifest, Quantization, SideFile, digest_of
+from shardprep_runtime.format.read_manifest import read_manifest
+from shardprep_runtime.format.write_manifest import dump_manifest
 
 
 @pytest.fixture
@@ -215,7 +217,7 @@ def make_shards(folder: Path, scheme: Scheme | None = None) -> Manifest:
     if scheme is not None:
         source = write_quantized(source, folder / "quantized", scheme)
     split(source, folder / "shards", tensor_parallel_size=2)
-    return manifests.read(folder / "shards")
+    return read_manifest(folder / "shards")
 
 
 def configured(manifest: Manifest, how: Mapping[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
@@ -272,7 +274,7 @@ def test_what_a_cpu_keeps_otherwise_than_a_gpu_is_refused_before_vllm_is_asked(t
     quantized = dataclasses.replace(
         manifest, quantization=Quantization("fp8", 8, None, True, False, "float-quantized")
     )
-    (tmp_path / "shards" / manifests.FILE_NAME).write_bytes(manifests.dump(quantized))
+    (tmp_path / "shards" / manifests.FILE_NAME).write_bytes(dump_manifest(quantized))
     with pytest.raises(UnsupportedError, match=r"quantized by fp8.*serve the shard set itself"):
         export_sharded_state(tmp_path / "shards", tmp_path / "new", tensor_parallel_size=2)
     assert not (tmp_path / "new").exists()

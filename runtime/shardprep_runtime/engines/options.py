@@ -10,6 +10,7 @@ from typing import Any, Final
 from ..errors import InputError, ManifestError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
+from ..format.read_manifest import read_named
 from ..shard import options as words
 from ..shard.shard_set import ShardSet
 from ..stores.open import is_uri
@@ -45,7 +46,7 @@ def find_shard_set(
     """
     wanted = options.shard_set
     if (folder / manifests.FILE_NAME).is_file():
-        manifest, digest = manifests.read_named(folder, digest=None if is_draft else wanted.digest)
+        manifest, digest = read_named(folder, digest=None if is_draft else wanted.digest)
         _check_config(folder, manifest)
         whole = all((folder / part.path).exists() for part in manifest.parts)
         source = wanted.source if wanted.source and not whole and not is_draft else str(folder)

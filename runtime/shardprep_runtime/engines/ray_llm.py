@@ -28,8 +28,8 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.common.utils.download_utils import NodeModelDownloadable
 
 from ..errors import InputError, quote
-from ..format import manifest as manifests
 from ..format.grid import even_stages
+from ..format.read_manifest import read_named
 from ..shard.options import words_of
 from ..shard.shard_set import ShardSet
 from ..stores.open import is_uri
@@ -168,7 +168,7 @@ def ranks_of(
 
 def prefetch_arguments(wanted: Wanted, ranks: range) -> list[str]:
     """Of `shardprep-prefetch`, for `ranks` as vLLM loads them; `wanted.folder` has the manifest that they pin."""
-    manifest, digest = manifests.read_named(wanted.folder)
+    manifest, digest = read_named(wanted.folder)
     arguments = [wanted.shard_set.source, "--engine", "vllm", "--ranks", f"{ranks[0]}-{ranks[-1]}"]
     arguments += ["--manifest-digest", digest]
     arguments += ["--tensor-parallel-size", str(wanted.tensor_parallel_size)]

@@ -16,8 +16,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import ShardprepError
-from ..format import manifest as manifests
 from ..format.manifest import Manifest
+from ..format.read_manifest import parse_manifest
+from ..format.write_manifest import dump_manifest
 from ..stores.open import open_store
 from ..stores.s3 import S3Store
 from ..stores.store import Access
@@ -42,7 +43,7 @@ class HelperProcesses:
         job = {
             "uri": fetch.store.uri,
             "access": asdict(fetch.store.access),
-            "manifest": manifests.dump(self._manifest).decode(),
+            "manifest": dump_manifest(self._manifest).decode(),
             "verify": fetch.verify,
             "workers": fetch.workers,
             "arrivals": [
@@ -109,7 +110,7 @@ def _end_with_parent() -> None:
 
 
 def _fetch(job: dict[str, Any]) -> None:
-    manifest = manifests.parse(job["manifest"].encode())
+    manifest = parse_manifest(job["manifest"].encode())
     parts = {part.path: part for part in manifest.parts}
     arrivals = []
     for (path, key, version, data, chart), in_memory in zip(job["arrivals"], job["in_memory"], strict=True):

@@ -18,6 +18,7 @@ from typing import Final
 from ..errors import FormatError, InputError, ManifestError, MissingError, StoreError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
+from ..format.read_manifest import parse_manifest
 from ..stores.store import Stat, Store, read_small, where
 
 BLOBS: Final = "blobs/"
@@ -116,7 +117,7 @@ def read_manifest(store: Store, revision: str, digest: str | None = None) -> tup
         raise ManifestError(
             f"{at}: its digest is {manifests.digest_of(raw)}, expected {quote(digest)}; do not load it"
         )
-    return raw, manifests.parse(raw, where=at)
+    return raw, parse_manifest(raw, where=at)
 
 
 def _those_there(store: Store) -> str:

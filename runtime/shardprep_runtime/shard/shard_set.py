@@ -21,6 +21,7 @@ from typing import Final
 from ..errors import IntegrityError, quote
 from ..format import manifest as manifests
 from ..format.manifest import Manifest
+from ..format.read_manifest import find_manifest, parse_manifest, read_named
 from ..format.view import Place, plan_view
 from ..stores.open import is_uri, open_store
 from ..stores.store import Access, Store
@@ -90,7 +91,7 @@ class ShardSet:
                 raw, manifest = self._fetch_manifest(store, open_cache(self.cache))
             digest = manifests.digest_of(raw)
         else:
-            manifest, digest = manifests.read_named(self.source, digest=self.digest)
+            manifest, digest = read_named(self.source, digest=self.digest)
         return replace(self, digest=digest), manifest
 
     def _fetch_manifest(self, store: Store, cache: Cache | None) -> tuple[bytes, Manifest]:
@@ -98,7 +99,7 @@ class ShardSet:
         if cache is not None and self.digest is not None:
             raw = cache.manifest(self.digest)
             if raw is not None and manifests.digest_of(raw) == self.digest:
-                return raw, manifests.parse(raw)
+                return raw, parse_manifest(raw)
         raw, manifest = read_manifest(store, self.revision, self.digest)
         if cache is not None:
             cache.keep_manifest(manifests.digest_of(raw), raw)
@@ -119,8 +120,8 @@ class ShardSet:
             StoreError: Where the store cannot be reached.
         """
         if not self.is_remote:
-            file = manifests.find(self.source)
-            manifest = manifests.read(file, digest=self.digest)
+            file = find_manifest(self.source)
+            manifest, _ = read_named(file, digest=self.digest)
             view = plan_view(manifest, place, tensors=tensors)
             return folder_shard(
                 file.parent, view, manifest, io=self.io, verify=self.verify, workers=self.connections
@@ -163,7 +164,7 @@ class ShardSet:
             with tempfile.TemporaryDirectory(prefix="shardprep-") as folder:
                 yield self.fetch_side_files(Path(folder, "side"))
             return
-        own = manifests.find(self.source).parent
+        own = find_manifest(self.source).parent
         for side in self.manifest().side_files:
             if (own / side.path).exists() and not is_here(own, side):
                 raise IntegrityError(

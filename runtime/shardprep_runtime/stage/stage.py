@@ -21,6 +21,7 @@ from ..errors import CacheLostError, InputError, LayoutError, UnsupportedError, 
 from ..format import manifest as manifests
 from ..format.manifest import TRANSFORMERS, Manifest
 from ..format.view import Place
+from ..format.write_manifest import dump_manifest
 from ..shard.prefetch import Prefetch
 from ..shard.shard import Shard
 from ..shard.shard_set import ShardSet, open_set
@@ -365,7 +366,7 @@ def _cuts(shard: Shard) -> list[int]:
 def _digest(shard: Shard, folder: Path) -> str:
     """Of the manifest, by its file where that lies in the folder."""
     file = folder / manifests.FILE_NAME
-    return manifests.digest_of(file.read_bytes() if file.is_file() else manifests.dump(shard.manifest))
+    return manifests.digest_of(file.read_bytes() if file.is_file() else dump_manifest(shard.manifest))
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from ..errors import InputError, ShardprepError, WorkerError, WorkerLostError, quote
 from ..format import dtypes
-from ..format import manifest as manifests
 from ..format.grid import Stages, even_stages, stages_with
 from ..format.manifest import TRANSFORMERS, Manifest
+from ..format.read_manifest import find_manifest
 from ..format.view import Place, View, plan_view
 from ..shard.filesystem import choose_io
 from ..shard.shard_set import ShardSet
@@ -331,7 +331,7 @@ def open_fallback(shard_set: ShardSet, *, memory: int | None = None, compute: Co
     if shard_set.is_remote:
         is_read = shard_set.cache is None
     else:
-        is_read = choose_io(manifests.find(shard_set.source).parent, shard_set.io) == "read"
+        is_read = choose_io(find_manifest(shard_set.source).parent, shard_set.io) == "read"
     with shard_set.side_files() as folder:
         cuts = choose_cuts(manifest, memory, dtype=compute.dtype or _dtype_of(folder), is_read=is_read)
     if len(cuts) == 1:

@@ -20,6 +20,7 @@ from ..errors import InputError, IntegrityError, ShardprepError, WorkerError, qu
 from ..format import manifest as manifests
 from ..format.grid import Stages
 from ..format.manifest import Manifest
+from ..format.read_manifest import find_manifest, parse_manifest
 from ..format.view import Place
 from ..shard.prefetch import Prefetch
 from ..shard.shard_set import ShardSet
@@ -479,9 +480,9 @@ class Worker:
 
 def _manifest_in(folder: Path, shard_set: ShardSet) -> tuple[bytes, Manifest]:
     """The manifest beside the side files of a shard set."""
-    file = folder / manifests.FILE_NAME if shard_set.is_remote else manifests.find(shard_set.source)
+    file = folder / manifests.FILE_NAME if shard_set.is_remote else find_manifest(shard_set.source)
     raw = file.read_bytes()
-    return raw, manifests.parse(raw, where=quote(file))
+    return raw, parse_manifest(raw, where=quote(file))
 
 
 def _wait_for_device(tensor: torch.Tensor) -> None:
