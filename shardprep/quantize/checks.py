@@ -20,7 +20,6 @@ from ..write.side_files import read_chunks
 from .calibration import Tokens, read_heldout
 from .forecast import Forecast, forecast
 from .recipe import LENGTH, Recipe
-from .walk import Walk, check_kind
 
 SEQUENCES_MEASURED: Final = 8
 """Sequences of the calibration on which quality is measured where no other text is given."""
@@ -128,6 +127,8 @@ def draw_heldout(
 
 def check_measurable(index: Index, heldout: Tokens, device: str) -> None:
     """Refuse before the work what could not be measured after it. Raises InputError with the way around."""
+    from .walk import Walk, check_kind
+
     try:
         check_kind(index.config)
         Walk(index, {token for each in heldout.sequences for token in each}, device=device)

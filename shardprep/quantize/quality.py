@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Final
 from shardprep_runtime.errors import InputError, IntegrityError, WriteError, quote
 
 from ..index import Index
-from .walk import Walk, check_kind
 
 if TYPE_CHECKING:
     import torch
+
+    from .walk import Walk
 
 BATCH: Final = 4096
 """Tokens that run through a layer at a time, or one sequence where that is longer."""
@@ -91,6 +92,8 @@ def measure(
             predicted.
         progress: Told the steps that are done and how many there are: one for each layer and one for the head.
     """
+    from .walk import Walk, check_kind
+
     if not sequences or any(len(each) < 2 for each in sequences):
         raise InputError(
             "nothing to measure: expected sequences of at least two tokens, of which all but the first are predicted"
@@ -125,6 +128,9 @@ class _Measurement:
     def quality(self) -> Quality:
         steps = self.before.layers + 1
         self.progress(0, steps)
+        for number, batch in enumerate(self.batches):
+            for model, states in zip((self.before, self.after), self.states, strict=True):
+                states.keep(number, model.embed(batch[:, :-1]))
         layers = []
         for layer in range(self.before.layers):
             layers.append(self._layer(layer))
@@ -139,16 +145,15 @@ class _Measurement:
             model.load(layer)
         whole = error = drift = 0.0
         for number, batch in enumerate(self.batches):
+            ids = batch[:, :-1]
             own, others = (states.of(number) for states in self.states)
-            call = self.before.call(layer, batch[:, :-1], own)
-            hidden = self.before.run(layer, call)
+            hidden = self.before.run(layer, ids, own)
             _check_finite(hidden, self.before, f"layer {layer}")
-            alone = self.after.run(layer, call)
+            alone = self.after.run(layer, ids, own)
             _check_finite(alone, self.after, f"layer {layer}")
             theirs = alone
-            call_of_theirs = self.after.call(layer, batch[:, :-1], others)
-            if not call.equals(call_of_theirs):
-                theirs = self.after.run(layer, call_of_theirs)
+            if not own.equal(others):
+                theirs = self.after.run(layer, ids, others)
                 _check_finite(theirs, self.after, f"layer {layer}")
             whole += _square(hidden)
             error += _square(alone - hidden)
@@ -198,9 +203,9 @@ class _States:
         self._held: dict[int, torch.Tensor] = {}
         self._device: torch.device | None = None
 
-    def of(self, batch: int) -> torch.Tensor | None:
-        """Those of a batch; None before the first layer."""
-        return self._held[batch].to(self._device) if batch in self._held else None
+    def of(self, batch: int) -> torch.Tensor:
+        """Those of a batch."""
+        return self._held[batch].to(self._device)
 
     def keep(self, batch: int, hidden: torch.Tensor) -> None:
         self._device = hidden.device
@@ -279,11 +284,8 @@ def _check_finite(values: torch.Tensor, model: Walk, what: str) -> None:
         )
 
 
-def _scores(
-    model: Walk, ids: torch.Tensor, hidden: torch.Tensor | None, start: int, stop: int
-) -> torch.Tensor:
+def _scores(model: Walk, ids: torch.Tensor, hidden: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Logarithms of the probabilities of every token after the positions [start, stop), in float64."""
-    assert hidden is not None, "the last layer has run"
     logits = model.logits(ids, hidden, start, stop)
     _check_finite(logits, model, "the head")
     return logits.double().log_softmax(-1)

@@ -40,6 +40,7 @@ with shardprep_runtime.load({path!r}, tensor_parallel_size=2, rank=1, verify={ve
 OF_ENGINES = {
     *(f"shardprep_runtime.engines.{name}" for name in ("ray_llm", "shardtensor", "vllm_loader")),
     *(f"shardprep_runtime.stage.{name}" for name in ("kv_cache", "model", "relay", "trial", "weights")),
+    *(f"shardprep.quantize.{name}" for name in ("unquantized", "walk")),
 }
 """Modules that import torch, or an engine: nothing imports them before it has that."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ import torch
 
 from shardprep.quantize import quality
 from shardprep.quantize.quality import LayerQuality, Quality, measure
-from shardprep.quantize.walk import _read_rows, _read_tensor
+from shardprep.quantize.unquantized import Unquantized
 from shardprep.source import open_source, read_checkpoint
-from shardprep.source.bytes import Sources
 from shardprep_runtime.errors import InputError, WriteError
 from small_models import llama_config, llama_shapes, random_tensors, write_checkpoint, write_model
 
@@ -38,7 +38,6 @@ def test_hidden_states_are_the_same_from_memory_and_from_disk(
 ) -> None:
     monkeypatch.setattr(quality, "IN_MEMORY", limit)
     states = quality._States(tmp_path, "original", tokens=2 * 7 + 5)
-    assert states.of(0) is None
     for value in (torch.randn(2, 7, 8), torch.randn(2, 7, 8)):
         states.keep(0, value)
         states.keep(1, value[:1, :5])
@@ -79,13 +78,14 @@ def test_text_that_predicts_nothing_is_refused(sequences: list[list[int]], tmp_p
 def test_rows_are_those_of_the_whole_tensor(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardprep.quantize.walk.CHUNK", 1000)  # a few rows of 64 bytes
+    monkeypatch.setattr("shardprep.quantize.unquantized.CHUNK", 1000)  # a few rows of 64 bytes
     config = llama_config(vocab=203)
     tensors = random_tensors(llama_shapes(config))
     name = "model.embed_tokens.weight"
-    with open_source(write_checkpoint(tmp_path, tensors, config, kind=kind)) as source:
-        index = read_checkpoint(source)
-        with Sources(index) as sources:
-            assert torch.equal(_read_tensor(sources, index.tensors[name]), tensors[name])
-            for rows in ([0, 1, 15, 16, 17, 100, 202], list(range(203)), [202], []):
-                assert torch.equal(_read_rows(sources, index.tensors[name], rows), tensors[name][rows])
+    with (
+        open_source(write_checkpoint(tmp_path, tensors, config, kind=kind)) as source,
+        closing(Unquantized(read_checkpoint(source))) as found,
+    ):
+        assert torch.equal(found.read(name), tensors[name])
+        for rows in ([0, 1, 15, 16, 17, 100, 202], list(range(203)), [202], []):
+            assert torch.equal(found.read_rows(name, rows), tensors[name][rows])

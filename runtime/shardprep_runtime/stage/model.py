@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ from transformers import initialization
 from transformers.quantizers.auto import get_hf_quantizer
 
 from ..engines.quiet import quiet
+from ..engines.shardview import shard_slices
 from ..errors import LayoutError, UnsupportedError, quote
 from .kv_cache import cache_name
 from .relay import Built, Relay, StandIn
 from .trial import try_cuts
 from .weights import (
+    Copied,
     Names,
     check_whole,
     fill_buffers,
@@ -77,7 +79,12 @@ def build_model(
         def is_others(key: str) -> bool:
             return key in elsewhere or _is_others(key, f"{path}.", (start, stop))
 
-        load_tensors(model, shard, is_others, dtype=dtype, device=device, quantizer=quantizer)
+        slices: Mapping[str, Any] = shard_slices(shard)
+        # quantizers change tensors in place, and others may build from the same shard
+        state = {
+            name: slices[name] if quantizer is None else Copied(slices[name]) for name in shard.view.tensors
+        }
+        load_tensors(model, state, is_others, dtype=dtype, device=device, quantizer=quantizer)
         fill_buffers(model, is_others, device)
         relay = Relay(start, stop, len(layers))
         for number, layer in enumerate(layers):
@@ -99,6 +106,7 @@ def build_model(
         own,
         relay,
         dtype,
+        device,
         model.config.get_text_config(decoder=True).hidden_size,
         cache_name(model, parameters),
         parameters,
@@ -152,8 +160,8 @@ def find_layers(model: PreTrainedModel, count: int) -> list[str]:
     ]
     if not found:
         raise UnsupportedError(
-            f"{quote(model.config.model_type)}: transformers builds it of no one list of {count} layers; such a model "
-            "cannot be split into stages here"
+            f"{quote(model.config.model_type)}: transformers does not build it of one list of {count} layers; such a "
+            "model cannot be run in parts here"
         )
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class Built:
     """The stage's own, in order."""
     relay: Relay
     dtype: torch.dtype
+    device: torch.device
     hidden_size: int
     cache_name: str | None
     """What the forward calls its cache; None: it takes none that is known."""
@@ -68,10 +69,17 @@ class Relay:
         return None if self.given is None else with_hidden(args, kwargs, self.given)
 
     def stand_in(self, number: int, args: Any, kwargs: Any) -> Any:
+        """Be layer `number`, which is not of this stage: hand on what it is given, or end the forward."""
         hidden = hidden_of(args, kwargs)
         if number == self.stop:
             raise Reached(hidden)
+        if number == self.layers - 1:  # no layer is this stage's own, but what follows them is
+            hidden = self.given
         return hidden if self.returns == 0 else (hidden, *[None] * (self.returns - 1))
+
+    def leave(self, _: nn.Module, __: Any, output: Any) -> NoReturn:
+        """A hook behind the model's last layer, where what follows the layers is a stage of its own."""
+        raise Reached(output if isinstance(output, torch.Tensor) else output[0])
 
 
 class Reached(Exception):  # noqa: N818 - no error: the forward came to the next stage
@@ -136,15 +144,32 @@ class Absent(nn.Module):
 
 
 def forward(
-    built: Built, ids: torch.Tensor, given: torch.Tensor | None, *, keep: int, cache: StageCache | None
+    built: Built,
+    ids: torch.Tensor,
+    given: torch.Tensor | None,
+    *,
+    keep: int | torch.Tensor,
+    cache: StageCache | None,
 ) -> torch.Tensor:
-    """Hidden states, or logits of the last stage: of the last position (`keep` 1), or all (0)."""
+    """Run the model's forward for one stage.
+
+    Args:
+        ids: Of tokens, texts x positions; only their number counts where `given` replaces what they are embedded as.
+        given: Hidden states of the stage before.
+        keep: The positions whose logits are wanted: 1 for the last, 0 for all, or their numbers.
+        cache: Keys and values of the positions before these.
+
+    Returns:
+        Hidden states, texts x positions x hidden size, or logits of the last stage.
+    """
     options: dict[str, Any] = {}
     if cache is not None:
         assert built.cache_name is not None
         options[built.cache_name] = cache.cache
         options["use_cache"] = True
-    elif built.cache_name is not None:
+    elif built.cache_name is not None or hasattr(
+        built.module.config.get_text_config(decoder=True), "use_cache"
+    ):
         options["use_cache"] = False
     if "logits_to_keep" in built.parameters:
         options["logits_to_keep"] = keep
@@ -154,7 +179,9 @@ def forward(
     if isinstance(found, torch.Tensor):
         return found
     logits: torch.Tensor = found.logits
-    return logits[:, -1:] if keep == 1 else logits
+    if "logits_to_keep" in built.parameters:
+        return logits
+    return logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
 
 
 def _positions(model: Any, ids: torch.Tensor, past: int) -> torch.Tensor:
@@ -168,7 +195,7 @@ def hidden_of(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
 
 
-def with_hidden(args: Any, kwargs: Any, hidden: torch.Tensor) -> Any:
+def with_hidden(args: Any, kwargs: Any, hidden: torch.Tensor | None) -> Any:
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}

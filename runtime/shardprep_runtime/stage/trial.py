@@ -1,8 +1,8 @@
 """Find out whether a model can be cut: whether its later layers need no more of the earlier ones than hidden states.
 
-The model's own forward is tried on two texts while all of its layers stand aside and what tokens are embedded as is NaN.
-What the later layers are called with, beside hidden states, must be the same, and no NaN. Imports torch: nothing
-imports this module before a stage is built.
+The model's own forward is tried on two texts while all of its layers stand aside. What they would give is NaN, and so is
+what tokens are embedded as. What the later layers are called with, beside hidden states, must be the same, and not NaN.
+Imports torch: nothing imports this module before a stage is built.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import InputError, UnsupportedError, quote
 from .kv_cache import StageCache
-from .relay import Absent, Built, Reached, StandIn, forward, hidden_of, tensors_in
+from .relay import Absent, Built, Reached, StandIn, forward, hidden_of, tensors_in, with_hidden
 from .weights import line_of
 
 if TYPE_CHECKING:
@@ -30,12 +30,24 @@ TRIAL: Final = ((0, 1, 2), (3, 3, 0))
 """Two texts of tokens with which a model is tried."""
 
 
-def try_cuts(built: Built, path: str, layers: Sequence[nn.Module], cuts: Sequence[int]) -> None:
-    """Raises UnsupportedError where a later stage's layers need more than the hidden states of the stage before."""
+def try_cuts(
+    built: Built, path: str, layers: Sequence[nn.Module], cuts: Sequence[int], *, embeds: bool = False
+) -> None:
+    """Find out whether the model can be cut, and what its layers return.
+
+    Args:
+        path: Where in the model the list of its layers is.
+        cuts: The layers in front of which it is to be cut.
+        embeds: Whether each part has the tokens and their embedding, so that its layers may need those too.
+
+    Raises:
+        UnsupportedError: Where a later stage's layers need more than the hidden states of the stage before.
+    """
     model, kind = built.module, quote(built.module.config.model_type)
     _check_shared_caches(model, cuts)
     problem, pairs = "", None
-    with _spoiled(model), _standing_aside(model.get_submodule(path)) as container:
+    spoiled = contextlib.nullcontext() if embeds else _spoiled(model)
+    with spoiled, _standing_aside(model.get_submodule(path)) as container:
         for returns in RETURNS:
             try:
                 pairs = [
@@ -49,21 +61,21 @@ def try_cuts(built: Built, path: str, layers: Sequence[nn.Module], cuts: Sequenc
                 problem = problem or f"{type(error).__name__}: {line_of(error)}"
     if pairs is None:
         raise UnsupportedError(
-            f"{kind}: its layers cannot stand aside ({problem}); such a model cannot be split into stages here"
+            f"{kind}: its layers cannot stand aside ({problem}); such a model cannot be run in parts here"
         )
     built.relay.returns = returns
     shape = pairs[0][0].given[0].shape
     if len(shape) != 3 or tuple(shape[:2]) != (2, len(TRIAL[0])):
         raise UnsupportedError(
             f"{kind}: its layers hand on a tensor of shape {list(shape)} for {[2, len(TRIAL[0])]} tokens, not one hidden "
-            "state for each; such a model cannot be split into stages here"
+            "state for each; such a model cannot be run in parts here"
         )
     built.hidden_size = shape[-1]
-    for number in range(min(cuts), len(layers)):
-        if not all(_depends_on_hidden_alone(number, *pair) for pair in pairs):
+    for number in range(min(cuts, default=len(layers)), len(layers)):
+        if not all(_depends_on_hidden_alone(number, *pair, embeds=embeds) for pair in pairs):
             raise UnsupportedError(
-                f"{kind}: layer {number} needs more of the layers before it than their hidden states; such a model "
-                "cannot be split in front of it; use fewer stages"
+                f"{kind}: layer {number} needs more of the layers before it than their hidden states, so that it cannot "
+                "be run without them"
             )
 
 
@@ -75,7 +87,6 @@ class _Trial:
     calls: list[tuple[Any, Any]] = field(default_factory=list)
     given: list[torch.Tensor] = field(default_factory=list)
     """What each layer was to have made."""
-    extras: list[torch.Tensor] = field(default_factory=list)
 
     def answer(self, number: int, args: Any, kwargs: Any) -> Any:
         if number != len(self.calls):
@@ -84,11 +95,10 @@ class _Trial:
         if not isinstance(hidden, torch.Tensor) or (self.given and hidden.shape != self.given[-1].shape):
             raise _OtherReturnsError(f"layer {number} is given no hidden states of the layer before it")
         self.calls.append((args, kwargs))
-        self.given.append(torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device))
+        self.given.append(torch.full_like(hidden, float("nan")))
         if self.returns == 0:
             return self.given[-1]
         own = [torch.full((1,), float("nan"), device=hidden.device) for _ in range(self.returns - 1)]
-        self.extras += own
         return (self.given[-1], *own)
 
 
@@ -108,8 +118,7 @@ def _tried(
     trial = _Trial(returns)
     for number, layer in enumerate(layers):
         container[number] = StandIn(layer, number, _ending(trial, len(layers) - 1))
-    device = next((each.device for layer in built.layers for each in layer.parameters()), None)
-    ids = torch.tensor([tokens, tokens], device=device)
+    ids = torch.tensor([tokens, tokens], device=built.device)
     ids %= built.module.config.get_text_config(decoder=True).vocab_size
     cache = StageCache(built.module.config, built.relay.start, built.relay.stop, 2) if caches else None
     with torch.no_grad():
@@ -159,22 +168,24 @@ def _ending(trial: _Trial, last: int) -> Callable[[int, Any, Any], Any]:
     return answer
 
 
-def _depends_on_hidden_alone(number: int, one: _Trial, other: _Trial) -> bool:
-    """Whether what a layer is called with is the same whatever the tokens are, and whatever layers return beside."""
-    extras = {id(each) for each in one.extras}
-    own, others = tensors_in(one.calls[number]), tensors_in(other.calls[number])
+def _depends_on_hidden_alone(number: int, one: _Trial, other: _Trial, *, embeds: bool) -> bool:
+    """Whether what a layer is called with beside hidden states is the same whatever the layers before it give.
+
+    So that it is the same whatever the tokens are, too, where not every part `embeds` them.
+    """
+    own, others = (tensors_in(with_hidden(*each.calls[number], None)) for each in (one, other))
     return len(own) == len(others) and all(
-        _is_free(a, b) and id(a) not in extras for a, b in zip(own, others, strict=True)
+        _is_sound(a) and _is_sound(b) and (embeds or _is_same(a, b)) for a, b in zip(own, others, strict=True)
     )
 
 
-def _is_free(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether a value depends neither on the tokens nor on what another stage has."""
-    if one.is_meta or other.is_meta or one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.is_floating_point() and bool(one.isnan().any()):
-        return False
-    return torch.equal(one, other)
+def _is_sound(tensor: torch.Tensor) -> bool:
+    """Whether a value was made of nothing that another stage has."""
+    return not tensor.is_meta and not (tensor.is_floating_point() and bool(tensor.isnan().any()))
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _check_shared_caches(model: PreTrainedModel, cuts: Sequence[int]) -> None:

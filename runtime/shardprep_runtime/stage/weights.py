@@ -15,13 +15,13 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ..engines.shardview import ShardSlice, shard_slices
 from ..errors import LayoutError, UnsupportedError, quote
 from .relay import Absent, Relay, is_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..engines.shardview import ShardSlice
     from ..shard.shard import Shard
 
 
@@ -56,15 +56,25 @@ class Names:
 
 def load_tensors(
     model: PreTrainedModel,
-    shard: Shard,
+    state: Mapping[str, Any],
     is_others: Callable[[str], bool],
     *,
     dtype: torch.dtype,
     device: torch.device,
-    quantizer: Any,
+    quantizer: Any = None,
 ) -> None:
-    """Assign the stage's tensors, through transformers' own conversions."""
-    slices: Mapping[str, ShardSlice] = shard_slices(shard)
+    """Assign tensors of a checkpoint to the model's parameters, through transformers' own conversions.
+
+    Args:
+        state: Tensors by the checkpoint's names, or slices that are read once they are needed.
+        is_others: Whether a parameter may stay without a tensor: another stage has it.
+        dtype: To which they are cast.
+        device: On which they are to lie.
+        quantizer: Of transformers, where the checkpoint is quantized and is to stay so.
+
+    Raises:
+        LayoutError: Where a parameter would lack its tensor, a tensor its parameter, or one does not fit the other.
+    """
     settings = LoadStateDictConfig(
         device_map={"": device},
         dtype=dtype,
@@ -73,12 +83,8 @@ def load_tensors(
         # not that of `names`: some of its rules remember what they have seen
         weight_mapping=get_model_conversion_mapping(model, None, quantizer),  # type: ignore[arg-type]
     )
-    # quantizers change tensors in place, and others may build from the same shard
-    state: dict[str, Any] = {
-        name: slices[name] if quantizer is None else _Copied(slices[name]) for name in shard.view.tensors
-    }
     with torch.no_grad():
-        info, _ = loading.convert_and_load_state_dict_in_model(model, state, settings)
+        info, _ = loading.convert_and_load_state_dict_in_model(model, dict(state), settings)
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     tied = dict(model.all_tied_weights_keys)
@@ -94,7 +100,7 @@ def load_tensors(
         for what, names in (
             ("the checkpoint lacks", lacking),
             ("the model lacks", sorted(info.unexpected_keys)),
-            ("shapes differ in", sorted({str(each[0]) for each in info.mismatched_keys})),
+            ("shapes differ in", sorted({_mismatch(*each) for each in info.mismatched_keys})),
         )
         if names
     ]
@@ -105,7 +111,11 @@ def load_tensors(
         )
 
 
-class _Copied:
+def _mismatch(key: str, found: Sequence[int], expected: Sequence[int]) -> str:
+    return f"{key} (shape {list(found)}, expected {list(expected)})"
+
+
+class Copied:
     """A slice whose tensors are nobody else's."""
 
     def __init__(self, kept: ShardSlice) -> None:
