@@ -95,7 +95,7 @@ def run_workers(
     for rank in range(tp * len(stages)):
         args = [store, rank, tp, len(stages), json.dumps(stages), "blocks", cache]
         done = subprocess.run(
-            [sys.executable, "-P", ROOT / "scripts" / "worker.py", *map(str, args)],
+            [sys.executable, "-P", ROOT / "scripts" / "demo_worker.py", *map(str, args)],
             check=True,
             stdout=subprocess.PIPE,
         )

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
 MARK: Final = "found: "
 """Begins the line with what a process has found: vLLM writes to standard output too."""

@@ -1,6 +1,6 @@
 """Engines run in processes of their own: what they say where their library is missing, and write where it is there.
 
-The slow tests need environments that cannot be this one: `scripts/make_engines FOLDER` makes them, and prints the
+The slow tests need environments that cannot be this one: `tools/make_engines FOLDER` makes them, and prints the
 variables that name their pythons.
 """
 
@@ -156,7 +156,7 @@ def interpreter(name: str) -> Engine:
     """An engine in the environment that a variable names."""
     variable = f"SHARDPREP_TEST_{name.replace('-', '').upper()}_PYTHON"
     if variable not in os.environ:
-        pytest.skip(f"{variable} names no python: scripts/make_engines FOLDER {name} makes one")
+        pytest.skip(f"{variable} names no python: tools/make_engines FOLDER {name} makes one")
     return Engine(name, Path(os.environ[variable]))
 
 

@@ -45,7 +45,7 @@ from obstore.store import S3Store as ObstoreS3  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SERVERS = Path(__file__).resolve().parents[2] / "tools" / "servers"
 MIB = 2**20
 NOBODY = "127.0.0.1:1"
 KINDS = ["memory", "local", "s3", pytest.param("azurite", marks=pytest.mark.slow)]
@@ -66,7 +66,7 @@ def emulators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[st
 
     def start(name: str) -> dict[str, str]:
         if name not in running:
-            command = [sys.executable, str(SCRIPTS / f"{name}_server")]
+            command = [sys.executable, str(SERVERS / f"{name}.py")]
             check = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
             if check.returncode:
                 pytest.skip(check.stderr.strip())

@@ -45,7 +45,7 @@ def test_a_padded_model_computes_what_it_did(model_type: str, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(HARMLESS)[::7])
 def test_types_that_are_padded_compute_what_they_did(model_type: str, tmp_path: Path) -> None:
-    """One in seven of them; scripts/check_padding.py has all, in a minute."""
+    """One in seven of them; tools/check_padding.py has all, in a minute."""
     assert difference(small_config(model_type), tmp_path) < 1e-12
 
 

@@ -48,7 +48,7 @@ from shardprep_runtime.stores.store import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real stores")]  # one of each at a time
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SERVERS = Path(__file__).resolve().parents[2] / "tools" / "servers"
 MIB = 2**20
 LEAST_PART = 5 * MIB
 """That S3 allows, except for the last."""
@@ -75,7 +75,7 @@ class Server:
 
 @pytest.fixture(scope="module", params=["swift", "radosgw"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = [sys.executable, str(SCRIPTS / f"{request.param}_server")]
+    command = [sys.executable, str(SERVERS / f"{request.param}.py")]
     check = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
     if check.returncode:
         pytest.skip(check.stderr.strip())

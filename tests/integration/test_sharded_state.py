@@ -164,7 +164,7 @@ def made(python: str, tmp_path_factory: pytest.TempPathFactory) -> Made:
             }
         )  # fmt: skip
     ended = subprocess.run(
-        [python, ROOT / "scripts/check_sharded_state.py", "states"],
+        [python, ROOT / "tools/check_sharded_state.py", "states"],
         input="".join(json.dumps(job) + "\n" for job in jobs),
         capture_output=True, text=True, check=False, env={**os.environ, **QUIET},
     )  # fmt: skip

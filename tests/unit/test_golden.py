@@ -1,6 +1,6 @@
 """What a view for an engine holds is what that engine's own loaders read, as tests/golden has it.
 
-The golden plans are made by scripts/trace_vllm and scripts/trace_transformers.py.
+The golden plans are made by tools/trace_vllm and tools/trace_transformers.py.
 """
 
 from __future__ import annotations

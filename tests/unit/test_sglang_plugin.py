@@ -1,6 +1,6 @@
 """The hook for SGLang stands around its loader: a rank's shard from a shard set, all else as ever.
 
-SGLang itself is not here: `scripts/check_sglang.py` runs its own loaders. What stands for its context is the three
+SGLang itself is not here: `tools/check_sglang.py` runs its own loaders. What stands for its context is the three
 things that are asked of it.
 """
 

@@ -1,7 +1,7 @@
 """Experimental: give SGLang's own weight loaders a rank's shard, where the model's folder is a shard set.
 
 `register` is an entry point of the group `sglang.srt.plugins`, which every process of SGLang calls; a folder without a
-shardprep.json is loaded as ever. No engine was run with it, only SGLang 0.5.23's weight loaders (scripts/check_sglang.py):
+shardprep.json is loaded as ever. No engine was run with it, only SGLang 0.5.23's weight loaders (tools/check_sglang.py):
 compare the first tokens with those of the checkpoint before you rely on it.
 """
 
