@@ -26,7 +26,7 @@ class Segment:
     uneven: bool = False
     """Whether ranks take chunks of ceil(units / ranks), the last shorter or empty, where units do not divide."""
     multiple: int = 1
-    """To which the count of uneven units is padded before it is chunked (see `chunk`)."""
+    """The count of uneven units is padded to a multiple of this before it is chunked (see `chunk`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,12 @@ class Take:
 
 
 def allows(layout: Layout, size: int) -> bool:
-    """Whether the rule lets `size` tensor ranks share the tensor."""
+    """Whether the rule lets tensor ranks share the tensor.
+
+    Args:
+        layout: The rule.
+        size: How many ranks there are.
+    """
     return all(s.uneven or s.units % size == 0 or (s.shared and size % s.units == 0) for s in layout.segments)
 
 
@@ -82,14 +87,26 @@ def length(layout: Layout) -> int:
 
 
 def sizes_that_work(layouts: list[Layout], *, limit: int = 64) -> list[int]:
-    """Every tensor parallel size up to `limit` that all of `layouts` allow."""
+    """Every tensor parallel size that some layouts all allow.
+
+    Args:
+        layouts: Those of the tensors.
+        limit: The largest size that is tried.
+    """
     return [size for size in range(1, limit + 1) if all(allows(layout, size) for layout in layouts)]
 
 
 def chunk(size: int, parts: int, index: int, *, multiple: int = 1) -> tuple[int, int]:
-    """Rows [start, stop) of chunk `index` when `size` rows, padded up to `multiple`, are cut into `parts`.
+    """The rows of one chunk where rows are cut into several.
 
-    `multiple` 1 is torch.chunk, 64 is vLLM's padded vocabulary; stop never exceeds the rows that exist.
+    Args:
+        size: Rows that exist.
+        parts: Chunks.
+        index: Which chunk, from 0.
+        multiple: Rows are padded to a multiple of it first: 1 is torch.chunk, 64 is vLLM's padded vocabulary.
+
+    Returns:
+        Rows [start, stop); stop never exceeds the rows that exist.
     """
     padded = -(-size // multiple) * multiple
     width = -(-padded // parts)
@@ -99,7 +116,15 @@ def chunk(size: int, parts: int, index: int, *, multiple: int = 1) -> tuple[int,
 def pieces(layout: Layout, shape: tuple[int, ...], grain: int) -> tuple[Piece, ...]:
     """The pieces of a tensor in the order of its bytes along the dim; empty ones are left out.
 
-    They tile the dim exactly. Raises LayoutError where the rule does not allow `grain` ranks or does not fit the shape.
+    They tile the dim exactly.
+
+    Args:
+        layout: How it is cut.
+        shape: Its full shape.
+        grain: Ranks that share it.
+
+    Raises:
+        LayoutError: Where the rule does not allow so many ranks, or does not fit the shape.
     """
     if layout.dim is None:
         return (Piece(0, 0, 0, 0, grain),)
@@ -122,10 +147,18 @@ def pieces(layout: Layout, shape: tuple[int, ...], grain: int) -> tuple[Piece, .
 def takes(
     stored: Layout, shape: tuple[int, ...], grain: int, *, size: int, rank: int, asked: Layout | None = None
 ) -> tuple[Take, ...]:
-    """What tensor rank `rank` of `size` takes of pieces that are `stored`, in the order in which they join.
+    """What one tensor rank takes of the pieces of a tensor, in the order in which they join.
 
-    `asked` is the layout by which an engine cuts, where it is another than that of the pieces: whole, or along the
-    same dim. Raises LayoutError where `size` does not divide the grain or the rule does not allow it.
+    Args:
+        stored: How the pieces were cut.
+        shape: Full shape of the tensor.
+        grain: Ranks that the pieces were cut for.
+        size: Tensor ranks that load it.
+        rank: Which of them, from 0.
+        asked: How an engine cuts, where it cuts otherwise: whole, or along the same dim.
+
+    Raises:
+        LayoutError: Where `size` does not divide the grain, or the rule does not allow it.
     """
     if grain % size:
         fits = ", ".join(str(n) for n in range(1, grain + 1) if grain % n == 0)
@@ -143,7 +176,15 @@ def takes(
 
 
 def check_asked(stored: Layout, asked: Layout) -> None:
-    """Raises LayoutError where pieces that are `stored` cannot serve who asks for them by `asked`."""
+    """Refuse to serve an engine with pieces that were cut in a way that it cannot take.
+
+    Args:
+        stored: How the pieces were cut.
+        asked: How the engine cuts.
+
+    Raises:
+        LayoutError: Where the one cannot serve the other.
+    """
     if asked.dim is not None and asked.dim != stored.dim:
         how = "whole" if stored.dim is None else f"in pieces along dim {stored.dim}"
         raise LayoutError(

@@ -64,7 +64,15 @@ MAX_ELEMENTS: Final = 2**63 - 1
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a packed row-major tensor. Raises FormatError where they are no whole number of bytes."""
+    """Bytes of a packed row-major tensor.
+
+    Args:
+        dtype: A name in BITS.
+        shape: Its sizes.
+
+    Raises:
+        FormatError: Where it does not end at a byte.
+    """
     bits = prod(shape) * BITS[dtype]
     if bits % 8:
         raise FormatError(f"a {dtype} tensor of shape {list(shape)} does not end at a byte boundary")
@@ -72,7 +80,15 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def check_dtype(dtype: object, *, where: str) -> str:
-    """`dtype` if it is a known name. Raises FormatError naming `where` otherwise."""
+    """Have a dtype be one that is known.
+
+    Args:
+        dtype: Its name, as a file has it.
+        where: What has it, for the message.
+
+    Raises:
+        FormatError: For another name.
+    """
     if not isinstance(dtype, str) or dtype not in BITS:
         raise FormatError(f"{where}: unknown dtype {quote(dtype)}; known are {', '.join(BITS)}")
     return dtype

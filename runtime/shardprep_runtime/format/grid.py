@@ -61,9 +61,17 @@ class Grid:
 
 
 def experts_of(experts: int, expert_parallel_size: int, ep_rank: int) -> tuple[int, int]:
-    """The experts [start, stop) of `ep_rank`: runs of equal length, a remainder to the first.
+    """The experts of one group: runs of equal length, a remainder to the first.
 
     (vllm/model_executor/layers/fused_moe/layer.py, `determine_expert_map`, linear placement.)
+
+    Args:
+        experts: Routed experts of a layer.
+        expert_parallel_size: Groups.
+        ep_rank: Which group, from 0.
+
+    Returns:
+        Experts [start, stop).
 
     Raises:
         LayoutError: Where a group would have none.
@@ -95,6 +103,10 @@ def even_stages(layers: int, pipeline_parallel_size: int) -> Stages:
 
     (vllm/distributed/utils.py, `get_pp_indices`: the last stage already carries the head.)
 
+    Args:
+        layers: Layers of the model.
+        pipeline_parallel_size: Stages.
+
     Raises:
         LayoutError: Where a stage would be empty.
     """
@@ -111,7 +123,15 @@ def even_stages(layers: int, pipeline_parallel_size: int) -> Stages:
 
 
 def check_stages(stages: Sequence[Sequence[int]], layers: int) -> Stages:
-    """`stages` if they cover layers 0 to `layers` in order without gap, each with at least one layer."""
+    """Have stages cover all layers, in order and without gap, each with at least one.
+
+    Args:
+        stages: Layers [start, stop) of each.
+        layers: Layers of the model.
+
+    Raises:
+        LayoutError: Where they do not.
+    """
     end = 0
     for stage in stages:
         if len(stage) != 2 or stage[0] != end or stage[1] <= stage[0]:
@@ -125,7 +145,16 @@ def check_stages(stages: Sequence[Sequence[int]], layers: int) -> Stages:
 
 
 def check_stage_needs(stages: Stages, needs: Sequence[int], *, engine: str) -> None:
-    """Raises LayoutError, with stages that would work, where a stage holds none of the layers in `needs`."""
+    """Refuse stages of which one holds no layer that an engine needs in each.
+
+    Args:
+        stages: Layers [start, stop) of each.
+        needs: Layers, ascending, of which each stage must hold one.
+        engine: Whose need it is, for the message.
+
+    Raises:
+        LayoutError: With stages that would work.
+    """
     for start, stop in stages:
         if not any(start <= layer < stop for layer in needs):
             size = min(len(stages), len(needs))
@@ -138,9 +167,12 @@ def check_stage_needs(stages: Stages, needs: Sequence[int], *, engine: str) -> N
 
 
 def stages_with(needs: Sequence[int], layers: int, pipeline_parallel_size: int) -> Stages:
-    """Stages as even as they can be of which each holds at least one of the layers in `needs`, which ascend.
+    """Stages as even as they can be where each must hold one of certain layers.
 
-    There must be as many of them as stages.
+    Args:
+        needs: Those layers, ascending; at least as many as stages.
+        layers: Layers of the model.
+        pipeline_parallel_size: Stages.
     """
     size = pipeline_parallel_size
     bounds = [0]

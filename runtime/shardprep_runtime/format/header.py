@@ -22,7 +22,7 @@ from ..errors import FormatError, quote
 from . import dtypes
 
 MAX_HEADER_BYTES: Final = 100_000_000
-"""The format's own limit."""
+"""The limit that the format itself sets."""
 
 PAGE: Final = 4096
 """Headers are padded to a multiple of this, so that large tensors lie at page boundaries."""
@@ -33,7 +33,7 @@ _ENTRY: Final = {"dtype", "shape", "data_offsets"}
 """What the header says of a tensor."""
 
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
-"""An escape that may stand for half a character, which no UTF-8 can hold."""
+"""An escape that may stand for half a character, which UTF-8 cannot hold."""
 
 
 _MINUS_ZERO: Final = re.compile(r"-0(?<![^\[,:\s]-0)")
@@ -66,8 +66,13 @@ class Header:
 def loads_strict(text: str, *, where: str, infinity: bool = False) -> Any:
     """Parse JSON, refusing duplicate keys, absurd nesting, NaN and, unless told otherwise, Infinity.
 
+    Args:
+        text: The JSON.
+        where: What it is, for messages.
+        infinity: Take Infinity and -Infinity.
+
     Raises:
-        FormatError: Naming `where`.
+        FormatError: For other text.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def loads_strict(text: str, *, where: str, infinity: bool = False) -> Any:
 
     def integer(digits: str) -> int:
         if digits == "-0":  # serde_json, which the reference reader uses, takes it for a float
-            raise FormatError(f"{where}: -0 is no integer")
+            raise FormatError(f"{where}: -0 is not an integer")
         return int(digits)
 
     hook = integer if _MINUS_ZERO.search(text) else None  # a hook is slow
@@ -98,12 +103,21 @@ def loads_strict(text: str, *, where: str, infinity: bool = False) -> Any:
 
 
 def is_size(value: object) -> bool:
-    """Whether `value` is an int (and no bool) from 0 to 2**63 - 1."""
+    """Whether `value` is an int (and not a bool) from 0 to 2**63 - 1."""
     return type(value) is int and 0 <= value <= dtypes.MAX_ELEMENTS
 
 
 def header_length(first8: bytes, file_size: int, *, where: str) -> int:
-    """The N that the first eight bytes declare, checked against the size of the file before anyone allocates it."""
+    """Bytes of JSON that a header declares, checked against the file before anyone allocates them.
+
+    Args:
+        first8: First eight bytes of the file.
+        file_size: Bytes of the file.
+        where: The file, for messages.
+
+    Raises:
+        FormatError: Where it is more than the format allows, or than the file has.
+    """
     if len(first8) < 8:
         raise FormatError(
             f"{where}: truncated: a safetensors file has at least 8 bytes, this one {file_size}"
@@ -119,7 +133,16 @@ def header_length(first8: bytes, file_size: int, *, where: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, *, where: str) -> Header:
-    """Parse `raw`, the first 8 + N bytes of a file of `file_size` bytes. Raises FormatError on any breach."""
+    """Parse the header of a safetensors file.
+
+    Args:
+        raw: First 8 + N bytes of the file.
+        file_size: Bytes of the file.
+        where: The file, for messages.
+
+    Raises:
+        FormatError: On any breach of the format.
+    """
     length = header_length(raw[:8], file_size, where=where)
     if len(raw) != 8 + length:
         raise FormatError(f"{where}: truncated: expected a header of {8 + length} bytes, found {len(raw)}")
@@ -134,7 +157,7 @@ def parse_header(raw: bytes, file_size: int, *, where: str) -> Header:
         try:
             json.dumps(fields, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise FormatError(f"{where}: the header holds half a surrogate pair; it is no Unicode") from None
+            raise FormatError(f"{where}: the header holds half a surrogate pair; it is not Unicode") from None
     metadata = fields.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # the reference reader takes null too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -192,7 +215,18 @@ def _checked(entry: Any, base: int, sizes: dict[tuple[str, tuple[int, ...]], int
 
 
 def read_header(fd: int, *, where: str) -> tuple[bytes, Header]:
-    """The raw header of the open file `fd` and what it says. Raises FormatError on any breach."""
+    """Read the header of an open safetensors file.
+
+    Args:
+        fd: The file.
+        where: It, for messages.
+
+    Returns:
+        The header's bytes, and what they say.
+
+    Raises:
+        FormatError: On any breach of the format.
+    """
     size = os.fstat(fd).st_size
     length = header_length(os.pread(fd, 8, 0), size, where=where)
     raw = os.pread(fd, 8 + length, 0)
@@ -205,9 +239,14 @@ def list_text(numbers: Sequence[int]) -> str:
 
 
 def dump_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The header of a file whose data are `tensors` (name -> dtype, shape) in that order without holes.
+    """Write the header of a file, padded with spaces to a multiple of PAGE.
 
-    Padded with spaces to a multiple of PAGE. Raises FormatError where the format could not hold it.
+    Args:
+        tensors: Name -> dtype and shape, in the order of their data, which have no holes.
+        metadata: What `__metadata__` is to say; empty: there is none.
+
+    Raises:
+        FormatError: Where the format could not hold it.
     """
     # written out rather than by json.dumps: a large model has a million pieces, and there would be objects for each
     fields = [metadata_text(metadata)] if metadata else []
@@ -227,7 +266,15 @@ def metadata_text(metadata: Mapping[str, str]) -> str:
 
 
 def tensor_text(key: str, dtype: str, shape: Sequence[int], start: int, stop: int) -> str:
-    """How a header lists a tensor whose name is `key`, as JSON, and whose data are bytes [start, stop)."""
+    """How a header lists a tensor.
+
+    Args:
+        key: Its name, as JSON.
+        dtype: Its dtype.
+        shape: Its shape.
+        start: First byte of its data.
+        stop: Where they end (exclusive).
+    """
     return f'{key}:{{"dtype":"{dtype}","shape":{list_text(shape)},"data_offsets":[{start},{stop}]}}'
 
 

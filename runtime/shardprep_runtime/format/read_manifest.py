@@ -136,9 +136,8 @@ class _Fields:
         self.where = where
 
     def get(self, key: str, kind: type | tuple[type, ...], *, absent: Any = None) -> Any:
-        """The value of a key; `absent`, unless that is None, where there is no such key."""
         if key not in self.value:
-            if absent is not None:
+            if absent is not None:  # the key may be left out
                 return absent
             raise ManifestError(f"{self.where} lacks {key!r}")
         found = self.value[key]

@@ -235,6 +235,11 @@ def choose_stages(
 ) -> Stages:
     """The layers of each stage: those given, else those the set was split for, else even ones.
 
+    Args:
+        manifest: The set's.
+        pipeline_parallel_size: Stages; None: as many as are given, else 1.
+        stages: Layers [start, stop) of each.
+
     Raises:
         LayoutError: Where they do not cover the model or disagree with `pipeline_parallel_size`.
     """
@@ -249,12 +254,17 @@ def choose_stages(
         return manifest.stages
     if size == 1:
         return ((0, manifest.layers),)  # a model without layers too
-    Grid(1, size)  # refuses what is no size
+    Grid(1, size)  # refuses what is not a size
     return even_stages(manifest.layers, size)
 
 
 def holds(part: Part, wanted: set[Layer]) -> bool:
-    """Whether the part holds pieces of any of the `wanted` layers or placements."""
+    """Whether a part holds pieces of any of some layers.
+
+    Args:
+        part: The part.
+        wanted: Layers and placements.
+    """
     return any(
         part.layers[0] <= layer < part.layers[1] if isinstance(layer, int) else layer in part.placements
         for layer in wanted
@@ -262,7 +272,12 @@ def holds(part: Part, wanted: set[Layer]) -> bool:
 
 
 def order(layer: Layer, layers: int) -> int:
-    """Where a tensor stands in a forward pass: before all layers, in one of `layers`, or after them."""
+    """Where a tensor stands in a forward pass: before all layers, in one of them, or after them.
+
+    Args:
+        layer: The tensor's layer or placement.
+        layers: Layers of the model.
+    """
     if isinstance(layer, int):
         return layer
     return layers if layer == "last" else -1
@@ -287,7 +302,7 @@ class _Local:
     shape: tuple[int, ...]
     experts: tuple[int, int] | None
     layers: set[Layer]
-    """Of the tensors that were found so far."""
+    """Layers of the tensors that were found so far."""
 
 
 def _local(
