@@ -241,7 +241,7 @@ def test_a_wrong_secret_is_said_and_not_shown(
         (f"s3://{BUCKET}/nothing/model.bin", 2, "no objects under this prefix"),
         (f"s3://{BUCKET}", 2, "no objects under this prefix"),
         ("s3://no-such-bucket/m", 1, "bucket"),
-        ("s3://", 2, "no name of a bucket"),
+        ("s3://", 2, "not the name of a bucket"),
         (f"s3://{BUCKET}/a/../b", 2, "empty or dotted word"),
     ],
 )
