@@ -284,7 +284,7 @@ def cached_pages(fd: int) -> int | None:
 
 # -------------------------------------------------------------------------------------------------- the benchmarks
 def options(
-    doc: str, *, extra: Callable[[argparse.ArgumentParser], None] = lambda _: None
+    doc: str, *, extra: Callable[[argparse.ArgumentParser], object] = lambda _: None
 ) -> argparse.Namespace:
     """Parse what all benchmarks take."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
@@ -342,11 +342,12 @@ def make_checkpoint(chosen: argparse.Namespace, out: Path, *, kind: str = "bin",
     return out
 
 
-def run_once(*command: str | Path, **more: Any) -> str:
+def run_once(*command: str | Path, timeout: float | None = None, env: Mapping[str, str] | None = None) -> str:
     """Run a command that is not measured. Exits with what it said where it fails. Returns its stderr."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **more)
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env)
     if done.returncode:
-        sys.exit(f"{shlex.join(map(str, command))}: exit {done.returncode}\n{done.stderr}")
+        sys.exit(f"{shlex.join(words)}: exit {done.returncode}\n{done.stderr}")
     return done.stderr
 
 

@@ -508,14 +508,14 @@ class Bench:
         words = pinned(source, shards)
         cut = words.index(sys.executable)
         prefetched = (*inside, *words[:cut], *before, *words[cut:])
-        kept, own = self.fast / "kept", self.files(shards.folder)
+        kept, ours = self.fast / "kept", self.files(shards.folder)
         self.starts_from_store(
             label,
             [
                 Way(f"{tool} cp of all, {OWN_TP}", down, files),
-                Way(OURS, prefetched, own),
-                Way(BEGUN, (*inside, *pinned(source, shards, begun="yes")), own),
-                Way(CACHED, with_cache(prefetched, kept), own, kept),
+                Way(OURS, prefetched, ours),
+                Way(BEGUN, (*inside, *pinned(source, shards, begun="yes")), ours),
+                Way(CACHED, with_cache(prefetched, kept), ours, kept),
             ],
         )
 

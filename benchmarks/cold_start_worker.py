@@ -271,7 +271,7 @@ def transformers(spec: dict[str, Any]) -> None:
     import torch
     import torch.distributed
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     note("imported", main=rank == 0)
     torch.set_num_threads(1)

@@ -32,6 +32,7 @@ from typing import Any
 
 import benchlib
 from benchlib import ROOT, Goal
+from shardprep_runtime.engines.quiet import quiet
 from shardprep_runtime.workers.launch import Launch, launch
 from shardprep_runtime.workers.pipeline import Event, Policy
 from shardprep_runtime.workers.text.generate import Generator, Sampling
@@ -125,16 +126,15 @@ def disturbed(way: Way, prompt: str, stage: int, after: int, right: list[int]) -
     )
 
 
+@quiet()
 def undisturbed(shards: Path) -> dict[str, list[int]]:
     """What transformers generates from the checkpoint in one process."""
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
-    model = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
     found = {}
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -163,7 +163,9 @@ def compare(
                 f"{number + 1}/{options.rounds}  {name}: stage {one.stage}, noticed {1000 * one.noticed:.0f} ms, gap "
                 f"{1000 * one.gap:.0f} ms, tokens {'equal' if one.is_right else 'DIFFER'}"
             )
-    rows = [("", "kills", "noticed ms", "max", "gap ms", "max", "a token ms", "wrong texts")]
+    rows: list[tuple[str, ...]] = [
+        ("", "kills", "noticed ms", "max", "gap ms", "max", "a token ms", "wrong texts")
+    ]
     for name, kills in found.items():
         rows.append(
             (
@@ -227,8 +229,8 @@ def kill_many(
                         wrong.append(f"{prompt!r}: {found.tokens} instead of {right[prompt][:count]}")
 
         writers = [threading.Thread(target=write, args=(options.seed + n,)) for n in range(options.sequences)]
-        for each in writers:
-            each.start()
+        for writer in writers:
+            writer.start()
         try:
             for number in range(options.kills):
                 wait_for_spare(way)
@@ -252,8 +254,8 @@ def kill_many(
                     )
         finally:
             is_over.set()
-            for each in writers:
-                each.join()
+            for writer in writers:
+                writer.join()
         counters = dict(way.running.pipeline.counters)
     say(
         f"{options.kills} kills in {texts} texts of {options.sequences} at a time: {len(wrong)} wrong; noticed "

@@ -63,7 +63,8 @@ def clock(load: Callable[[], Iterable[torch.Tensor]]) -> None:
 def _touch(tensor: torch.Tensor, scratch: torch.Tensor) -> int:
     """Copy all of it through `scratch`, in blocks of rows."""
     rows = tensor.view(1, -1) if tensor.ndim < 2 else tensor
-    for block in rows.split(max(1, SCRATCH // (rows[0].numel() * rows.itemsize))):
+    count = max(1, SCRATCH // (rows[0].numel() * rows.itemsize))
+    for block in rows.split(count):  # type: ignore[no-untyped-call]
         scratch[: block.nbytes].view(block.dtype).view(block.shape).copy_(block)
     return tensor.nbytes
 
@@ -124,25 +125,26 @@ def slices(folder: str, spec: str) -> None:
 def dcp(folder: str, spec: str) -> None:
     """torch.distributed.checkpoint on our folder, as it is, without a process group: a planner asks for the blocks."""
     import torch
-    import torch.distributed.checkpoint as checkpoint
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
     from torch.distributed.checkpoint.planner import LoadPlan
     from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     wanted = json.loads(Path(spec).read_text())
 
     class Planner(DefaultLoadPlanner):
         def create_local_plan(self) -> LoadPlan:
+            assert self.metadata is not None
             items = []
             for name, tensor in self.state_dict.items():
                 dim, start, _ = wanted[name]["cut"]
                 offsets = [start if i == dim else 0 for i in range(tensor.ndim)]
                 own = ChunkStorageMetadata(torch.Size(offsets), tensor.size())
-                items += create_read_items_for_chunk_list(
-                    name, self.metadata.state_dict_metadata[name], [own]
-                )
+                stored = self.metadata.state_dict_metadata[name]
+                assert isinstance(stored, TensorStorageMetadata)
+                items += create_read_items_for_chunk_list(name, stored, [own])
             return LoadPlan(items)
 
         def lookup_tensor(self, index: Any) -> torch.Tensor:
@@ -153,9 +155,7 @@ def dcp(folder: str, spec: str) -> None:
             name: torch.empty(tensor["shape"], dtype=getattr(torch, tensor["dtype"]))
             for name, tensor in wanted.items()
         }
-        checkpoint.load(
-            state, storage_reader=HuggingFaceStorageReader(folder), planner=Planner(), no_dist=True
-        )
+        load(state, storage_reader=HuggingFaceStorageReader(folder), planner=Planner(), no_dist=True)
         return state.values()
 
     clock(run)

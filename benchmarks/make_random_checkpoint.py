@@ -21,9 +21,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 HIDDEN = [2**n for n in range(9, 15)]  # so that the heads can be shared by 2, 4 and mostly 8 ranks
 CHUNK = 2**20  # elements drawn at once
@@ -132,11 +134,12 @@ def choose_shape(parameters: int, chosen: argparse.Namespace) -> Llama:
 
 
 @functools.cache
-def values(dtype: torch.dtype, *, mean: float) -> np.ndarray:
+def values(dtype: torch.dtype, *, mean: float) -> NDArray[Any]:
     """65536 quantiles of a normal distribution of deviation 0.02, as raw bits: one for each 16 random bits."""
     uniform = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
     normal = torch.special.ndtri(uniform).mul(0.02).add(mean).to(dtype)
-    return normal.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
+    bits: NDArray[Any] = normal.view(torch.int16 if dtype.itemsize == 2 else torch.int32).numpy()
+    return bits
 
 
 def draw(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Iterator[memoryview]:

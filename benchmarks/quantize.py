@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,7 @@ def _compare(
     }
     for name, settings in _settings(method, group).items():
         command = [sys.executable, "-c", LIBRARY, str(source), str(out), str(folder / "ids.jsonl")]
-        ways[name] = lambda command=command, settings=settings: _timed(
-            folder, [*command, json.dumps(settings)]
-        )  # type: ignore[misc]
+        ways[name] = partial(_timed, folder, [*command, json.dumps(settings)])
     ways["round to nearest"] = lambda: _round(source, out, method, group)
     found: dict[str, tuple[Quality, Mapping[str, float]]] = {}
     for name, way in ways.items():
@@ -104,7 +103,9 @@ def _compare(
         print(f"{method} {group} {name}: KL {quality.kl:.6f}", file=sys.stderr, flush=True)
     least = found["round to nearest"][0].kl
     first = next(iter(found.values()))[0].perplexity_before
-    rows = [(f"{method}, group {group}: the original", "", "", f"{first:.3f}", "", "", "")]
+    rows: list[tuple[str, ...]] = [
+        (f"{method}, group {group}: the original", "", "", f"{first:.3f}", "", "", "")
+    ]
     for name, (quality, spent) in found.items():
         rows.append(
             (

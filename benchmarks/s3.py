@@ -34,6 +34,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -129,14 +130,16 @@ def publish_set(checkpoint: Path, folder: Path, root: Path, prefix: str, grain: 
     blobs.mkdir(parents=True)
     (bucket / prefix / "manifests").mkdir()
     shutil.copyfile(folder / manifests.FILE_NAME, bucket / prefix / "manifests" / "main.json")
-    found = {}
-    for each in (*manifest.parts, *manifest.side_files):
-        blob = blobs / each.digest.removeprefix("sha256:")
+
+    def kept(path: str, size: int, digest: str) -> Object:
+        blob = blobs / digest.removeprefix("sha256:")
         if not blob.exists():
-            os.link(folder / each.path, blob)
-        found[each.path] = Object(str(blob.relative_to(bucket)), each.size, str(folder / each.path))
-    parts = tuple(found[part.path] for part in manifest.parts)
-    return Payload(folder, prefix, tuple(found.values()), parts, manifest.nbytes)
+            os.link(folder / path, blob)
+        return Object(str(blob.relative_to(bucket)), size, str(folder / path))
+
+    parts = tuple(kept(part.path, part.size, part.digest) for part in manifest.parts)
+    beside = tuple(kept(file.path, file.size, file.digest) for file in manifest.side_files)
+    return Payload(folder, prefix, parts + beside, parts, manifest.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,11 @@ def share_of(payload: Payload, rank: int, size: int) -> Share:
 
 
 # -------------------------------------------------------------------------------------------------------------- ways
+def in_time(command: Sequence[str]) -> None:
+    """Run a command that is not measured, five minutes at most."""
+    benchlib.run_once(*command, timeout=300)
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """One client at one task."""
@@ -301,11 +309,16 @@ class Bench:
         found: list[Way] = []
 
         def add(
-            name: str, home: str, command: tuple[str, ...], compare: Callable[[], None], **more: object
+            name: str,
+            home: str,
+            command: tuple[str, ...],
+            compare: Callable[[], None],
+            tiny: tuple[str, ...] | None = None,
         ) -> None:
             if self.wanted(name, home):
-                check = self.compare_after(command, compare)
-                found.append(Way(name, (*inside, *command), nbytes, "file", out, check, **more))  # type: ignore[arg-type]
+                words = (*inside, *command)
+                check = partial(self.compare_after, words, compare)
+                found.append(Way(name, words, nbytes, "file", out, check, tiny))
 
         def pull(of: Payload) -> tuple[str, ...]:
             uri = f"s3://{BUCKET}/{of.prefix}"
@@ -333,39 +346,29 @@ class Bench:
         def whole() -> None:
             compare_files({out / "set" / Path(each.file).name: Path(each.file) for each in payload.blobs})
 
-        add(PULL, "pull", pull(payload), whole, tiny=(*inside, *pull(tiny)))
+        add(PULL, "pull", pull(payload), whole, (*inside, *pull(tiny)))
         add(ENGINE, "pull", self.driver("ours", "ours_pull", spec, "timed", out), whole)
         add(
             S5CMD_CP,
             "s5cmd",
             self.s5cmd_run("down", copies(payload)),
             blobs,
-            tiny=(*inside, *self.s5cmd_run("down-tiny", copies(tiny))),
+            (*inside, *self.s5cmd_run("down-tiny", copies(tiny))),
         )
         for name, home, function in (
             ("boto3 download_file", "peers:boto3", "boto3_download"),
             (OBSTORE_FILE, "peers:obstore", "obstore_download"),
         ):
             add(name, home, self.driver(home, function, spec, "timed", out), blobs)
-        return [replace(way, check=self.inside_of(inside, way.check)) for way in found]
+        return found
 
-    def compare_after(self, command: tuple[str, ...], compare: Callable[[], None]) -> Callable[..., None]:
+    def compare_after(self, command: tuple[str, ...], compare: Callable[[], None]) -> None:
         """Run a command once, and compare the files that it has left."""
-
-        def check(inside: tuple[str, ...]) -> None:
-            shutil.rmtree(self.out, ignore_errors=True)
-            self.out.mkdir()
-            words = ["plain" if word == "timed" else word for word in command]
-            benchlib.run_once(*inside, *words, timeout=120)
-            compare()
-            shutil.rmtree(self.out)
-
-        return check
-
-    def inside_of(
-        self, inside: tuple[str, ...], check: Callable[..., None] | None
-    ) -> Callable[[], None] | None:
-        return (lambda: check(inside)) if check else None
+        shutil.rmtree(self.out, ignore_errors=True)
+        self.out.mkdir()
+        benchlib.run_once(*("plain" if word == "timed" else word for word in command), timeout=120)
+        compare()
+        shutil.rmtree(self.out)
 
     # ---------------------------------------------------------------------------------------------------- memory
     def memories(self, scheme: Scheme, port: int) -> list[Way]:
@@ -387,15 +390,7 @@ class Bench:
             if self.wanted(name, home):
                 command = (*inside, *self.driver(home, function, spec, "timed", *more))
                 check = (*inside, *self.driver(home, function, spec, "check", *more))
-                found.append(
-                    Way(
-                        name,
-                        command,
-                        nbytes,
-                        "memory",
-                        check=lambda check=check: benchlib.run_once(*check, timeout=300) and None,  # type: ignore[misc]
-                    )
-                )
+                found.append(Way(name, command, nbytes, "memory", check=partial(in_time, check)))
         if self.wanted(CURL, "curl"):
             curl = self.curl(scheme, port, payload.parts, "ranges")
             tiny = self.curl(scheme, port, self.payloads["one-tiny"].parts, "ranges-tiny")
@@ -462,7 +457,7 @@ class Bench:
                     nbytes,
                     "sink",
                     state,
-                    lambda kept=kept: self.check_upload(kept, payload),  # type: ignore[misc]
+                    partial(self.check_upload, kept, payload),
                     small if home in ("push", "s5cmd") else None,
                 )
             )
@@ -473,7 +468,7 @@ class Bench:
         state = self.plane.sink_state(keep=True)
         shutil.rmtree(state)
         state.mkdir()
-        benchlib.run_once(*command, timeout=300)
+        in_time(command)
         from urllib.parse import quote
 
         compare_files(

@@ -25,12 +25,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlsplit
 
 import benchlib
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig
 
 CHUNK = 2**20
 
@@ -42,6 +46,10 @@ class Object:
     key: str
     size: int
     file: str
+
+
+Get: TypeAlias = Callable[[Object, int, int, memoryview], None]
+"""Brings the bytes [start, stop) of an object into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,25 +116,27 @@ def memory(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def into_memory(
-    job: Job, get: Callable[[Object, int, int, memoryview], None], *, once: Callable[[], Any] = lambda: None
-) -> None:
-    """Fetch all parts with threads, each into its place; `once` runs at the end of each thread."""
+def into_memory(job: Job, get: Get, *, once: Callable[[], object] = lambda: None) -> None:
+    """Fetch all parts into new memory; `once` runs at the end of each thread."""
 
     def work() -> list[memoryview]:
         buffers = [memory(each.size) for each in job.objects]
-        in_threads(
-            job.concurrency,
-            (
-                lambda each=each, start=start, stop=stop, into=into: get(each, start, stop, into[start:stop])
-                for each, into in zip(job.objects, buffers, strict=True)
-                for start, stop in job.parts(each)
-            ),
-            once,
-        )
+        fetch_parts(job, get, buffers, once)
         return buffers
 
     clock(job, work, lambda found: compare_memory(job, found))
+
+
+def fetch_parts(
+    job: Job, get: Get, places: Iterable[memoryview], once: Callable[[], object] = lambda: None
+) -> None:
+    """Fetch all parts with threads, each into its place."""
+    tasks = [
+        partial(get, each, start, stop, into[start:stop])
+        for each, into in zip(job.objects, places, strict=True)
+        for start, stop in job.parts(each)
+    ]
+    in_threads(job.concurrency, tasks, once)
 
 
 def compare_memory(job: Job, found: Iterable[memoryview]) -> None:
@@ -135,7 +145,7 @@ def compare_memory(job: Job, found: Iterable[memoryview]) -> None:
 
 
 def in_threads(
-    count: int, tasks: Iterable[Callable[[], None]], once: Callable[[], Any] = lambda: None
+    count: int, tasks: Iterable[Callable[[], None]], once: Callable[[], object] = lambda: None
 ) -> None:
     """Run tasks in `count` threads; the first error ends it."""
     waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -179,11 +189,19 @@ def ours_memory(job: Job, verify: str, rank: str = "0", size: str = "1", idle: s
     from shardprep_runtime import load
     from shardprep_runtime.stores.store import Access
 
-    more = {"idle_timeout": float(idle)} if idle else {}
-    access = Access(endpoint_url=job.endpoint, **more)
+    access = Access(endpoint_url=job.endpoint)
+    if idle:
+        access = replace(access, idle_timeout=float(idle))
 
     def get(uri: str, rank: int, size: int) -> Any:
-        shard = load(uri, rank=rank, tensor_parallel_size=size, verify=verify, cache=None, access=access)
+        shard = load(
+            uri,
+            rank=rank,
+            tensor_parallel_size=size,
+            verify=verify,  # type: ignore[arg-type]  # s3.py gives one of the three
+            cache=None,
+            access=access,
+        )
         shard.wait()
         return shard
 
@@ -328,7 +346,7 @@ def boto3_upload(job: Job) -> None:
 def obstore_store(job: Job, **more: Any) -> Any:
     from obstore.store import S3Store
 
-    options: dict[str, Any] = {"allow_http": True}
+    options: ClientConfig = {"allow_http": True}
     if job.endpoint.startswith("https"):
         options["root_certificate"] = Path(job.authority).read_bytes()
     return S3Store(
@@ -343,7 +361,7 @@ def obstore_store(job: Job, **more: Any) -> Any:
     )
 
 
-def obstore_getter(job: Job) -> Callable[[Object, int, int, memoryview], None]:
+def obstore_getter(job: Job) -> Get:
     import numpy
     import obstore
 
@@ -353,7 +371,7 @@ def obstore_getter(job: Job) -> Callable[[Object, int, int, memoryview], None]:
     def get(each: Object, start: int, stop: int, into: memoryview) -> None:
         got = obstore.get_range(store, each.key, start=start, end=stop)
         # numpy's copy releases the GIL, a memoryview's does not
-        numpy.frombuffer(into, numpy.uint8)[:] = numpy.frombuffer(got, numpy.uint8)
+        numpy.frombuffer(into, numpy.uint8)[:] = numpy.frombuffer(memoryview(got), numpy.uint8)
 
     return get
 
@@ -373,14 +391,7 @@ def obstore_download(job: Job, out: str) -> None:
             os.posix_fallocate(fd, 0, each.size)
             maps.append(memoryview(mmap.mmap(fd, each.size)))
             os.close(fd)
-        in_threads(
-            job.concurrency,
-            (
-                lambda each=each, start=start, stop=stop, into=into: get(each, start, stop, into[start:stop])
-                for each, into in zip(job.objects, maps, strict=True)
-                for start, stop in job.parts(each)
-            ),
-        )
+        fetch_parts(job, get, maps)
 
     clock(job, work)
 

@@ -195,9 +195,21 @@ class Plane:
             self._server("sink", ports["https"], state, "--processes", self.cores, *flags, *secured)
         self._start(shutil.which("nginx") or "nginx", "-c", self.work / "nginx.conf", "-p", self.work)
         both = (*PLAIN.values(), *SLOW.values(), *SINK.values(), *KEEPING.values())
-        ports = (*both, COUNTED, STALLING, WAIT)
         try:
-            call("ip", "netns", "exec", self.name, sys.executable, "-S", SERVERS, "until", *ports)
+            call(
+                "ip",
+                "netns",
+                "exec",
+                self.name,
+                sys.executable,
+                "-S",
+                SERVERS,
+                "until",
+                *both,
+                COUNTED,
+                STALLING,
+                WAIT,
+            )
         except PlaneError as error:
             log = self.work / "servers.log"
             raise PlaneError(f"{error}\n{log.read_text() if log.exists() else ''}".rstrip()) from None

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -130,11 +130,18 @@ class Wire:
             count -= got
             yield self._buffer[:got]
 
-    def answer(self, status: str, body: bytes = b"", *, length: int | None = None, **headers: str) -> None:
+    def answer(
+        self,
+        status: str,
+        body: bytes = b"",
+        *,
+        length: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         """Send a response; `length` where it is not the body's, as for HEAD."""
         lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}"]
         lines += ["Content-Type: application/xml", "x-amz-request-id: 1", f"Last-Modified: {DATE}"]
-        lines += [f"{key.replace('_', '-')}: {value}" for key, value in headers.items()]
+        lines += [f"{key}: {value}" for key, value in (headers or {}).items()]
         self.connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
 
     def refuse(self, status: str, code: str) -> None:
@@ -204,7 +211,8 @@ class Sink:
                 return wire.refuse("412 Precondition Failed", "PreconditionFailed")
         etag = note(file, size, bytes(kept) if keep else None)
         # said as S3 says it to who sent a checksum; without --keep nobody has looked
-        return wire.answer("200 OK", ETag=etag, **({"x_amz_checksum_crc32": sent} if sent else {}))
+        said = {"x-amz-checksum-crc32": sent} if sent else {}
+        return wire.answer("200 OK", headers={"ETag": etag, **said})
 
     def _begin(self, wire: Wire, request: Request) -> None:
         name = secrets.token_hex(16)
@@ -273,8 +281,9 @@ class Sink:
                 wire.answer("404 Not Found", length=0) if head else wire.refuse("404 Not Found", "NoSuchKey")
             )
         known = json.loads(file.read_text())
+        tag = {"ETag": known["etag"]}
         if head:
-            return wire.answer("200 OK", length=known["size"], ETag=known["etag"])
+            return wire.answer("200 OK", length=known["size"], headers=tag)
         body = file.with_name(file.name + ".body")
         if not body.is_file():
             return wire.refuse("501 Not Implemented", "TheBodyWasThrownAway")
@@ -283,9 +292,9 @@ class Sink:
             start, stop = int(found[1]), min(int(found[2] or len(data) - 1) + 1, len(data))
             where = f"bytes {start}-{stop - 1}/{len(data)}"
             return wire.answer(
-                "206 Partial Content", data[start:stop], ETag=known["etag"], Content_Range=where
+                "206 Partial Content", data[start:stop], headers={**tag, "Content-Range": where}
             )
-        return wire.answer("200 OK", data, ETag=known["etag"])
+        return wire.answer("200 OK", data, headers=tag)
 
 
 def note(file: Path, size: int, body: bytes | None) -> str:

@@ -149,14 +149,14 @@ def touch(tensor: torch.Tensor, scratch: torch.Tensor) -> None:
     """Copy all of it through `scratch`."""
     import torch
 
-    for block in tensor.contiguous().view(-1).view(torch.uint8).split(SCRATCH):
+    for block in tensor.contiguous().view(-1).view(torch.uint8).split(SCRATCH):  # type: ignore[no-untyped-call]
         scratch[: len(block)].copy_(block)
 
 
 def checksum(tensor: torch.Tensor) -> int:
     import torch
 
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import benchlib
 from benchlib import SHARDPREP, Goal, Variant, middle
@@ -69,7 +69,9 @@ def by_slices(source: str, out: str, grain: str) -> None:
     from safetensors.torch import save_file
 
     benchlib.ready()
-    files = [safe_open(file, framework="pt") for file in sorted(Path(source).glob("*.safetensors"))]
+    files: list[Any] = [
+        safe_open(file, framework="pt") for file in sorted(Path(source).glob("*.safetensors"))
+    ]
     for rank in range(int(grain)):
         own = {}
         for file in files:

@@ -83,7 +83,7 @@ with socket.create_server(("127.0.0.1", 0)) as server:
 
 def make_model(work: Path) -> tuple[Path, Any]:
     """The shard set, and the model as transformers has it."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
     from shardprep.model import skeleton
 
@@ -99,8 +99,8 @@ def make_model(work: Path) -> tuple[Path, Any]:
         "--json",
     ]
     subprocess.run(split, check=True, stdout=subprocess.DEVNULL)
-    transformers.utils.logging.disable_progress_bar()
-    return work / "shards", transformers.AutoModelForCausalLM.from_pretrained(work / "checkpoint")
+    with skeleton.quiet():
+        return work / "shards", AutoModelForCausalLM.from_pretrained(work / "checkpoint")
 
 
 def generate_alone(model: Any, tokens: int) -> tuple[list[int], list[float]]:

@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shardprep_runtime.engines.quiet import quiet
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
 
@@ -157,20 +158,18 @@ def answers(model: Any, tokenizer: Any) -> tuple[Any, list[int]]:
     return logits, tokens[0, ids.shape[1] :].tolist()
 
 
+@quiet()
 def prove(
     report: Report, checkpoint: Path, shards: Path, grids: dict[tuple[int, int], Any], cache: Path
 ) -> None:
     """Compare what the shards compute with what transformers computes from the original checkpoint."""
     import torch
-    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import shardprep_runtime
 
     # torch says that no process group is initialized: there is one process
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     original = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -180,7 +179,8 @@ def prove(
     equal = 0
     for (tp, _), (stages, workers) in grids.items():
         state = assemble(shards, tp, stages, workers)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.float32)
+        config = AutoConfig.from_pretrained(checkpoint)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
         own_logits, own_tokens = answers(model.eval(), tokenizer)
         equal += torch.equal(own_logits, logits) and own_tokens == tokens
@@ -197,8 +197,8 @@ def prove(
         torch.equal(own_logits, logits) and own_tokens == tokens,
         "transformers.from_pretrained reads the shard set's folder as it is: the same",
     )
-    with shardprep_runtime.transformers_state(shardprep_runtime.open_set(STORE, cache=cache)) as state:
-        started = state.from_pretrained(
+    with shardprep_runtime.transformers_state(shardprep_runtime.open_set(STORE, cache=cache)) as opened:
+        started = opened.from_pretrained(
             AutoModelForCausalLM,
             config=AutoConfig.from_pretrained(shards),
             generation_config=original.generation_config,
@@ -221,14 +221,14 @@ def prove(
 
 def _dcp_equal(shards: Path, checkpoint: Path) -> bool:
     import torch
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     expected: dict[str, Any] = {}
     for path in sorted(checkpoint.glob("*.bin")):
         expected.update(torch.load(path, weights_only=True))
     state = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
+    load(state, storage_reader=HuggingFaceStorageReader(str(shards)), no_dist=True)
     return all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
@@ -534,13 +534,14 @@ def survive(report: Report, checkpoint: Path, work: Path) -> None:
         report.line(f"  {line}")
 
 
+@quiet()
 def _alone(checkpoint: Path) -> str:
     """What transformers writes after the prompt, in one process."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     found = model.generate(
         ids,
@@ -550,10 +551,10 @@ def _alone(checkpoint: Path) -> str:
         eos_token_id=None,
         pad_token_id=0,
     )
-    text: str = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
-    return text
+    return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@quiet()
 def _dequantized_equal(folder: Path, shards: Path, grids: dict[tuple[int, int], Any]) -> bool:
     """Whether what the ranks hold computes what the unsplit checkpoint does, both dequantized to float32."""
     import torch
@@ -570,7 +571,7 @@ def _dequantized_equal(folder: Path, shards: Path, grids: dict[tuple[int, int], 
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def computed(state: dict[str, Any]) -> Any:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
         plain = {name: tensor.float() for name, tensor in dequantized(state, scheme).items()}
         model.load_state_dict(plain, strict=True)
         return answers(model.eval(), tokenizer)

@@ -118,7 +118,7 @@ def subjects() -> list[Subject]:
         "llama, 45 MB": {"heads": 16, "head_dim": 64, "intermediate": 1536, "layers": 2, "vocab": 4001},
     }.items():
         dtype = "float32" if "float32" in name else "bfloat16"
-        found.append(Subject(name, partial(write_llama, **sizes), dtype=dtype))
+        found.append(Subject(name, partial(write_llama, sizes), dtype=dtype))
     for method, label in (("gptq", "GPTQ"), ("awq", "AWQ")):
         found.append(Subject(f"llama, {label}", partial(write_packed, "llama", method)))
         found.append(Subject(f"qwen3_moe, {label}", partial(write_packed, "qwen3_moe", method), experts=True))
@@ -135,13 +135,13 @@ def write_golden(model_type: str, folder: Path) -> None:
     write(folder, plan.config, {name: shape for name, (_, shape) in plan.shapes.items()}, torch.bfloat16)
 
 
-def write_llama(folder: Path, **sizes: Any) -> None:
+def write_llama(sizes: Mapping[str, Any], folder: Path) -> None:
     import torch
 
     from small_models import llama_config, llama_shapes
 
     config = llama_config(
-        **{"heads": 8, "kv_heads": 4, "head_dim": 32, "vocab": 259, "intermediate": 512} | sizes
+        **{"heads": 8, "kv_heads": 4, "head_dim": 32, "vocab": 259, "intermediate": 512, **sizes}
     )
     write(folder, config, llama_shapes(config), torch.bfloat16)
 
@@ -352,7 +352,7 @@ def prints(tensors: Mapping[str, torch.Tensor]) -> Print:
         name: (
             str(tensor.dtype).removeprefix("torch."),
             list(tensor.shape),
-            blake3(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest(length=8),
+            blake3(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest(length=8),
         )
         for name, tensor in tensors.items()
     }
@@ -387,7 +387,7 @@ def make_pair(folder: Path, **sizes: Any) -> tuple[Path, Path]:
     """A checkpoint, and the shard set split from it."""
     from shardprep.split import split
 
-    write_llama(folder / "checkpoint", **sizes)
+    write_llama(sizes, folder / "checkpoint")
     split(folder / "checkpoint", folder / "shards", tensor_parallel_size=GRAIN)
     return folder / "checkpoint", folder / "shards"
 
@@ -667,13 +667,15 @@ def apart(start: Start, environment: Mapping[str, str]) -> dict[str, Any]:
 def check_engines(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Found]:
     """Tokens by all ways of starting an engine, against those of vLLM's own loader in one process."""
     from s3server import S3Server
+
     from shardprep.publish.pull import pull
     from shardprep.split import split
     from shardprep_runtime.stores.store import Access
 
     checkpoint, shards = ROOT / "tests" / "data" / "tiny-llama", folder / "shards"
     split(checkpoint, shards, tensor_parallel_size=2)
-    write_llama(folder / "draft", heads=4, head_dim=32, kv_heads=4, intermediate=128, layers=2, vocab=2048)
+    draft = {"heads": 4, "head_dim": 32, "kv_heads": 4, "intermediate": 128, "layers": 2, "vocab": 2048}
+    write_llama(draft, folder / "draft")
     trained = apart(Start("vLLM's own loader", str(checkpoint), "auto"), {})
     yield judge(Start("vLLM's own loader", str(checkpoint)), trained, trained)
     for start in (

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import golden
@@ -28,13 +29,13 @@ def check(model_type: str, folder: Path, ranks: Ranks, *, tp: int, pp: int, ep: 
     config = golden.read(plan).config if plan is not None else skeleton.default_config(model_type)
     file = folder / "config.json"
     file.write_text(json.dumps(dict(config)))
-    sizes = {"tensor_parallel_size": tp, "expert_parallel_size": ep, "ranks": ranks}
+    checked = partial(check_arch, file, tensor_parallel_size=tp, expert_parallel_size=ep, ranks=ranks)
     try:
-        return check_arch(file, pipeline_parallel_size=pp, **sizes)
+        return checked(pipeline_parallel_size=pp)
     except LayoutError as error:
         if "stage" not in str(error):
             raise
-        return check_arch(file, pipeline_parallel_size=1, **sizes)
+        return checked(pipeline_parallel_size=1)
 
 
 def main() -> int:

@@ -137,10 +137,10 @@ def _runs(size: int, ranks: Sequence[Sequence[tuple[int, ...]]]) -> tuple[tuple[
             groups.append([part])
     runs = []
     for group in groups:
-        owners = [rank for part in group for rank in part[2]]
+        readers = [rank for part in group for rank in part[2]]
         widths = {part[1] - part[0] for part in group}
         if (
-            owners != list(range(len(ranks)))
+            readers != list(range(len(ranks)))
             or len(widths) != 1
             or len({len(part[2]) for part in group}) != 1
         ):
@@ -297,14 +297,13 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
         with contextlib.suppress(ShardprepError):
             shapes.append(skeleton.shapes_of(first))
             configs.append(first)
-    for (
-        key,
-        value,
-    ) in grouped.items():  # one size at a time, so that two that happen to be equal are told apart
+    # one size at a time, so that two that happen to be equal are told apart
+    for key, value in grouped.items():
         if type(value) is int and value > 1 and (shrink.name_of(key) in APART or shrink.is_head_dim(key)):
             with contextlib.suppress(ShardprepError):
-                shapes.append(skeleton.shapes_of(grouped | {key: 2 * value}))
-                configs.append(dict(grouped) | {key: 2 * value})
+                doubled = {**grouped, key: 2 * value}
+                shapes.append(skeleton.shapes_of(doubled))
+                configs.append(doubled)
     names = set(shapes[0])
     usable = [
         i
@@ -387,9 +386,9 @@ def derive(model_type: str, plans: Mapping[str, golden.Golden], say: Any) -> dic
         for word in text.replace("(", " ").replace(")", " ").split():
             if word.isidentifier() and model.default_of(word) is not None:
                 defaults[word] = model.default_of(word)
-    for key in (rules["layers"], rules.get("experts")):
-        if key and model.default_of(key) is not None:
-            defaults[key] = model.default_of(key)
+    for counted in (rules["layers"], rules.get("experts")):
+        if counted and model.default_of(counted) is not None:
+            defaults[counted] = model.default_of(counted)
     rules["defaults"] = defaults
     rules["also"] = other_names(model_type, rules)
     rules["engines"] = {engine: each for engine, each in rules["engines"].items() if each}
@@ -651,13 +650,13 @@ def lines(types: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield "{\n" + ",\n".join(texts) + "\n}"
 
 
+@skeleton.quiet()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path, default=LAYOUT / "architectures.json")
     parser.add_argument("model_types", nargs="*", help="derive these anew and keep the others")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     plans: dict[str, dict[str, golden.Golden]] = {}
     for engine in ("transformers", "vllm"):

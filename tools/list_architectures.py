@@ -13,8 +13,6 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import transformers
-
 import golden
 from shardprep.layout import ModelLayout, derive_layout, known_types
 from shardprep.model import skeleton
@@ -80,6 +78,7 @@ def row(model_type: str) -> str:
     return f"| `{model_type}` | {engines} | {experts} | {' | '.join(cells)} |"
 
 
+@skeleton.quiet()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -87,7 +86,6 @@ def main() -> int:
     )
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
     text = HEAD + "\n".join(row(model_type) for model_type in known_types()) + "\n"
     if given.check:
         return int(PAGE.read_text("utf-8") != text)

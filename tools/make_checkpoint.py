@@ -67,7 +67,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> transformers.PreTraine
     core.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, core.token_to_id(BOS))]
     )
-    return transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         bos_token=BOS,
         eos_token=EOS,
@@ -117,13 +117,13 @@ def train(model: nn.Module, stream: Tensor, *, steps: int) -> None:
     order = torch.cat([torch.randperm(len(windows)) for _ in range(passes)])
     model.train()
     began = time.monotonic()
-    for step, chosen in enumerate(order.split(BATCH)[:steps]):
+    for step, chosen in enumerate(order.split(BATCH)[:steps]):  # type: ignore[no-untyped-call]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps)
         batch = windows[chosen]
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -133,10 +133,16 @@ def train(model: nn.Module, stream: Tensor, *, steps: int) -> None:
 
 
 def save(
-    model: nn.Module, folder: Path, *, dtype: torch.dtype, kind: str, max_shard_size: str, tied: bool
+    model: transformers.LlamaForCausalLM,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    kind: str,
+    max_shard_size: str,
+    tied: bool,
 ) -> None:
     """Write the weights, their index and both configs."""
-    model.to(dtype)
+    model.to(dtype)  # type: ignore[arg-type]  # transformers wraps it, and its type then wants the model
     model.config.dtype = dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import initialization
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.utils import initialize_distributed_mesh
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -82,7 +82,9 @@ def reads(
     log: golden.Log = []
     slices = {name: Recording(name, dtype, shape, log) for name, (dtype, shape) in shapes.items()}
     how = LoadStateDictConfig(
-        device_map={"": "meta"}, dtype=torch.float32, weight_mapping=get_model_conversion_mapping(model)
+        device_map={"": "meta"},
+        dtype=torch.float32,
+        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]  # as transformers calls it
     )
     info, _ = convert_and_load_state_dict_in_model(model, slices, how)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -150,6 +152,7 @@ def trace_config(config: dict[str, Any]) -> golden.Golden:
     )
 
 
+@skeleton.quiet()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path, default=Path("tests/golden/transformers"))
@@ -157,8 +160,6 @@ def main() -> int:
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # reads in order, in this thread
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     given.into.mkdir(parents=True, exist_ok=True)
     failed = 0

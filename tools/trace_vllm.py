@@ -38,7 +38,7 @@ OTHER = Sizes(heads=16, kv_heads=2, intermediate=208, expert=48, experts=12, voc
 def wanted(model_type: str, sizes: Sizes, small: Mapping[str, Any]) -> dict[str, Any]:
     """What a type's small config needs beside, for vLLM to build it: keys that published configs have."""
     layers = small.get("num_hidden_layers") or 0
-    return {
+    wants: dict[str, dict[str, Any]] = {
         "afmoe": {"n_group": 1, "route_norm": True, "score_func": "sigmoid", "topk_group": 1},
         "bert": {"architectures": ["BertSpladeSparseEmbeddingModel"]},
         "dbrx": {
@@ -89,7 +89,8 @@ def wanted(model_type: str, sizes: Sizes, small: Mapping[str, Any]) -> dict[str,
         "roberta": {"architectures": ["RobertaModel"]},
         "xlm-roberta": {"architectures": ["XLMRobertaModel"], "position_embedding_type": "absolute"},
         "zamba2": {"hybrid_layer_ids": [layers - 1]},
-    }.get(model_type, {})
+    }
+    return wants.get(model_type, {})
 
 
 RENAMED = {"kimi_linear": ("layers.0.block_sparse_moe.", "layers.0.mlp.")}

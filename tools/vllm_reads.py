@@ -80,13 +80,13 @@ class Ticked(torch.Tensor):
     mask: torch.Tensor
     twin: torch.Tensor
     dims: int
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, mask: torch.Tensor, twin: torch.Tensor, dims: int) -> Ticked:
         made = torch.Tensor._make_wrapper_subclass(
             cls, twin.shape, strides=twin.stride(), storage_offset=twin.storage_offset(), dtype=twin.dtype,
-            device="cpu", requires_grad=False,
+            device=torch.device("cpu"), requires_grad=False,
         )  # fmt: skip
         made.mask, made.twin, made.dims = mask, twin, dims
         return made
@@ -96,7 +96,7 @@ class Ticked(torch.Tensor):
         self.mask[once].fill_(True)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -206,7 +206,7 @@ def reads_of_rank(
     rank = as_rank(tp_rank=tp, tp_size=tp_size, pp_rank=pp, pp_size=pp_size, expert_parallel=ep)
     with rank, current(config):
         model = build_model(config)
-        model.load_weights(
+        model.load_weights(  # type: ignore[operator]
             (name, Ticked(masks[name], torch.empty(shape, dtype=DTYPES[dtype], device="meta"), len(shape)))
             for name, (dtype, shape) in shapes.items()
         )
@@ -238,7 +238,7 @@ def _allow_all() -> None:
         build(*args, **{key: value for key, value in named.items() if key not in SPARSE})
 
     MLACommonImpl.__init__ = build_dense
-    torch.cuda.Stream = MagicMock()
+    torch.cuda.Stream = MagicMock()  # type: ignore[misc]
     triton_utils.triton.set_allocator = lambda _: None
     sys.meta_path.append(_Pretend())
 

@@ -7,6 +7,7 @@ What the servers that tests start have in common. A server ends on SIGTERM or SI
 from __future__ import annotations
 
 import json
+import os
 import select
 import signal
 import socket
@@ -91,7 +92,7 @@ class Programs:
         while True:
             self.check()
             readable, _, _ = select.select([sys.stdin], [], [], 1.0)
-            if readable and not sys.stdin.buffer.read1(4096):
+            if readable and not os.read(sys.stdin.fileno(), 4096):
                 return
 
 
