@@ -11,6 +11,7 @@ import sys
 import time
 
 from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard import check_verify
 from shardprep_runtime.shard.shard_set import open_set
 
 
@@ -26,7 +27,7 @@ def status(path: str, key: str) -> int | None:
 def main(store: str, rank: str, tp: str, pp: str, stages: str, verify: str, cache: str) -> None:
     anonymous = status("/proc/self/status", "RssAnon:")
     started = time.perf_counter()
-    shard = open_set(store, verify=verify, cache=cache).load(
+    shard = open_set(store, verify=check_verify(verify), cache=cache).load(
         Place(
             rank=int(rank),
             tensor_parallel_size=int(tp),
