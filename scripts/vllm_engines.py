@@ -43,6 +43,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from shardprep.split import SplitOptions
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -228,7 +230,12 @@ def check_states(subject: Subject, folder: Path, *, quick: bool = False) -> Foun
 
     found = Found(subject.name)
     subject.make(folder / "checkpoint")
-    split(folder / "checkpoint", folder / "shards", tensor_parallel_size=GRAIN, max_part_bytes=2**20)
+    split(
+        folder / "checkpoint",
+        folder / "shards",
+        tensor_parallel_size=GRAIN,
+        options=SplitOptions(max_part_bytes=2**20),
+    )
     refused: dict[str, list[str]] = {}
     for layout in layouts(experts=subject.experts, quick=quick):
         try:
@@ -670,7 +677,6 @@ def check_engines(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Found
 
     from shardprep.publish.pull import pull
     from shardprep.split import split
-    from shardprep_runtime.stores.store import Access
 
     checkpoint, shards = ROOT / "tests" / "data" / "tiny-llama", folder / "shards"
     split(checkpoint, shards, tensor_parallel_size=2)
@@ -704,7 +710,7 @@ def check_engines(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Found
         environment = server.environment()
         with environment_of(environment):
             split(checkpoint, "s3://models/tiny", tensor_parallel_size=2)
-            pull("s3://models/tiny", folder / "side-files", weights=False, access=Access())
+            pull("s3://models/tiny", folder / "side-files", weights=False)
         shutil.copytree(folder / "side-files", folder / "config-alone")
         (folder / "config-alone" / "shardprep.json").unlink()
         uri = {"uri": "s3://models/tiny"}

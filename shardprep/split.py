@@ -78,6 +78,29 @@ class SplitReport:
     """`sha256:...` of the manifest, the root of the chain of trust; None in a dry run."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitOptions:
+    """How `split` goes about it; the defaults are right for most checkpoints."""
+
+    max_part_bytes: int = DEFAULT_PART_BYTES
+    """A part that reaches this size ends at the next tensor."""
+    block_bytes: int = manifests.MAX_BLOCK_BYTES
+    """Bytes that each digest of a part's header is for."""
+    include_code: bool = False
+    """Copy Python files beside the weights too, which transformers may run."""
+    allow_generic: bool = False
+    """Cut the rows of the linears of a model type that has no rules (see `generic_layout`)."""
+    probe: bool = False
+    """Record what the model gives for fixed inputs, by which a worker proves that it serves the right stage: each layer
+    is computed once, by transformers."""
+    dry_run: bool = False
+    """Plan and check everything, write nothing."""
+    revision: str | None = None
+    """The name under which a store publishes the set; None: `main`. For a destination at a URI."""
+    scratch: Path | None = None
+    """Where parts lie on their way to a store; None: the system's folder for temporary files."""
+
+
 def split(
     source: Path | str,
     destination: Path | str,
@@ -85,14 +108,7 @@ def split(
     tensor_parallel_size: int,
     pipeline_parallel_size: int | None = None,
     stages: Sequence[Sequence[int]] | None = None,
-    max_part_bytes: int = DEFAULT_PART_BYTES,
-    block_bytes: int = manifests.MAX_BLOCK_BYTES,
-    include_code: bool = False,
-    allow_generic: bool = False,
-    probe: bool = False,
-    dry_run: bool = False,
-    revision: str | None = None,
-    scratch: Path | None = None,
+    options: SplitOptions = SplitOptions(),
     access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> SplitReport:
@@ -104,21 +120,15 @@ def split(
 
     Args:
         stages: Layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well.
-        allow_generic: Cut the rows of the linears of a model type that has no rules (see `generic_layout`).
-        probe: Record what the model gives for fixed inputs, by which a worker proves that it serves the right stage:
-            each layer is computed once, by transformers.
-        dry_run: Plan and check everything, write nothing.
-        revision: The name under which a store publishes the set, `main` if None; `destination` must be a URI.
-        scratch: Where parts lie on their way to a store, the system's folder for temporary files if None.
     """
     with open_source(source, access) as opened:
         with uncollected():
-            index = settle_aliases(read_checkpoint(opened, include_code=include_code))
+            index = settle_aliases(read_checkpoint(opened, include_code=options.include_code))
             if index.kind == "shard set":
                 raise InputError(
                     f"{quote(source)}: a shard set already; it serves every size that divides its grain"
                 )
-            packed = lay_out_index(index, allow_generic=allow_generic)
+            packed = lay_out_index(index, allow_generic=options.allow_generic)
             layout = packed.layout
             packed.check_grain(tensor_parallel_size)
             index = _spelled(index, packed.scheme)
@@ -129,20 +139,22 @@ def split(
                 layout,
                 grain=tensor_parallel_size,
                 stages=chosen,
-                max_part_bytes=max_part_bytes,
-                block_bytes=block_bytes,
+                max_part_bytes=options.max_part_bytes,
+                block_bytes=options.block_bytes,
             )
         remote = is_uri(destination)
         if remote:
-            check_revision(revision or DEFAULT_REVISION)
-        elif revision is not None or scratch is not None:
+            check_revision(options.revision or DEFAULT_REVISION)
+        elif options.revision is not None or options.scratch is not None:
             raise InputError(
                 f"{quote(destination)}: a folder has neither revisions nor scratch space; they are for a store at a URI"
             )
-        if probe:
+        if options.probe:
             check_can_probe(index.config, layout.layers)
-        if dry_run:
-            return _report(plan, index, layout, destination, tensor_parallel_size, chosen, probe, None)
+        if options.dry_run:
+            return _report(
+                plan, index, layout, destination, tensor_parallel_size, chosen, options.probe, None
+            )
         conduct = conduct or Conduct()
         files = [*(part.path for part in plan.parts), *index.side_files, manifests.FILE_NAME]
         begun: AbstractContextManager[Destination, None]
@@ -151,8 +163,8 @@ def split(
                 str(destination),
                 plan,
                 fingerprint(plan, index),
-                revision=revision or DEFAULT_REVISION,
-                scratch=scratch,
+                revision=options.revision or DEFAULT_REVISION,
+                scratch=options.scratch,
                 access=access,
                 conduct=conduct,
             )
@@ -171,15 +183,16 @@ def split(
                 opened,
                 grain=tensor_parallel_size,
                 stages=chosen,
-                quantization=_quantization(packed.scheme, summary, side_files),
             )
-            if probe:
+            quantization = _quantization(packed.scheme, summary, side_files)
+            manifest = replace(manifest, quantization=quantization)
+            if options.probe:
                 manifest = replace(manifest, probe=record_probe(manifest, staging, workers=conduct.workers))
             raw = dump_manifest(manifest)
             parse_manifest(raw)  # what no reader would take must not be published
             staging.complete(manifests.FILE_NAME, raw)
     digest = manifests.digest_of(raw)
-    return _report(plan, index, layout, destination, tensor_parallel_size, chosen, probe, digest)
+    return _report(plan, index, layout, destination, tensor_parallel_size, chosen, options.probe, digest)
 
 
 def _spelled(index: Index, scheme: Scheme | None) -> Index:
@@ -227,7 +240,6 @@ def _manifest(
     *,
     grain: int,
     stages: Stages | None,
-    quantization: Quantization | None,
 ) -> Manifest:
     tensors = {}
     for move in plan.moves:
@@ -269,7 +281,6 @@ def _manifest(
             for part, done in zip(plan.parts, written, strict=True)
         ),
         side_files=tuple(side_files),
-        quantization=quantization,
         experts=layout.experts,
         engines=layout.engines,
         stage_needs=layout.stage_needs,

@@ -10,7 +10,7 @@ import shardprep_runtime
 from shardprep_runtime.errors import InputError, ProblemError
 
 from ..export import export
-from ..split import split
+from ..split import SplitOptions, split
 from .blocks import blocks_of, same_bits
 from .models import answers
 from .report import Differs, Proof, Workers
@@ -29,7 +29,7 @@ def prove_split(small: SmallModel) -> Iterator[Proof]:
             small.shard_set,
             tensor_parallel_size=small.grain,
             stages=small.stages(small.pp) if small.layout.layers and refused is None else None,
-            max_part_bytes=max(small.nbytes // 4, 4096),
+            options=SplitOptions(max_part_bytes=max(small.nbytes // 4, 4096)),
         )
     except InputError as error:
         raise Differs(

@@ -17,7 +17,7 @@ from . import parse, render
 
 if TYPE_CHECKING:
     from shardprep.fit.budget import GridFit
-    from shardprep.fit.report import FitReport
+    from shardprep.fit.report import FitOptions, FitReport
     from shardprep.fit.search import Refused
 
     _MemoryType = click.ParamType[tuple[int, ...]]
@@ -161,20 +161,22 @@ def command(
 
     Exits with 1 where nothing fits, and says what would make it fit.
     """
-    from shardprep.fit.report import plan_fit
+    from shardprep.fit.report import FitOptions, plan_fit
+    from shardprep.fit.search import Devices
 
     report = plan_fit(
         source,
-        memory=device_memory,
-        per_host=devices_per_host,
-        context=context,
-        batch=batch,
-        kv_dtype=kv_dtype,
-        reserve=reserve,
-        quantize=quantize,
-        group_size=group_size,
-        engine=engine,
-        allow_generic=allow_generic,
+        Devices(device_memory, devices_per_host),
+        FitOptions(
+            context=context,
+            batch=batch,
+            kv_dtype=kv_dtype,
+            reserve=reserve,
+            quantize=quantize,
+            group_size=group_size,
+            engine=engine,
+            allow_generic=allow_generic,
+        ),
         network=network,
         bandwidth=bandwidth,
         access=access,
@@ -209,12 +211,13 @@ def as_object(report: FitReport) -> dict[str, Any]:
     }
 
 
-def recommended(source: Path | str, **options: Any) -> GridFit:
+def recommended(source: Path | str, memory: tuple[int, ...], options: FitOptions, access: Access) -> GridFit:
     """The grid that `plan` recommends. Raises LayoutError, with what would make it fit, where nothing does."""
     from shardprep.fit.report import plan_fit
+    from shardprep.fit.search import Devices
     from shardprep_runtime.errors import LayoutError
 
-    report = plan_fit(source, **options)
+    report = plan_fit(source, Devices(memory), options, access=access)
     if report.recommended is None:
         advice = "".join(f"\n  {each}" for each in report.advice)
         raise LayoutError(

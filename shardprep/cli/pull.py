@@ -8,7 +8,8 @@ import click
 
 from shardprep_runtime.errors import quote
 from shardprep_runtime.format.manifest import TORCH
-from shardprep_runtime.stores.store import Access
+from shardprep_runtime.format.view import Place
+from shardprep_runtime.shard.shard_set import ShardSet
 
 from . import parse, render
 
@@ -38,12 +39,11 @@ from . import parse, render
 @click.option("--no-weights", is_flag=True, help="Pull the side files and the manifest alone.")
 @click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
 @parse.connections_option
-@parse.access_options
+@parse.set_options
 @parse.json_option
 def command(
-    source: Path | str,
+    shard_set: ShardSet,
     destination: Path | None,
-    revision: str,
     tensor_parallel_size: int | None,
     pipeline_parallel_size: int | None,
     expert_parallel_size: int | None,
@@ -52,9 +52,6 @@ def command(
     rank: int | None,
     everything: bool,
     no_weights: bool,
-    manifest_digest: str | None,
-    max_workers: int | None,
-    access: Access,
     as_json: bool,
 ) -> None:
     """Bring the shard set at SOURCE (s3://bucket/prefix), or one rank's share of it, into the folder DESTINATION.
@@ -73,23 +70,19 @@ def command(
         expert_parallel_size=expert_parallel_size,
         engine=engine,
     )
-    destination = destination or Path(Path(str(source).rstrip("/")).name)
-    with render.conduct("pull", max_workers) as conduct:
-        report = pull(
-            source,
-            destination,
-            revision=revision,
-            rank=rank,
-            tensor_parallel_size=tensor_parallel_size or 1,
-            pipeline_parallel_size=pipeline_parallel_size,
-            expert_parallel_size=expert_parallel_size or 1,
-            stages=stages,
-            engine=engine or TORCH,
-            manifest_digest=manifest_digest,
-            weights=not no_weights,
-            access=access,
-            conduct=conduct,
+    place = None
+    if rank is not None:
+        place = Place(
+            rank,
+            tensor_parallel_size or 1,
+            pipeline_parallel_size,
+            expert_parallel_size or 1,
+            stages,
+            engine or TORCH,
         )
+    destination = destination or Path(Path(shard_set.source.rstrip("/")).name)
+    with render.conduct("pull", shard_set.connections) as conduct:
+        report = pull(shard_set, destination, place=place, weights=not no_weights, conduct=conduct)
     if as_json:
         render.print_json(report)
         return

@@ -108,7 +108,7 @@ def command(
     `shardprep push` sends it; about twice the parts that are open at a time, 2 GiB for each rank of -tp at the
     default size, lie on this machine.
     """
-    from shardprep.split import split
+    from shardprep.split import SplitOptions, split
 
     planned = None
     if device_memory is None:
@@ -121,16 +121,20 @@ def command(
     else:
         if pipeline_parallel_size is not None or stages is not None:
             raise click.UsageError("--device-memory decides the stages; leave -pp and --stages out")
+        from shardprep.fit.report import FitOptions
+
         planned = recommended(
             source,
-            memory=device_memory,
-            tensor_parallel_size=tensor_parallel_size,
-            context=context,
-            batch=batch or 1,
-            kv_dtype=kv_dtype or "auto",
-            reserve=reserve,
-            allow_generic=allow_generic,
-            access=access,
+            device_memory,
+            FitOptions(
+                context=context,
+                batch=batch or 1,
+                kv_dtype=kv_dtype or "auto",
+                reserve=reserve,
+                allow_generic=allow_generic,
+                tensor_parallel_size=tensor_parallel_size,
+            ),
+            access,
         )
         tensor_parallel_size = tensor_parallel_size or planned.tensor_parallel_size
         stages = list(planned.bounds) if planned.pipeline_parallel_size > 1 else None
@@ -141,13 +145,15 @@ def command(
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             stages=stages,
-            max_part_bytes=max_part_size,
-            include_code=include_code,
-            allow_generic=allow_generic,
-            probe=probe,
-            dry_run=dry_run,
-            revision=revision,
-            scratch=scratch,
+            options=SplitOptions(
+                max_part_bytes=max_part_size,
+                include_code=include_code,
+                allow_generic=allow_generic,
+                probe=probe,
+                dry_run=dry_run,
+                revision=revision,
+                scratch=scratch,
+            ),
             access=access,
             conduct=conduct,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -92,49 +92,58 @@ class FitReport:
         return Times(tensor, pipeline, tensor * tokens, pipeline * tokens, whole, own)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitOptions:
+    """What the workers are to do, and how the model may be divided among them."""
+
+    context: int | None = None
+    """Tokens of a sequence, prompt and answer together; None: the model's, at most 8192."""
+    batch: int = 1
+    """Sequences at a time."""
+    kv_dtype: str = "auto"
+    """dtype of the KV cache: `auto` (as the model), fp8, bf16, fp16 or fp32."""
+    reserve: int | None = None
+    """Bytes of each device that are for neither weights nor KV cache; None: by a formula."""
+    quantize: str | None = None
+    """Plan for awq or gptq, 4 bits, of a model that is not quantized."""
+    group_size: int = 128
+    """Numbers of a row that share a scale, where `quantize` is given."""
+    engine: str = TORCH
+    """Whose way of cutting to follow, where engines differ."""
+    allow_generic: bool = False
+    """Cut the rows of the linears of a model type that has no rules."""
+    tensor_parallel_size: int | None = None
+    """The finest that may be recommended; None: any."""
+
+
 def plan_fit(
     source: Path | str,
+    devices: Devices,
+    options: FitOptions = FitOptions(),
     *,
-    memory: Sequence[int],
-    per_host: int = 8,
-    context: int | None = None,
-    batch: int = 1,
-    kv_dtype: str = "auto",
-    reserve: int | None = None,
-    quantize: str | None = None,
-    group_size: int = 128,
-    engine: str = TORCH,
-    allow_generic: bool = False,
-    tensor_parallel_size: int | None = None,
     network: int | None = None,
     bandwidth: int | None = None,
     access: Access | None = None,
 ) -> FitReport:
-    """How the model at `source`, a checkpoint, a shard set, a URI or a config.json, fits devices of `memory` bytes.
+    """How the model at `source`, a checkpoint, a shard set, a URI or a config.json, fits the devices.
 
     Reads headers alone, or the config alone. Raises InputError for what cannot be planned.
 
     Args:
-        memory: Of each device, all of which are used; one alone: as many such as it takes.
-        per_host: Devices that reach each other without the network.
-        context: Tokens of a sequence; None: the model's, at most 8192.
-        batch: Sequences at a time.
-        kv_dtype: `auto` (as the model), fp8, bf16, fp16 or fp32.
-        reserve: Bytes of each device that are for neither weights nor KV cache; None: by a formula.
-        quantize: Plan for awq or gptq, 4 bits, of a model that is not quantized.
-        group_size: Numbers of a row that share a scale, where `quantize` is given.
-        engine: Whose way of cutting, where engines differ.
-        allow_generic: Cut the rows of the linears of a model type that has no rules.
-        tensor_parallel_size: The finest that may be recommended; None: any.
         network: Bytes a second between hosts.
         bandwidth: Bytes a second from where the weights lie to each worker.
     """
     model = read_model(
-        source, quantize=quantize, group_size=group_size, allow_generic=allow_generic, access=access
+        source,
+        quantize=options.quantize,
+        group_size=options.group_size,
+        allow_generic=options.allow_generic,
+        access=access,
     )
     text = text_config(model.config)
     longest = next((text[key] for key in POSITIONS if type(text.get(key)) is int), None)
-    context = min(longest or CONTEXT, CONTEXT) if context is None else context
+    context = min(longest or CONTEXT, CONTEXT) if options.context is None else options.context
+    batch, engine = options.batch, options.engine
     if context < 1 or batch < 1:
         raise InputError(f"{batch} sequences of {context} tokens: at least one of one is needed")
     notes = [*model.notes]
@@ -147,8 +156,8 @@ def plan_fit(
         raise LayoutError(
             f"how {engine} cuts a {quote(model.layout.model_type)} is not known; known are {known}"
         )
-    workload = Workload(context, batch, reserve)
-    search = Search(model, workload, Devices(tuple(memory), per_host), kv_dtype, engine, tensor_parallel_size)
+    workload = Workload(context, batch, options.reserve)
+    search = Search(model, workload, devices, options.kv_dtype, engine, options.tensor_parallel_size)
     search.run()
     best = search.best()
     kept = search.kept
@@ -160,7 +169,7 @@ def plan_fit(
         nbytes=model.nbytes,
         dtypes=model.dtypes(),
         quantization=model.quantization,
-        quantize=quantize is not None,
+        quantize=options.quantize is not None,
         layers=model.layout.layers,
         experts=model.layout.experts,
         engine=engine,
@@ -175,7 +184,7 @@ def plan_fit(
         refused=tuple(search.refused.values()),
         recommended=best,
         reasons=tuple(_reasons(search, best)),
-        advice=() if best else tuple(_advise(search, group_size)),
+        advice=() if best else tuple(_advise(search, options.group_size)),
         notes=(*notes, *search.notes()),
         network=network,
         bandwidth=bandwidth,

@@ -26,8 +26,9 @@ from shardprep_runtime.shard.filesystem import file_system
 from shardprep_runtime.shard.landing import ABSENT, DOUBTED, HEADER, LANDED, VERIFIED, Landing, land_in_file
 from shardprep_runtime.shard.loading import SPARSE
 from shardprep_runtime.shard.parts import OpenPart, open_part
-from shardprep_runtime.shard.revisions import DEFAULT_REVISION, blob_key, read_manifest
+from shardprep_runtime.shard.revisions import blob_key, read_manifest
 from shardprep_runtime.shard.shard import Shard
+from shardprep_runtime.shard.shard_set import ShardSet, open_set
 from shardprep_runtime.shard.side_files import (
     MAP,
     SIDE_BY_SIDE,
@@ -40,7 +41,7 @@ from shardprep_runtime.shard.side_files import (
     write_small,
 )
 from shardprep_runtime.stores.open import open_store
-from shardprep_runtime.stores.store import Access, Store
+from shardprep_runtime.stores.store import Store
 
 from ..write.conduct import Conduct
 
@@ -68,50 +69,30 @@ class PullReport:
 
 
 def pull(
-    source: str | Path,
+    source: str | Path | ShardSet,
     destination: Path,
     *,
-    revision: str = DEFAULT_REVISION,
-    rank: int | None = None,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int | None = None,
-    expert_parallel_size: int = 1,
-    stages: Sequence[Sequence[int]] | None = None,
-    engine: str = manifests.TORCH,
-    manifest_digest: str | None = None,
+    place: Place | None = None,
     weights: bool = True,
-    access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> PullReport:
-    """Pull a revision of the shard set at `source` (a URI, or a store's folder) into the folder `destination`.
+    """Pull the shard set at `source` (a URI, a store's folder, or what `open_set` gives) into the folder `destination`.
 
     Every block is checked against its digest as it lands. What an earlier run, or one for another rank, has brought
     is checked and kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later,
     in which case the same call resumes.
 
     Args:
-        rank: Of the grid of `tensor_parallel_size` x `pipeline_parallel_size` (or `stages`), whose ranges alone, as
-            `engine` asks for them, are pulled; None: everything.
+        place: A worker whose ranges alone are pulled; None: everything.
         weights: False: side files and the manifest alone, which is what an engine is started with.
     """
     began = time.monotonic()
     conduct = conduct or Conduct()
-    with open_store(source, access) as store:
-        raw, manifest = read_manifest(store, revision, manifest_digest)
+    shard_set = open_set(source)
+    with open_store(shard_set.source, shard_set.access) as store:
+        raw, manifest = read_manifest(store, shard_set.revision, shard_set.digest)
         digest = manifests.digest_of(raw)
-        view = None
-        if rank is not None:
-            view = plan_view(
-                manifest,
-                Place(
-                    rank=rank,
-                    tensor_parallel_size=tensor_parallel_size,
-                    pipeline_parallel_size=pipeline_parallel_size,
-                    expert_parallel_size=expert_parallel_size,
-                    stages=stages,
-                    engine=engine,
-                ),
-            )
+        view = None if place is None else plan_view(manifest, place)
         make_folder(destination)
         with alone(destination):
             prepare(destination, digest, manifest)
@@ -132,10 +113,10 @@ def pull(
         finish(destination, raw)
     return PullReport(
         source=store.uri,
-        revision=revision,
+        revision=shard_set.revision,
         manifest_digest=digest,
         destination=destination,
-        rank=rank,
+        rank=None if place is None else place.rank,
         nbytes=wanted,
         bytes_fetched=fetched,
         parts=tuple((part.path, part.path in whole) for part in parts),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from shardprep.split import SplitOptions
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
 
@@ -48,7 +49,7 @@ def fetched(folder: Path) -> dict[str, Any]:
     from stores import make_store
 
     shards = folder / "shards"
-    split(TINY, shards, tensor_parallel_size=GRAIN, max_part_bytes=PART)
+    split(TINY, shards, tensor_parallel_size=GRAIN, options=SplitOptions(max_part_bytes=PART))
     store = f"file://{make_store(shards, folder / 'store')}"
     found: dict[str, Any] = {"stored": sum(part.size for part in read_manifest(shards).parts)}
     for tp, pp in GRIDS:
@@ -68,7 +69,7 @@ def fetched(folder: Path) -> dict[str, Any]:
     finally:
         ahead.close()
     found["pull"] = pull(store, folder / "pulled").bytes_fetched
-    found["pull tp4 rank 3"] = pull(store, folder / "of-3", tensor_parallel_size=4, rank=3).bytes_fetched
+    found["pull tp4 rank 3"] = pull(store, folder / "of-3", place=Place(3, 4)).bytes_fetched
     return found
 
 

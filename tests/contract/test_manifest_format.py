@@ -19,7 +19,7 @@ import shardprep_runtime
 from frozen_models import FROZEN, MODELS
 from shardprep.export import export
 from shardprep.layout import ModelLayout, Placed, known_types
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.verify import verify
 from shardprep_runtime.errors import LayoutError, ManifestError
 from shardprep_runtime.format import dtypes
@@ -68,7 +68,9 @@ def split_again(name: str, folder: Path) -> Path:
     model = MODELS[name]
     source = frozen_models.write_checkpoint(name, folder / "source")
     destination = folder / "shards" / name
-    blocks = {} if model.block_bytes is None else {"block_bytes": model.block_bytes}
+    options = SplitOptions()
+    if model.block_bytes is not None:
+        options = SplitOptions(block_bytes=model.block_bytes)
     with pytest.MonkeyPatch.context() as patch:
         if model.layouts is not None:  # no model type has such rules: they show what the format can say
             patch.setattr("shardprep.model.describe.derive_layout", lambda *_, **__: layout_of(model))
@@ -77,7 +79,7 @@ def split_again(name: str, folder: Path) -> Path:
             destination,
             tensor_parallel_size=model.tensor_parallel_size,
             pipeline_parallel_size=model.pipeline_parallel_size,
-            **blocks,
+            options=options,
         )
     return destination
 

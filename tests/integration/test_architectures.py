@@ -13,7 +13,7 @@ import shardprep_runtime
 from shardprep.cli import main, render
 from shardprep.convert import convert
 from shardprep.export import export
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime.errors import LayoutError, UnsupportedError
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
@@ -114,7 +114,12 @@ def test_each_rank_holds_what_its_layers_compute_with(case: str, tmp_path: Path)
 
     tensors = build(case, tmp_path / "in")
     config = AutoConfig.from_pretrained(tmp_path / "in")
-    split(tmp_path / "in", tmp_path / "shards", tensor_parallel_size=4, max_part_bytes=20_000)
+    split(
+        tmp_path / "in",
+        tmp_path / "shards",
+        tensor_parallel_size=4,
+        options=SplitOptions(max_part_bytes=20_000),
+    )
     for tp in (1, 2, 4):
         for rank in range(tp):
             with shardprep_runtime.load(tmp_path / "shards", rank=rank, tensor_parallel_size=tp) as shard:
@@ -179,7 +184,9 @@ def test_a_type_without_rules_is_cut_by_its_rows_when_asked(tmp_path: Path) -> N
     config.write_text(config.read_text().replace('"llama"', '"of_mine"'))
     with pytest.raises(UnsupportedError, match="--allow-generic"):
         split(tmp_path / "in", tmp_path / "out", tensor_parallel_size=4)
-    report = split(tmp_path / "in", tmp_path / "out", tensor_parallel_size=4, allow_generic=True)
+    report = split(
+        tmp_path / "in", tmp_path / "out", tensor_parallel_size=4, options=SplitOptions(allow_generic=True)
+    )
     norms = 4 * 2 * 32 * 4
     assert dict(report.whole) == {
         "model.layers.{layer}.input_layernorm.weight": norms // 2,

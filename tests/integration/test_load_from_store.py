@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 import torch
+from s3server import S3Server
 
 import small_models
 from processes import ended
 from s3fixtures import isolate
-from s3server import S3Server
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime import Shard, load, read_manifest
 from shardprep_runtime.errors import (
     InputError,
@@ -87,7 +87,13 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Shard sets whose small tensors have several blocks."""
     folder = tmp_path_factory.mktemp("sets")
     source = small_models.write_model(folder / "source")
-    split(source, folder / "small", tensor_parallel_size=4, pipeline_parallel_size=2, block_bytes=256)
+    split(
+        source,
+        folder / "small",
+        tensor_parallel_size=4,
+        pipeline_parallel_size=2,
+        options=SplitOptions(block_bytes=256),
+    )
     frozen = {name: FROZEN / name for name in GRIDS if name != "small"}
     return {"small": folder / "small", **frozen}
 

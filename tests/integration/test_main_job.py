@@ -22,7 +22,7 @@ import tensor_parallel_worker
 from processes import ended
 from shardprep.convert import convert
 from shardprep.export import export
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.verify import verify
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
@@ -51,7 +51,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cut at grain 8: more ranks than KV heads, so each head is shared by two."""
     folder = tmp_path_factory.mktemp("main") / "shards"
-    split(CHECKPOINT, folder, tensor_parallel_size=8, max_part_bytes=2**18, block_bytes=2**14)
+    split(
+        CHECKPOINT,
+        folder,
+        tensor_parallel_size=8,
+        options=SplitOptions(max_part_bytes=2**18, block_bytes=2**14),
+    )
     return folder
 
 
@@ -235,7 +240,12 @@ def test_export_gives_the_very_files_that_convert_gives(
 def test_pickle_and_safetensors_sources_give_the_same_parts(
     converted: Path, shards: Path, tmp_path: Path
 ) -> None:
-    split(converted, tmp_path / "again", tensor_parallel_size=8, max_part_bytes=2**18, block_bytes=2**14)
+    split(
+        converted,
+        tmp_path / "again",
+        tensor_parallel_size=8,
+        options=SplitOptions(max_part_bytes=2**18, block_bytes=2**14),
+    )
     parts = sorted(path.name for path in shards.glob("*.safetensors"))
     assert parts == sorted(path.name for path in (tmp_path / "again").glob("*.safetensors"))
     assert filecmp.cmpfiles(shards, tmp_path / "again", parts, shallow=False)[0] == parts

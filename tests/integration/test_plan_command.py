@@ -13,7 +13,8 @@ import pytest
 
 import header_checkpoints as published
 import small_models
-from shardprep.fit.report import FitReport, plan_fit
+from shardprep.fit.report import FitOptions, FitReport, plan_fit
+from shardprep.fit.search import Devices
 from shardprep_runtime import plan_view, read_manifest
 from shardprep_runtime.errors import InputError
 from shardprep_runtime.format.view import Place
@@ -68,7 +69,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_sizes_are_what_is_published(
     models: dict[str, Path], model: str, quantize: str | None, parameters: float, gigabytes: float
 ) -> None:
-    report = plan_fit(models[model], memory=[80 * GIB], quantize=quantize)
+    report = plan_fit(models[model], Devices((80 * GIB,)), FitOptions(quantize=quantize))
     assert report.parameters == pytest.approx(parameters, rel=0.005)
     assert report.nbytes / 1e9 == pytest.approx(gigabytes, rel=0.005)
     assert report.quantization == quantize
@@ -80,7 +81,7 @@ def best(report: FitReport) -> tuple[int, int]:
 
 
 def test_llama_3_70b_fits_two_devices_of_80_gib_and_not_one(models: dict[str, Path]) -> None:
-    report = plan_fit(models["llama-3-70b"], memory=[80 * GIB])
+    report = plan_fit(models["llama-3-70b"], Devices((80 * GIB,)))
     assert best(report) == (2, 1)
     alone = next(grid for grid in report.grids if grid.devices == 1)
     assert not alone.fits
@@ -89,28 +90,30 @@ def test_llama_3_70b_fits_two_devices_of_80_gib_and_not_one(models: dict[str, Pa
 
 
 def test_llama_3_70b_in_4_bits_fits_one(models: dict[str, Path]) -> None:
-    assert best(plan_fit(models["llama-3-70b"], memory=[48 * GIB], quantize="awq")) == (1, 1)
+    assert best(plan_fit(models["llama-3-70b"], Devices((48 * GIB,)), FitOptions(quantize="awq"))) == (1, 1)
 
 
 def test_llama_2_13b_fits_two_devices_of_16_gib(models: dict[str, Path]) -> None:
-    report = plan_fit(models["llama-2-13b"], memory=[16 * GIB] * 2)
+    report = plan_fit(models["llama-2-13b"], Devices(tuple([16 * GIB] * 2)))
     assert best(report) == (2, 1)
     assert report.recommended is not None
     assert report.recommended.shard_bytes == pytest.approx(13.02e9, rel=0.005)
-    assert plan_fit(models["llama-2-13b"], memory=[16 * GIB]).recommended is not None
-    short = plan_fit(models["llama-2-13b"], memory=[16 * 10**9] * 2, context=2048)  # GB, not GiB
+    assert plan_fit(models["llama-2-13b"], Devices((16 * GIB,))).recommended is not None
+    short = plan_fit(
+        models["llama-2-13b"], Devices(tuple([16 * 10**9] * 2)), FitOptions(context=2048)
+    )  # GB, not GiB
     assert best(short) == (2, 1)
 
 
 def test_405b_needs_two_hosts_of_eight(models: dict[str, Path]) -> None:
-    report = plan_fit(models["llama-3.1-405b"], memory=[80 * GIB] * 16)
+    report = plan_fit(models["llama-3.1-405b"], Devices(tuple([80 * GIB] * 16)))
     assert best(report) == (8, 2)
-    assert plan_fit(models["llama-3.1-405b"], memory=[80 * GIB] * 8).recommended is None
+    assert plan_fit(models["llama-3.1-405b"], Devices(tuple([80 * GIB] * 8))).recommended is None
 
 
 def test_the_groups_of_qwen_72b_do_not_align_with_two_ranks(models: dict[str, Path]) -> None:
     for quantize in ("awq", "gptq"):
-        report = plan_fit(models["qwen2.5-72b"], memory=[24 * GIB], quantize=quantize)
+        report = plan_fit(models["qwen2.5-72b"], Devices((24 * GIB,)), FitOptions(quantize=quantize))
         refused = {each.tensor_parallel_size: each for each in report.refused}
         assert {2, 4, 8} <= refused.keys()
         assert refused[2].pad_to == 29696
@@ -122,20 +125,20 @@ def test_the_groups_of_qwen_72b_do_not_align_with_two_ranks(models: dict[str, Pa
     # as it was published for them: padded
     padded = {**published.QWEN_25_72B, "intermediate_size": 29696}
     folder = published.write(models["qwen2.5-72b"].parent / "padded", padded, published.llama_tensors(padded))
-    report = plan_fit(folder, memory=[24 * GIB], quantize="awq", per_host=8)
+    report = plan_fit(folder, Devices((24 * GIB,), 8), FitOptions(quantize="awq"))
     assert not {2, 4, 8} & {each.tensor_parallel_size for each in report.refused}
     assert best(report) == (2, 1)
 
 
 def test_heads_that_cannot_be_shared_are_not_said_to_need_padding(models: dict[str, Path]) -> None:
-    report = plan_fit(models["qwen2.5-72b"], memory=[24 * GIB] * 3, quantize="awq")
+    report = plan_fit(models["qwen2.5-72b"], Devices(tuple([24 * GIB] * 3)), FitOptions(quantize="awq"))
     three = next(each for each in report.refused if each.tensor_parallel_size == 3)
     assert three.pad_to is None
     assert "8 units cannot be shared by 3 ranks" in three.why
 
 
 def test_unquantized_qwen_72b_is_cut_by_two(models: dict[str, Path]) -> None:
-    assert best(plan_fit(models["qwen2.5-72b"], memory=[80 * GIB])) == (2, 1)
+    assert best(plan_fit(models["qwen2.5-72b"], Devices((80 * GIB,)))) == (2, 1)
 
 
 @pytest.mark.slow
@@ -143,7 +146,7 @@ def test_deepseek_v3_from_its_headers(tmp_path: Path) -> None:
     config = {**published.DEEPSEEK_V3, "quantization_config": published.FP8_BLOCKS}
     folder = published.write(tmp_path / "v3", config, published.deepseek_tensors(config))
     start = time.process_time()
-    report = plan_fit(folder, memory=[141 * 10**9])
+    report = plan_fit(folder, Devices((141 * 10**9,)))
     assert time.process_time() - start < 15  # 6 s, half of them to read 90,000 headers
     assert report.parameters == pytest.approx(671.03e9, rel=0.0005)
     assert report.nbytes == pytest.approx(671.03e9 * 1.004, rel=0.005)  # fp8, embedding and head in bf16
@@ -163,7 +166,7 @@ def test_deepseek_v3_from_its_headers(tmp_path: Path) -> None:
 
 def test_stages_follow_the_memory_of_their_devices(models: dict[str, Path]) -> None:
     memory = [24 * GIB, 16 * GIB, 12 * GIB]
-    report = plan_fit(models["llama-3-70b"], memory=memory, quantize="awq")
+    report = plan_fit(models["llama-3-70b"], Devices(tuple(memory)), FitOptions(quantize="awq"))
     assert best(report) == (1, 3)
     assert report.recommended is not None
     stages = report.recommended.stages
@@ -173,41 +176,53 @@ def test_stages_follow_the_memory_of_their_devices(models: dict[str, Path]) -> N
 
 
 def test_tensor_ranks_need_devices_that_are_alike(models: dict[str, Path]) -> None:
-    report = plan_fit(models["llama-3-70b"], memory=[80 * GIB, 96 * GIB])
+    report = plan_fit(
+        models["llama-3-70b"],
+        Devices(
+            (
+                80 * GIB,
+                96 * GIB,
+            )
+        ),
+    )
     assert best(report) == (1, 2)
     two = next(each for each in report.refused if each.tensor_parallel_size == 2)
     assert "80.00 GiB and 96.00 GiB are not the same; put equal devices next to each other" in two.why
 
 
 def test_equal_neighbours_of_a_list_may_share_a_stage(models: dict[str, Path]) -> None:
-    report = plan_fit(models["llama-3-70b"], memory=[24 * GIB, 24 * GIB, 12 * GIB, 12 * GIB], quantize="awq")
+    report = plan_fit(
+        models["llama-3-70b"],
+        Devices((24 * GIB, 24 * GIB, 12 * GIB, 12 * GIB)),
+        FitOptions(quantize="awq"),
+    )
     grids = {(grid.tensor_parallel_size, grid.pipeline_parallel_size) for grid in report.grids}
     assert grids == {(1, 4), (2, 2)}
     assert best(report) == (2, 2)
 
 
 def test_on_hosts_of_one_device_stages_come_before_tensor_ranks(models: dict[str, Path]) -> None:
-    assert best(plan_fit(models["llama-3-70b"], memory=[80 * GIB] * 4, per_host=1)) == (1, 4)
-    assert best(plan_fit(models["llama-3-70b"], memory=[80 * GIB] * 4, per_host=4)) == (4, 1)
+    assert best(plan_fit(models["llama-3-70b"], Devices(tuple([80 * GIB] * 4), 1))) == (1, 4)
+    assert best(plan_fit(models["llama-3-70b"], Devices(tuple([80 * GIB] * 4), 4))) == (4, 1)
 
 
 def test_what_would_make_it_fit_does(models: dict[str, Path]) -> None:
     model = models["llama-2-13b"]
-    options: dict[str, Any] = {"memory": [16 * GIB] * 2, "batch": 4}
-    report = plan_fit(model, **options)
+    two = Devices((16 * GIB, 16 * GIB))
+    report = plan_fit(model, two, FitOptions(batch=4))
     assert report.recommended is None
     advice = "\n".join(report.advice)
     assert "1 more of 16.00 GiB" in advice
-    assert plan_fit(model, memory=[16 * GIB] * 3, batch=4).recommended is not None
+    assert plan_fit(model, Devices(tuple([16 * GIB] * 3)), FitOptions(batch=4)).recommended is not None
     assert "--batch 1" in advice
-    assert plan_fit(model, memory=options["memory"], batch=1).recommended is not None
+    assert plan_fit(model, two, FitOptions(batch=1)).recommended is not None
     context = int(advice.partition("--context ")[2].split()[0])
-    assert plan_fit(model, **options, context=context).recommended is not None
-    assert plan_fit(model, **options, context=context + 200).recommended is None
+    assert plan_fit(model, two, FitOptions(batch=4, context=context)).recommended is not None
+    assert plan_fit(model, two, FitOptions(batch=4, context=context + 200)).recommended is None
     assert "--quantize awq" in advice
-    assert plan_fit(model, **options, quantize="awq").recommended is not None
+    assert plan_fit(model, two, FitOptions(batch=4, quantize="awq")).recommended is not None
     assert ("--kv-dtype fp8" in advice) == (
-        plan_fit(model, **options, kv_dtype="fp8").recommended is not None
+        plan_fit(model, two, FitOptions(batch=4, kv_dtype="fp8")).recommended is not None
     )
 
 
@@ -273,7 +288,7 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path, options: list[st
 
 
 def test_a_context_beyond_the_model_is_noted(models: dict[str, Path]) -> None:
-    report = plan_fit(models["llama-2-13b"], memory=[80 * GIB], context=8000)
+    report = plan_fit(models["llama-2-13b"], Devices((80 * GIB,)), FitOptions(context=8000))
     assert report.notes == (
         "8000 tokens are more than the 4096 that config.json says the model was made for",
     )
@@ -290,7 +305,7 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
     config["quantization_config"] = published.FP8_BLOCKS
     folder = published.write(tmp_path / "v3", config, published.deepseek_tensors(config))
     with pytest.raises(InputError, match="quantized already, by fp8"):
-        plan_fit(folder, memory=[80 * GIB], quantize="awq")
+        plan_fit(folder, Devices((80 * GIB,)), FitOptions(quantize="awq"))
 
 
 # -------------------------------------------------------------------------------------------------- a config alone
@@ -317,7 +332,7 @@ def test_a_config_alone_is_enough(
 ) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    report = plan_fit(path, memory=[80 * GIB])
+    report = plan_fit(path, Devices((80 * GIB,)))
     assert report.nbytes / 1e9 == pytest.approx(gigabytes, rel=0.005)
     assert report.kv_token == kv_token
     assert report.recommended is not None
@@ -325,8 +340,8 @@ def test_a_config_alone_is_enough(
 
 def test_a_config_and_its_checkpoint_give_the_same_plan(models: dict[str, Path]) -> None:
     folder = models["llama-2-13b"]
-    from_headers = plan_fit(folder, memory=[16 * GIB])
-    from_config = plan_fit(folder / "config.json", memory=[16 * GIB])
+    from_headers = plan_fit(folder, Devices((16 * GIB,)))
+    from_config = plan_fit(folder / "config.json", Devices((16 * GIB,)))
     assert from_config.grids == from_headers.grids
 
 
@@ -346,7 +361,7 @@ def test_a_config_without_dtype_is_counted_as_float32_and_says_so(tmp_path: Path
     config = {key: value for key, value in published.LLAMA_2_13B.items() if key != "torch_dtype"}
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    report = plan_fit(path, memory=[80 * GIB])
+    report = plan_fit(path, Devices((80 * GIB,)))
     assert set(report.dtypes) == {"F32"}
     assert report.notes == ("config.json names no dtype; weights are counted as float32",)
 
@@ -365,7 +380,9 @@ def test_a_config_that_says_nonsense_is_refused(tmp_path: Path, text: str) -> No
 def test_a_shard_set_is_planned_as_its_checkpoint(tmp_path: Path) -> None:
     source = small_models.write_model(tmp_path / "source", small_models.llama_config(tied=True))
     run("split", source, tmp_path / "set", "-tp", 2)
-    assert plan_fit(tmp_path / "set", memory=[2 * GIB]).grids == plan_fit(source, memory=[2 * GIB]).grids
+    assert (
+        plan_fit(tmp_path / "set", Devices((2 * GIB,))).grids == plan_fit(source, Devices((2 * GIB,))).grids
+    )
 
 
 def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from shardprep.cli import main
 from shardprep.inspect import inspect
 from shardprep.layout.quantization import Scheme
 from shardprep.model.skeleton import build, default_config, shrink
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.verify import verify
 from shardprep_runtime.errors import IntegrityError, ProblemError, UnsupportedError
 from shardprep_runtime.format import manifest as manifests
@@ -57,7 +57,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProbeRanks]:
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("probed") / "shards"
-    assert split(TRAINED, folder, tensor_parallel_size=2, probe=True).probe
+    assert split(TRAINED, folder, tensor_parallel_size=2, options=SplitOptions(probe=True)).probe
     return folder
 
 
@@ -140,7 +140,7 @@ def test_a_model_that_rounding_upsets_proves_itself_too(probed: Path, tmp_path: 
                 tensor *= factor
 
     spoilt(probed, tmp_path, weaken)
-    split(tmp_path / "model", tmp_path / "weak", tensor_parallel_size=2, probe=True)
+    split(tmp_path / "model", tmp_path / "weak", tensor_parallel_size=2, options=SplitOptions(probe=True))
     probes = [read_manifest(folder).probe for folder in (probed, tmp_path / "weak")]
     noises = [max(layer.noise for layer in probe.layers) for probe in probes if probe is not None]
     assert noises[1] > 2 * noises[0]
@@ -174,7 +174,7 @@ def test_tensor_ranks_that_hold_the_same_are_found(
 def test_other_architectures_prove_themselves(model_type: str, tmp_path: Path) -> None:
     config = shrink(default_config(model_type))
     build(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, probe=True)
+    split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, options=SplitOptions(probe=True))
     layers = read_manifest(tmp_path / "shards").layers
     for dtype in ("float32", "bfloat16", "float16"):
         for pp_rank, stages in ((0, [(0, layers)]), (0, [(0, 1), (1, layers)]), (1, [(0, 1), (1, layers)])):
@@ -186,7 +186,7 @@ def test_other_architectures_prove_themselves(model_type: str, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_quantized_model_proves_itself_and_wrong_scales_are_found(method: str, tmp_path: Path) -> None:
     write_quantized(TRAINED, tmp_path / "model", Scheme(method, group=32))
-    split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, probe=True)
+    split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, options=SplitOptions(probe=True))
     for dtype in ("float32", "bfloat16", "float16"):
         assert check(tmp_path / "shards", dtype, 1, [(0, 4), (4, 6)]).proven is True
 
@@ -282,7 +282,9 @@ def test_nan_is_found_without_a_recorded_probe(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"layer 1 gives NaN or infinity in torch\.bfloat16"):
         check(tmp_path / "shards", "bfloat16")
     with pytest.raises(ProblemError, match="cannot be probed: layer 1 gives NaN"):
-        split(tmp_path / "model", tmp_path / "again", tensor_parallel_size=2, probe=True)
+        split(
+            tmp_path / "model", tmp_path / "again", tensor_parallel_size=2, options=SplitOptions(probe=True)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ split --probe
@@ -300,7 +302,7 @@ def test_a_probe_is_all_that_is_added_and_the_same_again(probed: Path, tmp_path:
     assert raw[: raw.index(b',\n  "probe"')] == plain.removesuffix(b"\n}\n")
     torch.set_num_threads(2)
     try:
-        split(TRAINED, tmp_path / "again", tensor_parallel_size=2, probe=True)
+        split(TRAINED, tmp_path / "again", tensor_parallel_size=2, options=SplitOptions(probe=True))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -312,13 +314,21 @@ def test_a_probe_is_all_that_is_added_and_the_same_again(probed: Path, tmp_path:
 
 @pytest.mark.parametrize("grain", [1, 4])
 def test_the_probe_does_not_depend_on_the_grain(probed: Path, tmp_path: Path, grain: int) -> None:
-    split(TRAINED, tmp_path / "shards", tensor_parallel_size=grain, pipeline_parallel_size=3, probe=True)
+    split(
+        TRAINED,
+        tmp_path / "shards",
+        tensor_parallel_size=grain,
+        pipeline_parallel_size=3,
+        options=SplitOptions(probe=True),
+    )
     assert read_manifest(tmp_path / "shards").probe == read_manifest(probed).probe
 
 
 def test_a_store_is_given_the_same_probe(probed: Path, tmp_path: Path) -> None:
     uri = f"file://{tmp_path}/store"
-    report = split(TRAINED, uri, tensor_parallel_size=2, probe=True, scratch=tmp_path / "scratch")
+    report = split(
+        TRAINED, uri, tensor_parallel_size=2, options=SplitOptions(probe=True, scratch=tmp_path / "scratch")
+    )
     with open_store(uri) as store:
         raw, manifest = revisions.read_manifest(store, "main", report.manifest_digest)
     assert raw == (probed / "shardprep.json").read_bytes()
@@ -346,10 +356,10 @@ def test_a_split_that_was_killed_while_it_renamed_is_probed_again(probed: Path, 
 
         patch.setattr(shardprep.write.staging.Staging, "_publish", publish)
         with pytest.raises(KeyboardInterrupt):
-            split(TRAINED, folder, tensor_parallel_size=2, probe=True)
+            split(TRAINED, folder, tensor_parallel_size=2, options=SplitOptions(probe=True))
     assert (folder / ".shardprep-partial").is_dir()
     assert not (folder / "shardprep.json").exists()
-    split(TRAINED, folder, tensor_parallel_size=2, probe=True)
+    split(TRAINED, folder, tensor_parallel_size=2, options=SplitOptions(probe=True))
     assert (folder / "shardprep.json").read_bytes() == (probed / "shardprep.json").read_bytes()
     assert not (folder / ".shardprep-partial").exists()
 
@@ -375,7 +385,9 @@ def test_a_model_that_transformers_lacks_is_refused_before_anything_is_written(t
     with pytest.raises(
         UnsupportedError, match=r"--probe computes the model's layers: .*; split without --probe"
     ):
-        split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, probe=True)
+        split(
+            tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, options=SplitOptions(probe=True)
+        )
     assert not (tmp_path / "shards").exists()
 
 
@@ -389,7 +401,9 @@ def test_a_model_that_fails_when_it_runs_keeps_its_parts(tmp_path: Path) -> None
     with pytest.raises(
         ProblemError, match=r"cannot be probed: layer 0: RuntimeError: .*without --probe ends the"
     ):
-        split(tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, probe=True)
+        split(
+            tmp_path / "model", tmp_path / "shards", tensor_parallel_size=2, options=SplitOptions(probe=True)
+        )
     kept = list((tmp_path / "shards/.shardprep-partial").glob("*.safetensors"))
     assert kept
     before = {path.name: path.stat().st_mtime_ns for path in kept}

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 import small_models
 from processes import ended
 from shardprep.cli import main
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime import read_manifest
 from shardprep_runtime.errors import FormatError
 from shardprep_runtime.format.manifest import Part
@@ -45,7 +45,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shard set of many small blocks."""
     folder = tmp_path_factory.mktemp("set")
     source = small_models.write_model(folder / "source")
-    split(source, folder / "set", tensor_parallel_size=4, pipeline_parallel_size=2, block_bytes=BLOCK)
+    split(
+        source,
+        folder / "set",
+        tensor_parallel_size=4,
+        pipeline_parallel_size=2,
+        options=SplitOptions(block_bytes=BLOCK),
+    )
     return folder / "set"
 
 
@@ -485,7 +491,13 @@ def test_a_file_of_others_among_ours_stops_the_rerun(store: Path, tmp_path: Path
 
 def test_another_manifest_is_not_mixed_in(shards: Path, store: Path, tmp_path: Path) -> None:
     other = small_models.write_model(tmp_path / "source", seed=1)
-    split(other, tmp_path / "other", tensor_parallel_size=4, pipeline_parallel_size=2, block_bytes=BLOCK)
+    split(
+        other,
+        tmp_path / "other",
+        tensor_parallel_size=4,
+        pipeline_parallel_size=2,
+        options=SplitOptions(block_bytes=BLOCK),
+    )
     make_store(tmp_path / "other", store, "v2")
     folder = tmp_path / "there"
     pull(store, folder, *RANK_OPTIONS, "--rank", 0)

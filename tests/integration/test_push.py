@@ -18,17 +18,17 @@ from typing import Any
 
 import pytest
 import torch
+from s3server import S3Server
 
 import small_models
 from processes import ended
-from s3server import S3Server
 from shardprep.publish import prune as pruning
 from shardprep.publish import push as publish
 from shardprep.publish import send
 from shardprep.publish.prune import prune, revisions
 from shardprep.publish.push import push
 from shardprep.publish.send import Blob, Digested
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.write.conduct import Conduct
 from shardprep_runtime import read_manifest
 from shardprep_runtime.errors import (
@@ -106,7 +106,12 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors[name] = tensors[name] + 1
     small_models.write_checkpoint(folder / "source-two", tensors, config)
     for name in ("one", "two"):
-        split(folder / f"source-{name}", folder / name, tensor_parallel_size=2, max_part_bytes=8000)
+        split(
+            folder / f"source-{name}",
+            folder / name,
+            tensor_parallel_size=2,
+            options=SplitOptions(max_part_bytes=8000),
+        )
     return folder
 
 
@@ -651,7 +656,7 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         heads=8, kv_heads=4, head_dim=64, layers=6, intermediate=1536, vocab=8000
     )
     small_models.write_model(folder / "source", config, dtype=torch.float32)
-    split(folder / "source", folder / "set", tensor_parallel_size=1, block_bytes=2**20)
+    split(folder / "source", folder / "set", tensor_parallel_size=1, options=SplitOptions(block_bytes=2**20))
     return folder
 
 

@@ -32,7 +32,7 @@ from shardprep.inspect import inspect
 from shardprep.layout import ModelLayout, Scheme, derive_layout
 from shardprep.model.describe import read_model
 from shardprep.quantize.packing import dequantized
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.verify import verify
 from shardprep_runtime.errors import InputError, LayoutError, UnsupportedError
 from shardprep_runtime.format import manifest as manifests
@@ -95,7 +95,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         scheme, how = FORMATS[request.param]
         folder = tmp_path_factory.mktemp("quantized")
         source = write_quantized(CHECKPOINT, folder / "source", scheme, **how)
-        split(source, folder / "shards", tensor_parallel_size=8, max_part_bytes=2**18, block_bytes=2**14)
+        split(
+            source,
+            folder / "shards",
+            tensor_parallel_size=8,
+            options=SplitOptions(max_part_bytes=2**18, block_bytes=2**14),
+        )
         KNOWN[request.param] = Case(scheme, source, folder / "shards", read_tensors(source), 8)
     return KNOWN[request.param]
 

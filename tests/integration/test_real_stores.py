@@ -29,9 +29,10 @@ import small_models
 from shardprep.publish.pull import pull
 from shardprep.publish.push import push
 from shardprep.publish.send import PART_BYTES
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime import load
 from shardprep_runtime.errors import ConflictError, DeniedError, MissingError, SourceError, StoreError
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.stores.s3 import S3Store
 from shardprep_runtime.stores.s3_upload import unfinished
@@ -572,7 +573,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small_models.llama_config(vocab=50_000, head_dim=64)
     tensors = small_models.random_tensors(small_models.llama_shapes(config))
     small_models.write_checkpoint(folder / "source", tensors, config)
-    split(folder / "source", folder / "set", tensor_parallel_size=2, block_bytes=MIB)
+    split(folder / "source", folder / "set", tensor_parallel_size=2, options=SplitOptions(block_bytes=MIB))
     assert max(path.stat().st_size for path in (folder / "set").iterdir()) > PART_BYTES
     return folder / "set"
 
@@ -584,7 +585,7 @@ def test_what_is_pushed_is_pulled_and_loaded_as_it_was(
     report = push(shards, store.uri, access=access)
     assert report.blobs_sent > 0
     assert push(shards, store.uri, access=access).blobs_sent == 0
-    pull(store.uri, tmp_path / "pulled", access=access)
+    pull(open_set(store.uri, access=access), tmp_path / "pulled")
     files = {path.name: path.read_bytes() for path in shards.iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "pulled").iterdir()} == files
     for rank in (0, 1):

@@ -21,7 +21,7 @@ from shardprep.cli import main
 from shardprep.convert import convert
 from shardprep.inspect import inspect
 from shardprep.source import locate, store_files
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import FormatError, IntegrityError, MissingError, SourceError, UnsupportedError
 from shardprep_runtime.stores.folder import FolderStore
@@ -253,12 +253,12 @@ def test_a_run_that_a_store_ended_is_resumed(tmp_path: Path, monkeypatch: pytest
                 uri(source),
                 tmp_path / "new",
                 tensor_parallel_size=4,
-                max_part_bytes=5000,
                 conduct=Conduct(workers=1),
+                options=SplitOptions(max_part_bytes=5000),
             )
     kept = list((tmp_path / "new/.shardprep-partial").glob("*.safetensors"))
-    split(uri(source), tmp_path / "new", tensor_parallel_size=4, max_part_bytes=5000)
-    split(source, tmp_path / "near", tensor_parallel_size=4, max_part_bytes=5000)
+    split(uri(source), tmp_path / "new", tensor_parallel_size=4, options=SplitOptions(max_part_bytes=5000))
+    split(source, tmp_path / "near", tensor_parallel_size=4, options=SplitOptions(max_part_bytes=5000))
     assert kept
     assert contents(tmp_path / "near") == contents(tmp_path / "new")
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from s3server import S3Server
 
 import s3fixtures
 import small_models
 from s3fixtures import BUCKET, chunk, content, opened
-from s3server import S3Server
 from shardprep.cli import main
 from shardprep.publish.pull import pull
 from shardprep.publish.push import push
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime import Shard, load, read_manifest
 from shardprep_runtime.errors import (
     DeniedError,
@@ -29,8 +29,10 @@ from shardprep_runtime.errors import (
     StoreError,
 )
 from shardprep_runtime.format.manifest import Part
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard import fetch
 from shardprep_runtime.shard.revisions import blob_key
+from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stores.store import Access, Transfer, read
 
 pytestmark = pytest.mark.slow  # a minute of waiting for what passes
@@ -54,7 +56,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small_models.llama_config(heads=4, head_dim=32, layers=4, intermediate=256, vocab=300)
     small_models.write_model(folder / "source", config)
     split(
-        folder / "source", folder / "set", tensor_parallel_size=2, max_part_bytes=200_000, block_bytes=BLOCK
+        folder / "source",
+        folder / "set",
+        tensor_parallel_size=2,
+        options=SplitOptions(max_part_bytes=200_000, block_bytes=BLOCK),
     )
     return folder / "set"
 
@@ -116,7 +121,7 @@ def bring(way: str, folder: Path, **how: Any) -> Tensors:
     """All tensors of the shard set at URI, as they come by this way."""
     access = Access(**{"idle_timeout": 1.0, "deadline": 10.0} | how)
     if way == "pull":
-        pull(URI, folder / "out", rank=0, access=access)
+        pull(open_set(URI, access=access), folder / "out", place=Place(0))
         with load(folder / "out") as shard:
             return dict(shard)
     with load(URI, cache=folder / "cache" if way == "cache" else None, access=access) as shard:

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from s3server import S3Server
 
 import small_models
 from processes import ended
-from s3server import S3Server
 from shardprep.publish.push import StoreStaging, push
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import ConflictError, InputError, IntegrityError, StoreError
 from shardprep_runtime.shard.revisions import read_manifest
@@ -46,7 +46,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         heads=8, kv_heads=4, head_dim=32, layers=8, intermediate=768, vocab=1000
     )
     small_models.write_model(folder / "source", config, dtype=torch.float32, shards=3)
-    split(folder / "source", folder / "set", tensor_parallel_size=2, max_part_bytes=2 * 10**6)
+    split(
+        folder / "source",
+        folder / "set",
+        tensor_parallel_size=2,
+        options=SplitOptions(max_part_bytes=2 * 10**6),
+    )
     push(folder / "set", folder / "store")
     return folder
 
@@ -93,8 +98,7 @@ def begin(model: Path, store: str, scratch: Path, **options: Any) -> None:
         model / "source",
         store,
         tensor_parallel_size=2,
-        max_part_bytes=2 * 10**6,
-        scratch=scratch,
+        options=SplitOptions(max_part_bytes=2 * 10**6, scratch=scratch),
         **options,
     )
 
@@ -336,7 +340,9 @@ def test_a_damaged_source_publishes_nothing_and_leaves_no_scratch(
     raw[raw.index(next(reversed(tensors.values())).numpy().tobytes()[:64])] ^= 1
     last.write_bytes(raw)
     with pytest.raises(IntegrityError, match="crc32"):
-        split(source, f"file://{tmp_path}/store", tensor_parallel_size=2, scratch=scratch)
+        split(
+            source, f"file://{tmp_path}/store", tensor_parallel_size=2, options=SplitOptions(scratch=scratch)
+        )
     assert not (tmp_path / "store" / "manifests").exists()
     assert not list(scratch.iterdir())
 

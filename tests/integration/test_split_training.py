@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from s3server import S3Server
 from safetensors.torch import load_file
 
 import small_models
 from processes import ended
 from s3fixtures import BUCKET, isolate, opened
-from s3server import S3Server
 from shardprep.cli import main
 from shardprep.convert import convert
 from shardprep.model.skeleton import build, quiet
 from shardprep.publish.push import push
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime import load, read_manifest
 from shardprep_runtime.errors import InputError, ProblemError, UnsupportedError, WorkerError, WorkerLostError
 from shardprep_runtime.shard import revisions as remote
@@ -88,7 +88,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
                 with quiet():
                     build(TIED, seed=1).save_pretrained(folder / "checkpoint")
                 ids = torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(2)).tolist()
-            split(folder / "checkpoint", folder / "set", tensor_parallel_size=2, max_part_bytes=700_000)
+            split(
+                folder / "checkpoint",
+                folder / "set",
+                tensor_parallel_size=2,
+                options=SplitOptions(max_part_bytes=700_000),
+            )
             made[name] = Case(folder / "checkpoint", folder / "set", ids)
         return made[name]
 
@@ -227,7 +232,7 @@ def shardprep(*args: object) -> dict[str, Any]:
 def test_only_parts_that_changed_are_pushed(tmp_path: Path, server: S3Server) -> None:
     """From a store, of a model that is stored in bfloat16, with the lower half frozen, to a new revision beside it."""
     uri = f"s3://{BUCKET}/tiny"
-    split(TINY, tmp_path / "set", tensor_parallel_size=2, max_part_bytes=400_000)
+    split(TINY, tmp_path / "set", tensor_parallel_size=2, options=SplitOptions(max_part_bytes=400_000))
     push(tmp_path / "set", uri, revision="base")
     manifest = read_manifest(tmp_path / "set")
     ids = text_ids(2, 48)
@@ -291,7 +296,13 @@ def test_a_shard_set_says_by_itself_how_it_was_split(
     limit: int, grain: int, stages: Any, tmp_path: Path
 ) -> None:
     small_models.write_model(tmp_path / "in", small_models.phi3_config(vocab=90), kind="safetensors")
-    split(tmp_path / "in", tmp_path / "one", tensor_parallel_size=grain, stages=stages, max_part_bytes=limit)
+    split(
+        tmp_path / "in",
+        tmp_path / "one",
+        tensor_parallel_size=grain,
+        stages=stages,
+        options=SplitOptions(max_part_bytes=limit),
+    )
     pieces: dict[str, int] = {}
     with load(tmp_path / "one", tensor_parallel_size=1) as shard:
         for part, _, _, _ in shard.ranges():

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from s3server import S3Server
 from safetensors.torch import load_file
 
 import small_models
 from quantized_models import write_quantized
 from s3fixtures import BUCKET, isolate, opened, put_shard_set
-from s3server import S3Server
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime import read_manifest
 from shardprep_runtime.engines.transformers_state import check_loaded, transformers_state
 from shardprep_runtime.errors import InputError, IntegrityError, LayoutError
@@ -83,7 +83,12 @@ def case(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
             folder = tmp_path_factory.mktemp(name)
             (answer,) = ranks.run("make", config=MODELS[name], to=str(folder / "in"))
             assert not answer["error"], answer
-            split(folder / "in", folder / "set", tensor_parallel_size=GRAIN, max_part_bytes=60_000)
+            split(
+                folder / "in",
+                folder / "set",
+                tensor_parallel_size=GRAIN,
+                options=SplitOptions(max_part_bytes=60_000),
+            )
             (answer,) = ranks.run("folder", source=str(folder / "in"), dtype="float32")
             assert not answer["error"], answer
             made[name] = folder / "in", folder / "set", answer

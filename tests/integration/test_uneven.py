@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from s3server import S3Server
 
 from s3fixtures import BUCKET, isolate, put_shard_set
-from s3server import S3Server
 from shardprep.cli import main
 from shardprep.layout import ModelLayout, Placed
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep_runtime import Shard, load
 from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 from shardprep_runtime.format.view import Place
@@ -111,7 +111,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # no model type is as awkward as this
         patch.setattr("shardprep.model.describe.derive_layout", lambda *_, **__: layout)
-        split(folder / "source", folder / "set", tensor_parallel_size=GRAIN, block_bytes=4096)
+        split(
+            folder / "source",
+            folder / "set",
+            tensor_parallel_size=GRAIN,
+            options=SplitOptions(block_bytes=4096),
+        )
     return folder / "set"
 
 

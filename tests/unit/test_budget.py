@@ -12,7 +12,8 @@ import header_checkpoints as published
 import small_models
 from shardprep.fit.budget import RUNTIME_BYTES, Shape, Workload, allowance, fill, transfer
 from shardprep.fit.kv_cache import Kept
-from shardprep.fit.report import plan_fit
+from shardprep.fit.report import FitOptions, plan_fit
+from shardprep.fit.search import Devices
 from shardprep.fit.weights import Census
 from shardprep.layout import ModelLayout, Placed, derive_layout
 from shardprep.split import split
@@ -43,7 +44,7 @@ def test_weights_are_what_the_views_of_the_split_hold(tmp_path: Path, model: str
     source = small_models.write_model(tmp_path / "source", MODELS[model])
     split(source, tmp_path / "set", tensor_parallel_size=4)
     manifest = read_manifest(tmp_path / "set")
-    report = plan_fit(source, memory=[2 * GIB] * 8, per_host=4)
+    report = plan_fit(source, Devices(tuple([2 * GIB] * 8), 4))
     grids = [grid for grid in report.grids if grid.devices <= 8]
     assert {grid.tensor_parallel_size for grid in grids} >= {1, 2, 4}
     for grid in grids:
@@ -88,7 +89,7 @@ def test_weights_of_expert_groups_are_what_their_views_hold(tmp_path: Path, engi
     source = published.write(tmp_path / "source", MIXTRAL, mixtral_tensors())
     split(source, tmp_path / "set", tensor_parallel_size=4)
     manifest = read_manifest(tmp_path / "set")
-    report = plan_fit(source, memory=[2 * GIB] * 4, per_host=4, engine=engine)
+    report = plan_fit(source, Devices(tuple([2 * GIB] * 4), 4), FitOptions(engine=engine))
     seen = set()
     for grid in report.grids:
         held = [nbytes for stage in grid.stages for nbytes in stage.rank_weights]
@@ -224,7 +225,7 @@ def test_spare_is_memory_less_all_that_is_held(tmp_path: Path) -> None:
     folder = published.write(
         tmp_path / "model", published.LLAMA_3_70B, published.llama_tensors(published.LLAMA_3_70B)
     )
-    report = plan_fit(folder, memory=[40 * GIB], context=4096, batch=3)
+    report = plan_fit(folder, Devices((40 * GIB,)), FitOptions(context=4096, batch=3))
     for grid in report.grids:
         for stage in grid.stages:
             assert stage.kv_needed == 3 * 4096 * stage.kv_token
@@ -239,7 +240,7 @@ def test_the_report_can_be_written_as_json(tmp_path: Path) -> None:
     from shardprep.cli.plan import as_object
 
     source = small_models.write_model(tmp_path / "source")
-    report = plan_fit(source, memory=[2 * GIB], network=10**8)
+    report = plan_fit(source, Devices((2 * GIB,)), network=10**8)
     found = json.loads(json.dumps(as_object(report)))
     assert found["recommended"]["stage_list"] == "0-3"
     assert found["recommended"]["fits"]

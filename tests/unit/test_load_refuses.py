@@ -16,7 +16,7 @@ import torch
 
 import small_models
 from shardprep.model import describe as models
-from shardprep.split import split
+from shardprep.split import SplitOptions, split
 from shardprep.verify import verify
 from shardprep_runtime import Manifest, load, plan_view, read_manifest
 from shardprep_runtime.errors import FormatError, IntegrityError, LayoutError, ManifestError
@@ -39,7 +39,13 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed, name in enumerate(("set", "other")):
         source = small_models.write_model(folder / f"{name}-source", seed=seed)
         found[name] = folder / name
-        split(source, found[name], tensor_parallel_size=4, pipeline_parallel_size=2, block_bytes=BLOCK)
+        split(
+            source,
+            found[name],
+            tensor_parallel_size=4,
+            pipeline_parallel_size=2,
+            options=SplitOptions(block_bytes=BLOCK),
+        )
     return found
 
 
