@@ -926,10 +926,9 @@ def test_stats_count_what_went_over_the_wire(raw: Raw) -> None:
 
 @contextlib.contextmanager
 def launched(root: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    server = str(Path(__file__).parents[1] / "s3server.py")
-    command = [sys.executable, server, "--root", str(root), *options]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+    command = [sys.executable, "-m", "s3server", "--root", str(root), *options]
+    pipe, tests = subprocess.PIPE, Path(__file__).parents[1]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=tests) as process:
         try:
             yield process
         finally:
