@@ -80,7 +80,7 @@ def open_hub(uri: str, *, data: bool) -> Source:
         from huggingface_hub import constants, errors
     except ImportError:
         raise InputError(f"{quote(uri)}: needs huggingface_hub: pip install 'shardprep[hub]'") from None
-    with _explained(uri):
+    with explained(uri):
         if constants.HF_HUB_OFFLINE:
             return _from_cache(hub, named)
         api = hub.HfApi(library_name="shardprep")
@@ -160,7 +160,7 @@ class _Ranges:
         if not count:
             return self.commit
         where = f"{self.uri}/{key}"
-        with _explained(where):
+        with explained(where):
             url = self.hub.hf_hub_url(
                 self.named.repo, key, subfolder=self.named.folder or None, revision=self.commit
             )
@@ -189,26 +189,34 @@ class _Ranges:
 
 
 @contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Say in our words what the hub refuses. Nothing of its own message is repeated: it may hold a signed URL."""
+def explained(uri: str, what: str = "model") -> Iterator[None]:
+    """Say in our words what the hub refuses. Nothing of its own message is repeated: it may hold a signed URL.
+
+    Args:
+        uri: What was asked for.
+        what: Its kind: a model or a data set.
+
+    Raises:
+        InputError, MissingError, DeniedError, StoreError: For what huggingface_hub raises within; it must be installed.
+    """
     from huggingface_hub import errors
 
     where = quote(uri)
     try:
         yield
     except errors.HFValidationError:
-        raise InputError(f"{where}: no name of a model; write hf://org/name") from None
+        raise InputError(f"{where}: not a name of a {what}; write hf://org/name") from None
     except errors.GatedRepoError:
         raise DeniedError(
-            f"{where}: a gated model: ask for access on its page at the hub, and set HF_TOKEN"
+            f"{where}: a gated {what}: ask for access on its page at the hub, and set HF_TOKEN"
         ) from None
     except errors.RepositoryNotFoundError:
         raise MissingError(
-            f"{where}: no such model, or a private one that HF_TOKEN does not open (`hf auth login`)",
+            f"{where}: no such {what}, or a private one that HF_TOKEN does not open (`hf auth login`)",
             missing="repository",
         ) from None
     except errors.RevisionNotFoundError:
-        raise MissingError(f"{where}: the model has no such revision", missing="revision") from None
+        raise MissingError(f"{where}: the {what} has no such revision", missing="revision") from None
     except errors.LocalEntryNotFoundError:
         raise MissingError(
             f"{where}: not in the cache (HF_HOME), and the hub is not asked (HF_HUB_OFFLINE) or cannot be reached",
