@@ -315,6 +315,16 @@ def options(
     return found
 
 
+def compare_states(
+    variants: Sequence[Variant], chosen: argparse.Namespace
+) -> dict[str, dict[str, list[Run]]]:
+    """What `compare` finds in each state of the page cache that was asked for."""
+    return {
+        "cold" if cold else "warm": compare(variants, rounds=chosen.rounds, cold=cold, say=say)
+        for cold in chosen.states
+    }
+
+
 @contextlib.contextmanager
 def workspace(chosen: argparse.Namespace) -> Iterator[Path]:
     """A new folder for one benchmark's files, removed at its end."""

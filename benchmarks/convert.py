@@ -57,12 +57,7 @@ def main() -> None:
             sys.exit("shardprep convert imports torch")
         shutil.rmtree(work / "first")
         all_variants = variants(checkpoint, work / "out")
-        found = {
-            "cold" if cold else "warm": benchlib.compare(
-                all_variants, rounds=chosen.rounds, cold=cold, say=benchlib.say
-            )
-            for cold in chosen.states
-        }
+        found = benchlib.compare_states(all_variants, chosen)
         size = sum(file.stat().st_size for file in all_variants[0].reads)
 
     goals = []

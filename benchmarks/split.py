@@ -129,12 +129,7 @@ def main() -> None:
             sys.exit("shardprep split imports torch")
         shutil.rmtree(work / "first")
         all_variants = variants(checkpoint, safetensors, work / "out", chosen.grain)
-        found = {
-            "cold" if cold else "warm": benchlib.compare(
-                all_variants, rounds=chosen.rounds, cold=cold, say=benchlib.say
-            )
-            for cold in chosen.states
-        }
+        found = benchlib.compare_states(all_variants, chosen)
         size = sum(file.stat().st_size for file in all_variants[0].reads)
 
     goals = []

@@ -52,18 +52,7 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
 
-MARK: Final = "found: "
-"""Begins the line with what a process has found: vLLM writes to standard output too."""
-
-QUIET: Final = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Environment of a vLLM on a CPU that asks nobody."""
+from apart import QUIET, ask, tell  # noqa: E402 - it lies in tools/
 
 PATIENCE: Final = 300
 """Seconds that one check may take."""
@@ -642,33 +631,13 @@ def warm(worker: Any) -> None:
 
 def apart(start: Start, environment: Mapping[str, str]) -> dict[str, Any]:
     """What an engine finds, run by a process of its own."""
+    own = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0"
+    }  # the scheduler in the process that asks; ranks have their own
+    if start.pp > 1:
+        own["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # `warm` goes to the workers
     command = [sys.executable, __file__, "--engine", json.dumps(asdict(start))]
-    try:
-        ended = subprocess.run(
-            command,
-            env={
-                **{key: value for key, value in os.environ.items() if not key.startswith("AWS_")},
-                **QUIET,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler in the process that asks; ranks have their own
-                **(
-                    {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if start.pp > 1 else {}
-                ),  # `warm` goes to the workers
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {PATIENCE} s"}
-    for line in ended.stdout.splitlines():
-        if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return found
-    print(ended.stdout[-4000:], ended.stderr[-8000:], sep="\n", file=sys.stderr)
-    errors = [line.strip() for line in ended.stderr.splitlines() if re.search(r"Error\b", line)]
-    return {"error": errors[-1] if errors else f"ended with status {ended.returncode}"}
+    return ask(command, {**own, **environment}, patience=PATIENCE)
 
 
 def check_engines(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Found]:
@@ -899,7 +868,7 @@ def table(states: Sequence[Found], engines: Sequence[Found]) -> Iterator[str]:
 def main() -> int:
     options = parse()
     if options.engine:
-        print(MARK + json.dumps(run_engine(Start(**json.loads(options.engine)))), flush=True)
+        tell(run_engine(Start(**json.loads(options.engine))))
         return 0
     os.environ.update(QUIET)
     prepare()

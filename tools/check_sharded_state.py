@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,21 +26,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from apart import QUIET, ask, tell
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-
-MARK: Final = "found: "
-"""Begins the line with what a process has found: vLLM writes to standard output too."""
-
-QUIET: Final = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Environment of a vLLM on a CPU that asks nobody."""
 
 PATIENCE: Final = 400
 """Seconds that one engine may take."""
@@ -59,13 +46,13 @@ def main() -> int:
     parser.add_argument("--no-store", action="store_true", help="engines: no S3")
     options = parser.parse_args()
     if options.check == "engine":
-        print(MARK + json.dumps(tokens_of(json.loads(sys.stdin.read()))), flush=True)
+        tell(tokens_of(json.loads(sys.stdin.read())))
         return 0
     os.environ |= QUIET
     if options.check == "engines":
         return engines(store=not options.no_store)
     for line in sys.stdin:
-        print(MARK + json.dumps(check_states(json.loads(line))), flush=True)
+        tell(check_states(json.loads(line)))
     return 0
 
 
@@ -179,8 +166,8 @@ def starts(scratch: Path, *, store: bool) -> Iterator[tuple[str, dict[str, Any]]
         f"{time.monotonic() - began:.1f} s",
         flush=True,
     )
-    yield "checkpoint, default loader, TP 2", apart({"model": str(checkpoint), "load_format": "auto"}, {})
-    yield "folder, sharded_state, TP 2", apart({"model": str(folder), "load_format": "sharded_state"}, {})
+    yield "checkpoint, default loader, TP 2", engine({"model": str(checkpoint), "load_format": "auto"}, {})
+    yield "folder, sharded_state, TP 2", engine({"model": str(folder), "load_format": "sharded_state"}, {})
     if not store:
         return
     missing = [
@@ -201,7 +188,7 @@ def starts(scratch: Path, *, store: bool) -> Iterator[tuple[str, dict[str, Any]]
             "RUNAI_STREAMER_S3_ENDPOINT": server.endpoint,
             "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
         }
-        answer = apart({"model": "s3://models/tiny", "load_format": "runai_streamer_sharded"}, environment)
+        answer = engine({"model": "s3://models/tiny", "load_format": "runai_streamer_sharded"}, environment)
         sent = server.stats()["operations"].get("GetObject", {})
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         answer["sent"] = (
@@ -210,28 +197,9 @@ def starts(scratch: Path, *, store: bool) -> Iterator[tuple[str, dict[str, Any]]
         yield "S3, runai_streamer_sharded, TP 2", answer
 
 
-def apart(start: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, Any]:
+def engine(start: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, Any]:
     """What an engine finds, run by a process of its own."""
-    ended = subprocess.run(
-        [sys.executable, __file__, "engine"],
-        input=json.dumps(start),
-        env={
-            **{key: value for key, value in os.environ.items() if not key.startswith("AWS_")},
-            **QUIET,
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    for line in ended.stdout.splitlines():
-        if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return found
-    print(ended.stdout[-3000:], ended.stderr[-6000:], sep="\n", file=sys.stderr)
-    errors = [line.strip() for line in ended.stderr.splitlines() if re.search(r"Error\b", line)]
-    return {"error": errors[-1] if errors else f"ended with status {ended.returncode}"}
+    return ask([sys.executable, __file__, "engine"], environment, patience=PATIENCE, given=json.dumps(start))
 
 
 def tokens_of(start: Mapping[str, str]) -> dict[str, Any]:

@@ -20,26 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Environment of a vLLM that runs in one process, on a CPU, and asks nobody."""
+from apart import QUIET, tell, told
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-
-MARK = "found: "
-"""Begins the line with what a process has found: vLLM writes to standard output too."""
 
 
 def main() -> int:
     options = parse()
     if options.here:
-        print(MARK + json.dumps(examine(options.folders[0], options)), flush=True)
+        tell(examine(options.folders[0], options))
         return 0
     try:
         import vllm
@@ -118,17 +107,16 @@ def apart(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     command += ["--tokens", str(options.tokens)] if options.tokens else []
     command += ["--prompt", *map(str, options.prompt)] if options.prompt else []
     command += ["--logprobs"] if options.logprobs else []
+    own = {"OMP_NUM_THREADS": str(options.threads), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     ended = subprocess.run(
         command,
-        env={**os.environ, **QUIET, "OMP_NUM_THREADS": str(options.threads)},
+        env={**os.environ, **QUIET, **own},
         capture_output=True,
         text=True,
         check=False,
     )
-    for line in ended.stdout.splitlines():
-        if line.startswith(MARK):
-            found: dict[str, Any] = json.loads(line.removeprefix(MARK))
-            return found
+    if (found := told(ended.stdout)) is not None:
+        return found
     return {"error": reason(ended.stderr), "exit_code": ended.returncode}
 
 

@@ -10,7 +10,6 @@ Once it serves, it prints one line of JSON: endpoint, access_key (the account), 
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import hmac
@@ -31,22 +30,6 @@ CONTAINER = "shards"
 ACCOUNT = "devstoreaccount1"
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """The same in every Azurite: no secret."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--root", type=Path, help="folder for all data; need not exist")
-    parser.add_argument("--setup", action="store_true", help="install what is missing")
-    parser.add_argument("--check", action="store_true", help="say what is missing")
-    given = parser.parse_args()
-    if given.setup and missing():
-        setup()
-    if reason := missing():
-        sys.exit(reason)
-    if given.root is not None:
-        serve(given.root.absolute())
-    elif not (given.setup or given.check):
-        parser.error("--root is missing")
 
 
 def missing() -> str | None:
@@ -74,21 +57,18 @@ def serve(root: Path) -> None:
     command += ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
     env = {"PATH": os.environ["PATH"], "HOME": str(root)}
     with programs.Programs() as running:
-        try:
-            running.start("azurite", command, log=root / "azurite.log", env=env)
-            running.wait_until(lambda: programs.answers(port), what="azurite", seconds=60)
-            make_container(port)
-            running.serve(
-                {
-                    "endpoint": f"http://127.0.0.1:{port}/{ACCOUNT}",
-                    "access_key": ACCOUNT,
-                    "secret_key": KEY,
-                    "region": "",
-                    "bucket": CONTAINER,
-                }
-            )
-        except programs.Stopped:
-            pass
+        running.start("azurite", command, log=root / "azurite.log", env=env)
+        running.wait_until(lambda: programs.answers(port), what="azurite", seconds=60)
+        make_container(port)
+        running.serve(
+            {
+                "endpoint": f"http://127.0.0.1:{port}/{ACCOUNT}",
+                "access_key": ACCOUNT,
+                "secret_key": KEY,
+                "region": "",
+                "bucket": CONTAINER,
+            }
+        )
 
 
 def make_container(port: int) -> None:
@@ -104,4 +84,4 @@ def make_container(port: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    programs.main(__doc__, missing=missing, setup=setup, serve=serve)

@@ -11,7 +11,6 @@ bucket.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -25,22 +24,6 @@ import programs
 VERSION = "0.1.1"
 HOME = Path(__file__).resolve().parents[2] / ".venv-gcs"
 BUCKET = "shards"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--root", type=Path, help="folder for all data; need not exist")
-    parser.add_argument("--setup", action="store_true", help="install what is missing")
-    parser.add_argument("--check", action="store_true", help="say what is missing")
-    given = parser.parse_args()
-    if given.setup and missing():
-        setup()
-    if reason := missing():
-        sys.exit(reason)
-    if given.root is not None:
-        serve(given.root.absolute())
-    elif not (given.setup or given.check):
-        parser.error("--root is missing")
 
 
 def program() -> Path | None:
@@ -84,28 +67,25 @@ def serve(root: Path) -> None:
     ]
     env = {"PATH": os.environ["PATH"], "HOME": str(root)}
     with programs.Programs() as running:
-        try:
-            running.start("fake-gcs-server", command, log=root / "fake-gcs-server.log", env=env)
-            running.wait_until(lambda: programs.answers(port), what="fake-gcs-server", seconds=60)
-            request = urllib.request.Request(
-                f"http://{at}/storage/v1/b?project=test",
-                data=json.dumps({"name": BUCKET}).encode(),
-                headers={"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request) as answer:
-                answer.read()
-            running.serve(
-                {
-                    "endpoint": f"http://{at}",
-                    "access_key": "",
-                    "secret_key": "",
-                    "region": "",
-                    "bucket": BUCKET,
-                }
-            )
-        except programs.Stopped:
-            pass
+        running.start("fake-gcs-server", command, log=root / "fake-gcs-server.log", env=env)
+        running.wait_until(lambda: programs.answers(port), what="fake-gcs-server", seconds=60)
+        request = urllib.request.Request(
+            f"http://{at}/storage/v1/b?project=test",
+            data=json.dumps({"name": BUCKET}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            answer.read()
+        running.serve(
+            {
+                "endpoint": f"http://{at}",
+                "access_key": "",
+                "secret_key": "",
+                "region": "",
+                "bucket": BUCKET,
+            }
+        )
 
 
 if __name__ == "__main__":
-    main()
+    programs.main(__doc__, missing=missing, setup=setup, serve=serve)

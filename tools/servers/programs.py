@@ -6,6 +6,7 @@ What the servers that tests start have in common. A server ends on SIGTERM or SI
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import select
@@ -24,7 +25,7 @@ PATIENCE = 10.0
 
 
 class Stopped(Exception):  # noqa: N818 - no error: it is how a server ends
-    """SIGTERM or SIGINT has come."""
+    """SIGTERM or SIGINT has come; `Programs` ends then without a word."""
 
 
 class Programs:
@@ -43,7 +44,7 @@ class Programs:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
         for _, _, program in reversed(self._running):
@@ -55,6 +56,7 @@ class Programs:
             except subprocess.TimeoutExpired:
                 program.kill()
                 program.wait()
+        return kind is Stopped
 
     def start(self, name: str, command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> None:
         """Start one, whose output goes to `log`."""
@@ -94,6 +96,33 @@ class Programs:
             readable, _, _ = select.select([sys.stdin], [], [], 1.0)
             if readable and not os.read(sys.stdin.fileno(), 4096):
                 return
+
+
+def main(
+    doc: str, *, missing: Callable[[], str | None], setup: Callable[[], None], serve: Callable[[Path], None]
+) -> None:
+    """Parse the command line of a server, and do what it asks for.
+
+    Args:
+        missing: Says why the server cannot be run here; None where it can.
+        setup: Installs what is missing.
+        serve: Serves until it is no longer wanted, with all data in the folder that it is given.
+    """
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument(
+        "--root", type=Path, help="folder for all data; it need not exist, and radosgw's must not"
+    )
+    parser.add_argument("--setup", action="store_true", help="install what is missing")
+    parser.add_argument("--check", action="store_true", help="say what is missing")
+    given = parser.parse_args()
+    if given.setup and missing():
+        setup()
+    if reason := missing():
+        sys.exit(reason)
+    if given.root is not None:
+        serve(given.root.absolute())
+    elif not (given.setup or given.check):
+        parser.error("--root is missing")
 
 
 def run(command: Sequence[str], *, env: Mapping[str, str], log: Path) -> str:

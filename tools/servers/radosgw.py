@@ -10,11 +10,9 @@ Once it serves, it prints one line of JSON: endpoint, access_key, secret_key, re
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -68,28 +66,17 @@ rgw max listing results = 20
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--root", type=Path, help="folder for all data; must not exist or be empty")
-    parser.add_argument("--setup", action="store_true", help="install what is missing")
-    parser.add_argument("--check", action="store_true", help="say what is missing")
-    given = parser.parse_args()
-    if given.setup and missing():
-        programs.install(PACKAGES)
-    if reason := missing():
-        sys.exit(reason)
-    if given.root is not None:
-        serve(given.root.absolute())
-    elif not (given.setup or given.check):
-        parser.error("--root is missing")
-
-
 def missing() -> str | None:
     """Why Ceph cannot be run here."""
     absent = [each for each in PROGRAMS if shutil.which(each) is None]
     if not absent:
         return None
     return f"{', '.join(absent)} not installed; scripts/test_s3 radosgw installs them and runs the tests"
+
+
+def setup() -> None:
+    """Install Ceph."""
+    programs.install(PACKAGES)
 
 
 def serve(root: Path) -> None:
@@ -121,36 +108,33 @@ def serve(root: Path) -> None:
         running.start(program, command, log=root / f"{program}.out", env=env)
 
     with programs.Programs() as running:
-        try:
-            monmap = str(root / "monmap")
-            place = f"[v1:127.0.0.1:{mon}]"
-            do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", place, monmap)
-            do("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap)
-            start("ceph-mon", "-i", "a")
-            running.wait_until(lambda: answers("mon") != "", what="ceph-mon", seconds=60)
-            osd = str(uuid.uuid4())
-            # a monitor that answers may still not know its commands
-            running.wait_until(lambda: takes("osd", "new", osd, "0"), what="ceph-mon", seconds=60)
-            do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
-            do("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=local", "root=default")
-            start("ceph-osd", "-i", "0")
-            running.wait_until(lambda: "1 up" in answers("osd"), what="ceph-osd", seconds=60)
-            user = ["--uid=test", "--display-name=test"]
-            keys = [f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}"]
-            do("radosgw-admin", "user", "create", *user, *keys)
-            start("radosgw", "-n", "client.rgw")
-            running.wait_until(lambda: programs.answers(port), what="radosgw", seconds=60)
-            running.serve(
-                {
-                    "endpoint": f"http://127.0.0.1:{port}",
-                    "access_key": ACCESS_KEY,
-                    "secret_key": SECRET_KEY,
-                    "region": REGION,
-                }
-            )
-        except programs.Stopped:
-            pass
+        monmap = str(root / "monmap")
+        place = f"[v1:127.0.0.1:{mon}]"
+        do("monmaptool", "--create", "--fsid", fsid, "--addv", "a", place, monmap)
+        do("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap)
+        start("ceph-mon", "-i", "a")
+        running.wait_until(lambda: answers("mon") != "", what="ceph-mon", seconds=60)
+        osd = str(uuid.uuid4())
+        # a monitor that answers may still not know its commands
+        running.wait_until(lambda: takes("osd", "new", osd, "0"), what="ceph-mon", seconds=60)
+        do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
+        do("ceph", "osd", "crush", "add", "osd.0", "1.0", "host=local", "root=default")
+        start("ceph-osd", "-i", "0")
+        running.wait_until(lambda: "1 up" in answers("osd"), what="ceph-osd", seconds=60)
+        user = ["--uid=test", "--display-name=test"]
+        keys = [f"--access-key={ACCESS_KEY}", f"--secret-key={SECRET_KEY}"]
+        do("radosgw-admin", "user", "create", *user, *keys)
+        start("radosgw", "-n", "client.rgw")
+        running.wait_until(lambda: programs.answers(port), what="radosgw", seconds=60)
+        running.serve(
+            {
+                "endpoint": f"http://127.0.0.1:{port}",
+                "access_key": ACCESS_KEY,
+                "secret_key": SECRET_KEY,
+                "region": REGION,
+            }
+        )
 
 
 if __name__ == "__main__":
-    main()
+    programs.main(__doc__, missing=missing, setup=setup, serve=serve)

@@ -10,7 +10,6 @@ Once it serves, it prints one line of JSON: endpoint, access_key, secret_key, re
 
 from __future__ import annotations
 
-import argparse
 import os
 import pwd
 import subprocess
@@ -105,22 +104,6 @@ default = yes
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--root", type=Path, help="folder for all data; need not exist")
-    parser.add_argument("--setup", action="store_true", help="install what is missing")
-    parser.add_argument("--check", action="store_true", help="say what is missing")
-    given = parser.parse_args()
-    if given.setup and missing():
-        setup()
-    if reason := missing():
-        sys.exit(reason)
-    if given.root is not None:
-        serve(given.root.absolute())
-    elif not (given.setup or given.check):
-        parser.error("--root is missing")
-
-
 def missing() -> str | None:
     """Why Swift cannot be run here."""
     if (BIN / "swift-proxy-server").exists():
@@ -148,29 +131,26 @@ def serve(root: Path) -> None:
     *ports, port = programs.free_ports(4)
     env = {"PATH": os.environ["PATH"], "HOME": str(root), "SWIFT_CONF_FILE": str(root / "swift.conf")}
     with programs.Programs() as running:
-        try:
-            for kind, each in zip(KINDS, ports, strict=True):
-                ring = [str(BIN / "swift-ring-builder"), str(root / f"{kind}.builder")]
-                for rest in (
-                    ["create", "4", "1", "1"],
-                    ["add", f"r1z1-127.0.0.1:{each}/disk", "1"],
-                    ["rebalance"],
-                ):
-                    programs.run([*ring, *rest], env=env, log=root / "rings.log")
-                text = BACKEND.format(kind=kind, port=each, user=user, root=root)
-                start(running, root, kind, text, env)
-            start(running, root, "proxy", PROXY.format(port=port, user=user, root=root), env)
-            running.wait_until(lambda: all(map(programs.answers, [*ports, port])), what="swift", seconds=60)
-            running.serve(
-                {
-                    "endpoint": f"http://127.0.0.1:{port}",
-                    "access_key": ACCESS_KEY,
-                    "secret_key": SECRET_KEY,
-                    "region": REGION,
-                }
-            )
-        except programs.Stopped:
-            pass
+        for kind, each in zip(KINDS, ports, strict=True):
+            ring = [str(BIN / "swift-ring-builder"), str(root / f"{kind}.builder")]
+            for rest in (
+                ["create", "4", "1", "1"],
+                ["add", f"r1z1-127.0.0.1:{each}/disk", "1"],
+                ["rebalance"],
+            ):
+                programs.run([*ring, *rest], env=env, log=root / "rings.log")
+            text = BACKEND.format(kind=kind, port=each, user=user, root=root)
+            start(running, root, kind, text, env)
+        start(running, root, "proxy", PROXY.format(port=port, user=user, root=root), env)
+        running.wait_until(lambda: all(map(programs.answers, [*ports, port])), what="swift", seconds=60)
+        running.serve(
+            {
+                "endpoint": f"http://127.0.0.1:{port}",
+                "access_key": ACCESS_KEY,
+                "secret_key": SECRET_KEY,
+                "region": REGION,
+            }
+        )
 
 
 def start(running: programs.Programs, root: Path, kind: str, text: str, env: dict[str, str]) -> None:
@@ -182,4 +162,4 @@ def start(running: programs.Programs, root: Path, kind: str, text: str, env: dic
 
 
 if __name__ == "__main__":
-    main()
+    programs.main(__doc__, missing=missing, setup=setup, serve=serve)
