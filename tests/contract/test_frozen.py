@@ -27,9 +27,6 @@ DOORS = {
     "shardprep.publish.push": ["push"],
     "shardprep.split": ["split"],
     "shardprep.verify": ["verify"],
-    "shardprep_runtime.stage.stage": ["Stage", "build_stage"],
-    "shardprep_runtime.workers.launch": ["launch"],
-    "shardprep_runtime.workers.pipeline": ["Pipeline"],
 }
 """Module -> what of it docs call, beside what shardprep_runtime exports."""
 

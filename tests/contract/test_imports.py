@@ -72,6 +72,10 @@ def test_the_runtime_is_standard_library_alone() -> None:
     assert imported_by("import shardprep_runtime") == {"shardprep_runtime"}
 
 
+def test_every_public_name_of_the_runtime_comes_without_torch() -> None:
+    assert imported_by("from shardprep_runtime import *") == {"shardprep_runtime"}
+
+
 def test_every_module_of_the_runtime_is_standard_library_alone() -> None:
     modules = [
         module.name
