@@ -1,7 +1,24 @@
 """Bring the blocks of a view from a store to where they land, in the order in which they will be wanted, each once.
 
-Threads take runs of blocks that lie beside each other, most urgent first, and put their bytes where they belong as
-they come. Blocks that another process of the host is at are left to it and looked after later.
+Several processes of a host may fetch into the same files at once. How a fetch goes:
+
+1. `open_arrivals` opens each part. Its header is read from where it has landed, or fetched.
+2. `plan_runs` joins wanted blocks that lie beside each other to runs of at most 16 MiB, most urgent first.
+3. Each thread takes the most urgent run that is left, and reads in the part's map which of its blocks are missing.
+4. It claims them in the map (landing.py). If another fetch is at any of them, the run is put aside for 20 ms.
+5. Under the claim it reads the map again, fetches what is still missing, and lets it land. A block with wrong bytes is
+   asked for up to three times.
+6. It releases the claim. Each block wakes those who wait for it as soon as it is there.
+7. `close` stops all threads; the last of them closes the parts, their landings and the store.
+
+Threads of one fetch share the claims of a landing, and never meet: the queue hands each run to one of them. The condition
+`_changed` guards queue and counts. A thread may take it while it holds a claim, never the other way round, and no request is
+made under it. What a crash leaves is told in landing.py: claims end, marked blocks stay.
+
+A forked process has none of these threads, and `_changed` may be held in it for ever. So it never waits: it reads the map,
+and refuses where a block is missing. Nor can it see that its parent joined a tensor and gave the pieces' memory back. So
+`give_back` marks the blocks GIVEN before it frees them. The child joins first and looks at the marks afterwards: a copy
+that may hold zeros is refused.
 """
 
 from __future__ import annotations
@@ -23,43 +40,52 @@ from .landing import ABSENT, DOUBTED, GIVEN, HEADER, LANDED, VERIFIED, Landing, 
 from .parts import Numbered, OpenPart, PieceSpan, check_header
 
 RUN_BYTES: Final = 16 * 2**20
-"""Bytes that are asked for at once, as S3's performance guidelines advise (8 to 16 MB); a longer block goes by itself."""
+"""Bytes of one request, as S3's performance guidelines advise (8 to 16 MB). A longer block is a request of its own."""
 
 WORKERS: Final = 16
 """Connections to a store: S3 gives each 85 to 90 MB/s."""
 
 TRIES: Final = 3
-"""How often a block that comes with wrong bytes is asked for."""
+"""How often something is asked for whose bytes do not match their digest."""
 
 LOOK_AGAIN: Final = 0.02
 """Seconds between looks at what another process is fetching."""
 
 
 class Crew(Protocol):
-    """Processes that help a fetch."""
+    """Processes that help a fetch (fetch_processes.py)."""
 
     def start(self, fetch: Fetch) -> None:
-        """Have them fetch the runs of `fetch` too."""
+        """Have the processes fetch the runs of `fetch` too."""
 
     def stop(self) -> None:
-        """End them; returns once they write no more."""
+        """End the processes; returns once none of them writes any more."""
 
 
-class _Stopped(Exception):  # noqa: N818 - no error: nobody wants the bytes any more
+class _Stopped(Exception):  # noqa: N818 - not an error: nobody wants the bytes any more
     """The fetch was closed."""
 
 
 class Arrival(Numbered):
-    """A part of a view, open while its bytes arrive."""
+    """A part that is being fetched: open already, while its bytes land."""
 
     def __init__(self, part: OpenPart, landing: Landing, key: str, version: str | None) -> None:
+        """Note what is there already.
+
+        Args:
+            part: The part, open on the landing's data.
+            landing: Where its bytes land.
+            key: Key of its object in the store.
+            version: Version of the object that the header was read of; None: the header came from the landing.
+        """
         super().__init__(part)
         self.landing, self.key = landing, key
         self.version = version
-        """Of the object, once it is known: every range must be of the same."""
+        """Version of the object that every range must be of; None: not known yet."""
         self.old = landing.state(len(self.blocks))
-        """What was there when this began."""
+        """The map as it was when this began, by number; a block that turns out damaged becomes ABSENT here."""
         self.done = bytearray(1 + len(self.blocks))
+        """1 for each block that this process may hand out, by number."""
 
     def missing(self, run: Run) -> list[tuple[int, int]]:
         """The bytes [start, stop) of each block of a run that was not there when this began."""
@@ -72,20 +98,23 @@ class Arrival(Numbered):
         return self.part.part.header_size + sum(block.stop - block.start for block in there)
 
     def give_back(self, piece: PieceSpan) -> None:
-        """Free the memory of a piece of which there is a copy now. The map says so first, to forked processes."""
+        """Free the memory of a piece of which there is a copy now.
+
+        The map says so first: a forked process that copies the same memory must learn that it may have read zeros.
+        """
         for number in self.numbers(piece.span.start, piece.span.stop):
             self.landing.mark(number, GIVEN)
         self.landing.forget(piece.span.start, piece.span.stop)
 
     def is_given(self, piece: PieceSpan) -> bool:
-        """Whether `give_back` has begun, in this process or the one that it was forked from."""
+        """Whether `give_back` of the piece has begun, in this process or the one that it was forked from."""
         state = self.landing.state(len(self.blocks))
         return any(state[n] == GIVEN for n in self.numbers(piece.span.start, piece.span.stop))
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Blocks [first, last) of a part, which are asked for at once."""
+    """Blocks [first, last) of a part, by number, which are asked for at once."""
 
     arrival: Arrival
     first: int
@@ -97,7 +126,14 @@ class Run:
 
 
 def plan_runs(wanted: Iterable[tuple[Arrival, int, int]]) -> list[Run]:
-    """The runs that bring bytes [start, stop) of each part, in the order in which `wanted` names them first."""
+    """Join the wanted blocks to runs of at most RUN_BYTES, each block once.
+
+    Args:
+        wanted: (part, start, stop): bytes [start, stop) of each part, most urgent first; they may overlap.
+
+    Returns:
+        The runs, in the order of the most urgent block of each.
+    """
     urgency: dict[Arrival, dict[int, int]] = {}
     for order, (arrival, start, stop) in enumerate(wanted):
         of_part = urgency.setdefault(arrival, {})
@@ -125,9 +161,22 @@ def open_arrivals(
     check_digest: bool,
     workers: int,
 ) -> list[Arrival]:
-    """Open parts that arrive: (part, its key in the store, where it lands). Headers that are missing are fetched.
+    """Open parts that arrive, and fetch the headers that are missing.
 
-    Takes the landings over: they are closed if this fails. Raises IntegrityError, FormatError or ManifestError.
+    Args:
+        store: Has the parts.
+        parts: (part, its key in the store, where it lands). The landings are taken over: all are closed if this fails.
+        manifest: The set's manifest.
+        check_digest: Compare each header with its digest in the manifest.
+        workers: Headers that are fetched at a time.
+
+    Returns:
+        The open parts, in the same order. The caller closes their `part` and their `landing`.
+
+    Raises:
+        IntegrityError: Where a header comes with wrong bytes, TRIES times.
+        FormatError, ManifestError: Where a header is not that of a part of this set.
+        StoreError, WriteError: Where a header cannot be fetched, or kept.
     """
 
     def opened(item: tuple[Part, str, Landing]) -> Arrival:
@@ -153,7 +202,7 @@ def open_arrivals(
 def _header(
     store: Store, part: Part, key: str, landing: Landing, *, at: str, check_digest: bool
 ) -> tuple[bytes, str | None]:
-    """The header of a part, from where it has landed already or from the store, and the version it was read of."""
+    """The header of a part, and the version of the object that it was fetched of; None where it had landed already."""
     if landing.state(0)[HEADER]:
         raw = os.pread(landing.data, part.header_size, 0)
         with suppress(IntegrityError):
@@ -179,7 +228,7 @@ def _header(
 
 
 class Fetch:
-    """Runs that are being fetched by threads of this process, from `start` until all are there or `close`."""
+    """Runs that threads of this process fetch, from `start` until all are there, one fails, or `close`."""
 
     def __init__(
         self,
@@ -195,8 +244,12 @@ class Fetch:
         """Nothing is fetched before `start`.
 
         Args:
+            store: Has the parts. Whoever made it closes it, once no thread reads.
+            arrivals: The parts that runs are of.
+            runs: What to fetch, most urgent first.
             verify: Compare every block with its digest, also those that were there before.
-            progress: Is told of bytes that are there, from several threads.
+            workers: Threads, each with a connection of its own.
+            progress: Is told the size in bytes of each block that is there, from several threads.
             crew: Processes that fetch the same runs.
         """
         self._crew, self._process = crew, os.getpid()
@@ -204,7 +257,7 @@ class Fetch:
         self.verify, self.workers, self._progress = verify, workers, progress
         self._queue = deque(runs)
         self._held: deque[tuple[float, Run]] = deque()
-        """Runs that others are at, and when to look at them again."""
+        """Runs that others are at, and when (time.monotonic) to look at each again; the earliest is first."""
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -213,7 +266,7 @@ class Fetch:
         self.bytes_fetched = 0
         """Bytes of blocks that this process has brought."""
         self.bytes_found = 0
-        """Bytes of blocks that were there, or that another process has brought."""
+        """Bytes of blocks that were there before, or that another process has brought."""
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -227,11 +280,21 @@ class Fetch:
 
     # ----------------------------------------------------------------------------------------------------- waiting
     def wait(self, arrival: Arrival, start: int, stop: int) -> None:
-        """Return once bytes [start, stop) of the part are there. Raises what ended the fetch, if it ended before."""
+        """Return once some bytes of a part are there.
+
+        Args:
+            arrival: The part.
+            start: First byte of the part.
+            stop: One past the last byte.
+
+        Raises:
+            ShardprepError: What ended the fetch, if it ended before.
+            SourceError: If the fetch was closed before, or if this process was forked before they were there.
+        """
         self._wait(arrival, arrival.numbers(start, stop))
 
     def wait_all(self) -> None:
-        """Return once everything is there. Raises what ended the fetch before."""
+        """Return once everything is there. Raises what `wait` raises."""
         for run in self.runs:
             self._wait(run.arrival, range(run.first, run.last))
 
@@ -246,11 +309,14 @@ class Fetch:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether this is a process that was forked from the one that fetches: no thread of the fetch runs here."""
+        """Whether this process was forked from the one that fetches: no thread of the fetch runs here."""
         return os.getpid() != self._process
 
     def _look(self, arrival: Arrival, numbers: range) -> None:
-        """What a forked process does instead of waiting: the locks of `_changed` may be held for ever here."""
+        """Prove by the map that blocks are there: what a forked process does instead of waiting.
+
+        `_changed` may be held for ever here, by a thread that only the parent has.
+        """
         state = arrival.landing.state(len(arrival.blocks))
         for number in numbers:
             if not arrival.done[number] and not self._is_there(arrival, number, state[number]):
@@ -267,31 +333,36 @@ class Fetch:
             raise SourceError("the shard was closed before all of it had arrived")
 
     def join(self) -> None:
-        """Stop, and return once no thread writes any more."""
+        """Stop, and return once no thread and no process of the crew writes any more."""
         if self.elsewhere:
             return
-        self._stop.set()
-        if self._crew is not None:
-            self._crew.stop()
+        self._end()
         with self._changed:
             self._changed.notify_all()
             while self._active:
                 self._changed.wait()
 
     def close(self, then: Callable[[], None]) -> None:
-        """Stop. `then` is called once no thread writes any more: now, or by the last of them."""
+        """Stop, without waiting for threads.
+
+        Args:
+            then: Is called once no thread writes any more: here and now, or by the last thread as it ends.
+        """
         if self.elsewhere:
             then()
             return
-        self._stop.set()
-        if self._crew is not None:
-            self._crew.stop()
+        self._end()
         with self._changed:
             self._changed.notify_all()
             if self._active:
                 self._then = then
                 return
         then()
+
+    def _end(self) -> None:
+        self._stop.set()
+        if self._crew is not None:
+            self._crew.stop()
 
     # ------------------------------------------------------------------------------------------------------- work
     def _work(self) -> None:
@@ -324,7 +395,7 @@ class Fetch:
             self._changed.notify_all()
 
     def _next(self) -> Run | None:
-        """The most urgent run that is left; one that others hold is looked at again from time to time."""
+        """The most urgent run that is left, or one that others held LOOK_AGAIN ago; None where nothing is left."""
         if self._stop.is_set():
             return None
         with self._changed:
@@ -348,7 +419,7 @@ class Fetch:
                 self._held.append((time.monotonic() + LOOK_AGAIN, run))
             return
         try:
-            missing = self._missing(run)  # who held them may just have ended
+            missing = self._missing(run)  # whoever held them before may have brought some
             for i, number in enumerate(missing):
                 if i == 0 or missing[i - 1] != number - 1:
                     begin = number
@@ -358,7 +429,7 @@ class Fetch:
             arrival.landing.release(first, last)
 
     def _missing(self, run: Run) -> list[int]:
-        """The blocks of a run that are not there. Those that are, are counted; those that should be checked, are."""
+        """The numbers of a run's blocks that are not there. The others are checked where they must be, and counted."""
         arrival = run.arrival
         state = arrival.landing.state(len(arrival.blocks))
         missing = []
@@ -375,19 +446,20 @@ class Fetch:
         return missing
 
     def _is_there(self, arrival: Arrival, number: int, value: int) -> bool:
+        """Whether a block can be handed out by what the map says of it, `value`, and by its digest where that decides."""
         if value == ABSENT:
             return False
         if value == GIVEN:
             return True
         if value == DOUBTED:
             return self._is_sound(arrival, number)
-        # what another process has verified while we are at it is taken; what lay there before is looked at again
+        # what another process has verified meanwhile is believed; what lay there before is verified once more
         if self.verify and (value != VERIFIED or arrival.old[number]):
             return self._is_sound(arrival, number)
         return True
 
     def _is_sound(self, arrival: Arrival, number: int) -> bool:
-        """Compare a block that is there with its digest, and say in the map what came of it."""
+        """Compare a block that is there with its digest, and mark it VERIFIED or ABSENT."""
         try:
             arrival.block(number).check()
         except IntegrityError:
@@ -398,7 +470,7 @@ class Fetch:
         return True
 
     def _get(self, arrival: Arrival, first: int, last: int, scratch: memoryview, *, tries: int) -> None:
-        """Fetch blocks [first, last), and those of them again that come with wrong bytes."""
+        """Fetch blocks [first, last) by one request, and alone those that came with wrong bytes: `tries` times in all."""
 
         def landed(number: int, nbytes: int) -> None:
             with self._changed:
@@ -415,7 +487,7 @@ class Fetch:
             stopped=self._check_stop,
         )
         found = self.store.get(arrival.key, arrival.block(first).start, sink, version=arrival.version)
-        with self._changed:  # threads that began without one may each have met another
+        with self._changed:  # threads that began without a version may each have met another one
             if arrival.version not in (None, found):
                 raise changed(self.store, arrival.key)
             arrival.version = found

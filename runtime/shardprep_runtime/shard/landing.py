@@ -1,8 +1,23 @@
 """Keep a part while its bytes arrive: a file of the part's size, and a map that says which of its blocks are there.
 
-The map is a small file beside it, one byte a block, written once the block's bytes are: it is the journal from which
-a killed fetch goes on, and what processes that fill the same file tell each other by. A process that fetches blocks
-holds a lock on their bytes of the map (an open file description lock), which ends with the process however it ends.
+The map is a small file beside the data. After a head it has one byte for the part's header and one for each block. A
+killed fetch goes on from it, and processes that fill the same file tell each other by it. The life of a block:
+
+1. `land_in_file` opens data and map. It holds an exclusive flock on the map while it reads the head, and begins both
+   files anew where the head is of another part. `land_in_memory` makes two files without a name, which need no flock.
+2. A thread claims a run of blocks: it locks their bytes of the map. The lock is one of the open file description
+   (fcntl(2), F_OFD_SETLK). It never waits, and ends with the last descriptor, however the process ends.
+3. Under the claim the thread reads the map again: whoever held the blocks before may have brought some of them.
+4. It writes the bytes that come into the data, and digests them on the way.
+5. It marks the block in the map once all bytes are written and the digest is right. A mark never precedes its bytes.
+6. It releases the claim.
+
+Other locks come before the claim, in this order. A cache's `lock`, or a pull's lock on its folder, is held around step 1.
+A cache then keeps a shared flock on the data while that is open or mapped, so that nobody evicts it (cache.py).
+
+A process that crashes leaves marked blocks, which are whole, and others, which the next fetch writes over. A machine that
+crashes may lose bytes and keep their marks. So the head names the boot: after another one all marks become DOUBTED, and
+digests decide.
 """
 
 from __future__ import annotations
@@ -24,20 +39,20 @@ from .parts import Block
 
 ABSENT: Final = 0
 LANDED: Final = 1
-"""There, and nobody has compared it with its digest."""
+"""The block is there; nobody has compared it with its digest."""
 VERIFIED: Final = 2
-DOUBTED: Final = 4
-"""There when the machine went down: whether it came to disk, its digest must say."""
+"""The block is there and matches its digest."""
 GIVEN: Final = 3
-"""Was there, in memory that was given back once a joined copy had taken its place."""
+"""The block was there. Its memory was given back once a joined copy had taken its place."""
+DOUBTED: Final = 4
+"""The block was there before the machine last booted; its digest must say whether it came to disk."""
 
 MAGIC: Final = b"shardprep landed 1\n".ljust(32, b"\0")
 HEAD: Final = len(MAGIC) + 32 + 64
-"""Bytes of the map before the first block's: magic, the part's digest, the boot during which it was begun."""
+"""Bytes at the start of a map: magic, the part's digest, and the boot during which the map was begun."""
 
 HEADER: Final = 0
-"""The number of the part's header in its map; its blocks follow, in the order of their bytes."""
-
+"""The number of a part's header in its map. Blocks follow from 1, in the order of their bytes."""
 
 _DOUBT: Final = bytes.maketrans(bytes([LANDED, VERIFIED]), bytes([DOUBTED, DOUBTED]))
 
@@ -46,25 +61,50 @@ class Landing:
     """One part that is arriving, in memory of this process or in a file that several processes fill."""
 
     def __init__(self, part: Part, data: int, chart: int, *, in_memory: bool) -> None:
-        """Takes the descriptors of the data and of the map over."""
+        """Take both descriptors over: `close` and `abandon` close them.
+
+        Args:
+            part: The part that arrives.
+            data: Descriptor of a file of the part's size, open for reading and writing.
+            chart: Descriptor of its map, open for reading and writing.
+            in_memory: Whether the data is memory of this process, which `forget` can free.
+        """
         self.part, self.data, self.chart, self.in_memory = part, data, chart, in_memory
 
     # ----------------------------------------------------------------------------------------------------- the map
     def state(self, count: int) -> bytearray:
-        """What is there of the header and `count` blocks."""
+        """What the map says of the header and `count` blocks: one byte each, by number."""
         found = bytearray(os.pread(self.chart, 1 + count, HEAD))
         return found.ljust(1 + count, b"\0")
 
     def mark(self, number: int, value: int) -> None:
-        """Say that a block, all of whose bytes were written, is there (or is not)."""
+        """Say in the map what is there of a block, after its bytes were written.
+
+        Args:
+            number: Number of the block, or HEADER.
+            value: ABSENT, LANDED, VERIFIED or GIVEN.
+        """
         os.pwrite(self.chart, bytes([value]), HEAD + number)
 
     def claim(self, first: int, last: int) -> bool:
-        """Whether the blocks [first, last) are ours to fetch: nobody else is at any of them."""
+        """Lock blocks that this process is about to fetch. Does not wait, and does not exclude threads of one landing.
+
+        Args:
+            first: Number of the first block.
+            last: One past the number of the last block.
+
+        Returns:
+            Whether they are ours now. If not, another landing of the file holds at least one of them.
+        """
         return self._lock(fcntl.F_WRLCK, first, last)
 
     def release(self, first: int, last: int) -> None:
-        """Let others have them."""
+        """Unlock blocks that were claimed.
+
+        Args:
+            first: Number of the first block.
+            last: One past the number of the last block.
+        """
         self._lock(fcntl.F_UNLCK, first, last)
 
     def _lock(self, kind: int, first: int, last: int) -> bool:
@@ -74,13 +114,21 @@ class Landing:
         except BlockingIOError:
             return False
         except OSError:
-            # a file system without such locks: two processes may fetch a block twice, and write the same
+            # a file system without such locks: two processes may fetch a block twice, and write the same bytes
             return True
         return True
 
     # ----------------------------------------------------------------------------------------------------- the data
     def reserve(self, start: int, stop: int) -> None:
-        """Have the file system set bytes [start, stop) aside. Raises WriteError where it has no room."""
+        """Have the file system set room aside for bytes that will come.
+
+        Args:
+            start: First byte of the part.
+            stop: One past the last byte.
+
+        Raises:
+            WriteError: Where there is not enough room.
+        """
         number = _fallocate(self.data, start, stop - start)
         if number not in (0, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINTR):
             raise WriteError(
@@ -88,11 +136,19 @@ class Landing:
             )
 
     def set_aside(self, landed: int) -> int:
-        """Bytes that the file system keeps ready for what is still to come, `landed` being there."""
+        """Bytes that were set aside and not yet filled, where `landed` bytes of the part are there."""
         return max(0, os.fstat(self.data).st_blocks * 512 - landed)
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
-        """Write bytes of the part. Raises WriteError."""
+        """Write bytes of the part; the caller marks their block.
+
+        Args:
+            data: The bytes.
+            offset: Where in the part they begin.
+
+        Raises:
+            WriteError: Where the disk is full or fails.
+        """
         view = memoryview(data)
         while view:
             try:
@@ -102,7 +158,12 @@ class Landing:
             view, offset = view[done:], offset + done
 
     def forget(self, start: int, stop: int) -> None:
-        """Give the memory of whole pages within [start, stop) back; their bytes are zeros from now on."""
+        """Free the memory of whole pages within a range; they read as zeros from then on. A file is left as it is.
+
+        Args:
+            start: First byte of the part.
+            stop: One past the last byte.
+        """
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
         if self.in_memory and first < last:
             with suppress(OSError), mmap.mmap(self.data, last - first, offset=first) as pages:
@@ -114,20 +175,20 @@ class Landing:
         os.fsync(self.chart)
 
     def close(self) -> None:
-        """Close the map. The data's descriptor goes on to whoever reads the part."""
+        """Close the map. Whoever reads the part owns the data's descriptor (OpenPart)."""
         os.close(self.chart)
 
     def abandon(self) -> None:
-        """Close both: nobody will read the part."""
+        """Close data and map, where nobody will read the part."""
         self.close()
         os.close(self.data)
 
 
 def _fallocate(fd: int, start: int, count: int) -> int:
-    """fallocate(2); its errno, 0 where it succeeded.
+    """Call fallocate(2), and give its errno: 0 where it succeeded.
 
-    Not posix_fallocate, which writes zeros where the file system cannot allocate, and so may overwrite what another
-    process has just written.
+    posix_fallocate will not do. Where the file system cannot allocate, it writes zeros, perhaps over what another process
+    has just written.
     """
     import ctypes
 
@@ -140,7 +201,11 @@ def _fallocate(fd: int, start: int, count: int) -> int:
 
 
 def land_in_memory(part: Part) -> Landing:
-    """A part that arrives in memory: a file that has no name and goes with its last descriptor."""
+    """Begin a part in memory: in files that have no name and go with their last descriptor.
+
+    Raises:
+        OSError: Where there is not enough memory or descriptors.
+    """
     data = os.memfd_create("shardprep-part", os.MFD_CLOEXEC)
     try:
         os.ftruncate(data, part.size)
@@ -153,13 +218,16 @@ def land_in_memory(part: Part) -> Landing:
 
 
 def land_in_file(part: Part, path: Path, *, trust: bool) -> Landing:
-    """A part that arrives in the file `path`, with its map in `path` + `.landed`; both are made where they are not.
-
-    A file or map that is not of this part is begun anew. Raises OSError.
+    """Begin a part in a file, or go on with it; a file or map of another part is begun anew.
 
     Args:
-        trust: Believe a map that was begun before the machine last booted: its data may not have come to disk. Without,
-            its blocks count as unverified.
+        part: The part that arrives.
+        path: The data's file. Its map is `path` + `.landed`. Both are made where they are missing.
+        trust: Believe marks from before the machine last booted, though their bytes may not have come to disk. Otherwise
+            they become DOUBTED.
+
+    Raises:
+        OSError: Where either file cannot be opened or written.
     """
     data = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -197,6 +265,7 @@ def _begin(part: Part, data: int, chart: int, *, trust: bool) -> None:
 
 
 def _head(part: Part) -> bytes:
+    """The head of a part's map that is begun during this boot."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
@@ -205,16 +274,20 @@ def _head(part: Part) -> bytes:
 
 
 def read_map(path: Path, part: Part, count: int) -> bytearray | None:
-    """What is there of a part in the file `path`, by the map beside it; None where there is no map of this part."""
+    """What the map beside a file says is there of a part. Takes no lock.
+
+    Args:
+        path: The data's file.
+        part: The part that it should be of.
+        count: How many blocks the part has.
+
+    Returns:
+        One byte for the header and one for each block, by number; None where the file has no map, or one of another part.
+    """
     try:
         raw = path.with_name(path.name + ".landed").read_bytes()
     except OSError:
         return None
-    return parse_map(raw, part, count)
-
-
-def parse_map(raw: bytes, part: Part, count: int) -> bytearray | None:
-    """What a map's bytes say of the header and `count` blocks; None where it is not the map of this part."""
     fixed = len(MAGIC) + 32
     if raw[:fixed] != _head(part)[:fixed]:
         return None
@@ -222,7 +295,10 @@ def parse_map(raw: bytes, part: Part, count: int) -> bytearray | None:
 
 
 class LandingSink:
-    """Takes a run of blocks into a landing: each is digested while it is in a core's cache, and marked once it is there."""
+    """Take the bytes of one request into a landing, block by block (a Sink, stores/store.py).
+
+    Each block is digested while it is in a core's cache, and marked once it is whole.
+    """
 
     def __init__(
         self,
@@ -235,14 +311,23 @@ class LandingSink:
         landed: Callable[[int, int], None],
         stopped: Callable[[], None] = lambda: None,
     ) -> None:
-        """`first` is the number of the first block. `landed` is told of each block that is there, and its bytes;
-        `stopped` is asked often, and raises where nobody wants the bytes any more."""
+        """Expect blocks that lie beside each other.
+
+        Args:
+            landing: Where they land.
+            blocks: The blocks, in the order of their bytes; at least one.
+            first: Number of the first of them.
+            verify: Compare each with its digest before it is marked.
+            scratch: The thread's buffer (`new_scratch`).
+            landed: Is told the number and the size in bytes of each block that was marked.
+            stopped: Is called often; raises where nobody wants the bytes any more.
+        """
         self._landing, self._blocks, self._first, self._verify = landing, blocks, first, verify
         self._scratch, self._landed, self._stopped = scratch, landed, stopped
         self._at, self._stop = blocks[0].start, blocks[-1].stop
         self._block = 0
         self.bad: list[int] = []
-        """Numbers of blocks that came with other bytes than they should have."""
+        """Numbers of blocks whose bytes did not match their digest; they were not marked."""
         self._begin_digest()
 
     def _begin_digest(self) -> None:
@@ -285,5 +370,5 @@ class LandingSink:
 
 
 def new_scratch() -> memoryview:
-    """A thread's buffer for bytes on their way into a file."""
+    """A thread's buffer for bytes on their way into a landing."""
     return memoryview(bytearray(SCRATCH))
