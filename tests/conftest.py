@@ -25,8 +25,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Before any fixture: a fixture's processes are forked where those of the first test that wants it are."""
-    warm.choose(bool(item.get_closest_marker("warm")) and not item.get_closest_marker("cold"))
+    """Fork what integration tests start, but for those marked `cold`, whose subject is how a process starts.
+
+    That is settled before any fixture: a fixture's processes are forked where those of the first test that wants it are.
+    """
+    warm.choose("integration" in item.path.parts and not item.get_closest_marker("cold"))
     try:
         return (yield)
     finally:

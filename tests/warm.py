@@ -1,12 +1,12 @@
 """Python processes that tests start, forked from one that has imported what takes seconds to import.
 
 A process that imports torch and transformers spends five seconds of a core before it does anything; one that is forked
-from a process that has them spends hundredths. A test that is marked `warm` starts its processes as ever, by
-`subprocess.Popen` with `sys.executable` or our console script first, and gets forked ones. What it gets is a child of
-the test's process in each respect: process id, signals, exit status, descriptors, environment and working folder.
+from a process that has them spends hundredths. An integration test starts its processes as ever, by `subprocess.Popen`
+with `sys.executable` or our console script first, and gets forked ones. What it gets is a child of the test's process
+in each respect: process id, signals, exit status, descriptors, environment and working folder.
 
-Three things differ, so that tests whose subject they are stay cold. Modules are there before they are asked for.
-Limits and the umask are those that the test run began with. And a process that a warm one starts is cold.
+Three things differ, and tests whose subject they are say `@pytest.mark.cold`. Modules are there before they are asked
+for. Limits and the umask are those that the test run began with. And a process that a forked one starts is cold.
 """
 
 from __future__ import annotations

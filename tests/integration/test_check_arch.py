@@ -149,6 +149,7 @@ def test_sizes_that_no_number_of_ranks_divides_are_shared_unevenly(
     assert all("gloo processes" in line for line in of(report, "ranks"))
 
 
+@pytest.mark.cold  # the ranks start once as users start them
 @pytest.mark.slow
 def test_experts_are_shared_by_real_expert_parallel_ranks(
     config_of: Callable[..., Path], ranks: Ranks

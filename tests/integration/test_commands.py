@@ -230,6 +230,7 @@ def test_names_that_are_no_utf8_on_disk_are_carried(source: Path, tmp_path: Path
     assert (tmp_path / "new" / os.fsdecode(b"note\xff.txt")).read_text() == "x"
 
 
+@pytest.mark.cold  # it is about what has been imported
 @pytest.mark.parametrize("command", ["inspect", "convert", "split", "verify", "export"])
 def test_help_names_the_arguments_and_imports_no_heavy_module(command: str) -> None:
     code = (
@@ -242,6 +243,7 @@ def test_help_names_the_arguments_and_imports_no_heavy_module(command: str) -> N
     assert "--json" in shown
 
 
+@pytest.mark.cold  # one command starts as users start it
 def test_the_version_is_the_runtimes() -> None:
     assert run("--version").split() == ["shardprep,", "version", __version__] or __version__ in run("-V")
 

@@ -345,6 +345,7 @@ def test_a_config_and_its_checkpoint_give_the_same_plan(models: dict[str, Path])
     assert from_config.grids == from_headers.grids
 
 
+@pytest.mark.cold  # it is about what can be imported
 def test_a_config_alone_needs_transformers_and_a_checkpoint_does_not(tmp_path: Path) -> None:
     source = small_models.write_model(tmp_path / "source")
     blocked = "import sys; sys.modules['transformers'] = sys.modules['torch'] = None\n"

@@ -221,6 +221,7 @@ def test_what_cannot_be_fetched_is_said(
     assert found.stdout == ""
 
 
+@pytest.mark.cold  # it is about what the process is to the system
 def test_it_ends_when_it_is_asked_to_as_the_first_process_of_a_container_must(
     store: Path, tmp_path: Path
 ) -> None:
@@ -358,6 +359,7 @@ with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as stream:
 """
 
 
+@pytest.mark.cold  # it is about what the process is to the system
 def test_the_command_keeps_the_process_and_has_no_child_that_it_does_not_know(
     store: Path, tmp_path: Path
 ) -> None:
@@ -382,6 +384,7 @@ def test_the_command_keeps_the_process_and_has_no_child_that_it_does_not_know(
         assert lines[1] == "''"
 
 
+@pytest.mark.cold  # it is about what the process is to the system
 def test_the_command_ignores_no_signal_that_it_did_not_ask_to(store: Path, tmp_path: Path) -> None:
     """Python ignores SIGPIPE; a command that inherited that would not end when its reader does."""
     show = "grep SigIgn /proc/$$/status"
@@ -390,6 +393,7 @@ def test_the_command_ignores_no_signal_that_it_did_not_ask_to(store: Path, tmp_p
     assert found.stdout == plain.stdout
 
 
+@pytest.mark.cold  # it is about what the process is to the system
 def test_a_signal_ends_the_command_as_it_would_without_us(store: Path, tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         with subprocess.Popen(
@@ -486,6 +490,7 @@ os.execvp("sh", ["sh", "-c", "echo became; exec cat"])
 """
 
 
+@pytest.mark.cold  # it is about what the process is to the system
 def test_a_program_becomes_another_while_the_fetch_for_its_ranks_goes_on(store: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", BESIDE, f"file://{store}", str(tmp_path / "c")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:

@@ -130,6 +130,7 @@ def pids_of(running: Launch) -> dict[str, list[int]]:
     return {name: [each.pid for each in ranks] for name, ranks in running.workers.items()}
 
 
+@pytest.mark.cold  # workers start once as users start them
 # ---------------------------------------------------------------------------------------------------- started here
 def test_workers_of_this_host(shards: Path, expected: list[int]) -> None:
     """They give the model's tokens, keep the secret, are replaced by a spare, and end, even one that is stopped."""

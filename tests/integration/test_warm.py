@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.warm, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 def run(code: str, *words: str, **options: object) -> subprocess.CompletedProcess[str]:
