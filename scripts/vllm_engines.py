@@ -643,7 +643,6 @@ def apart(start: Start, environment: Mapping[str, str]) -> dict[str, Any]:
 def check_engines(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Found]:
     """Tokens by all ways of starting an engine, against those of vLLM's own loader in one process."""
     from s3server import S3Server
-
     from shardprep.publish.pull import pull
     from shardprep.split import split
 

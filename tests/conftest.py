@@ -14,13 +14,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the sweep out, unless it is asked for by `--sweep` or by `-m sweep`."""
-    if config.getoption("--sweep") or "sweep" in config.getoption("-m"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("sweep")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    """Leave the sweep out, unless it is asked for by `--sweep` or by `-m sweep`; give each group to one process."""
+    if not config.getoption("--sweep") and "sweep" not in config.getoption("-m"):
+        left_out = [item for item in items if item.get_closest_marker("sweep")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("sweep")]
+    if hasattr(config, "workerinput"):
+        for item in items:
+            _name_group(item)
+
+
+def _name_group(item: pytest.Item) -> None:
+    """Tell pytest-xdist a test's group, so that what its module sets up is set up once.
+
+    pytest-xdist 3.8 adds `@GROUP` to what pytest before 9.2 took for a test's id. pytest 9.2 takes something else, and
+    without this every process would set up every module.
+    """
+    groups = sorted({str(mark.args[0]) for mark in item.iter_markers("xdist_group")})
+    suffix = "@" + "_".join(groups)
+    if groups and not item.nodeid.endswith(suffix) and hasattr(item, "_id"):
+        item._id = type(item._id).parse(item.nodeid + suffix)
 
 
 @pytest.hookimpl(wrapper=True)

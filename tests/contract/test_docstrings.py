@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,13 @@ def parameters(function: Function) -> set[str]:
     }
 
 
-def documented() -> Iterator[tuple[str, set[str], str]]:
+@cache
+def documented() -> tuple[tuple[str, set[str], str], ...]:
+    """What `_documented` finds; both packages are parsed once."""
+    return tuple(_documented())
+
+
+def _documented() -> Iterator[tuple[str, set[str], str]]:
     """Where it stands, the parameters and the docstring of every function; a class's docstring is its `__init__`'s too."""
     for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):

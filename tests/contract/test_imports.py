@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,17 @@ def report(expression: str) -> str:
 
 def imported_by(code: str) -> set[str]:
     """The top-level modules that `code` imports and a bare Python does not, however hidden."""
-    loaded = report("sorted({name.partition('.')[0] for name in _sys.modules})")
-    before, after = (set(json.loads(run(each + loaded).splitlines()[-1])) for each in ("", code))
-    return after - before - sys.stdlib_module_names
+    return _loaded(code) - _loaded_by_nothing() - sys.stdlib_module_names
+
+
+def _loaded(code: str) -> set[str]:
+    names = report("sorted({name.partition('.')[0] for name in _sys.modules})")
+    return set(json.loads(run(code + names).splitlines()[-1]))
+
+
+@cache
+def _loaded_by_nothing() -> set[str]:
+    return _loaded("")
 
 
 # ---------------------------------------------------------------------------------------------------- what is imported

@@ -20,7 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantized_models import quantized_tensors
 from shardprep.layout.quantization import Scheme, read_scheme
@@ -164,6 +163,8 @@ def loss_of_quality(
     source: Path, quantized: Mapping[str, torch.Tensor], sequences: Sequence[Sequence[int]]
 ) -> float:
     """The mean divergence of a model with these weights from the one at `source`, nats per token."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(source)
 
     def logs(state: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -198,7 +198,10 @@ def test_what_is_not_there_is_said_in_our_words(hub: Hub, tmp_path: Path) -> Non
     assert revision == ("MissingError", f"{talk}@v9: the data set has no such revision")
     assert missing[0] == "MissingError"
     assert "no such data set, or a private one" in missing[1]
-    assert bare == ("InputError", "hf://datasets/org/bare/train: no files in it that can be read as a data set")
+    assert bare == (
+        "InputError",
+        "hf://datasets/org/bare/train: no files in it that can be read as a data set",
+    )
 
 
 def test_a_hub_that_refuses_or_is_not_there_is_said_in_our_words(hub: Hub, tmp_path: Path) -> None:

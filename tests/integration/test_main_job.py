@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import shardprep_runtime
-import tensor_parallel_worker
 from processes import ended
 from shardprep.convert import convert
 from shardprep.export import export
@@ -367,6 +366,8 @@ def test_real_tensor_parallel_workers_compute_what_one_process_computes(
     shards: Path, size: int, reference: Any, tmp_path: Path
 ) -> None:
     """Each with its own heads (at 8 a KV head is shared by two), columns and rows, and gloo between them."""
+    import tensor_parallel_worker
+
     script = Path(tensor_parallel_worker.__file__)
     workers = [
         subprocess.Popen(

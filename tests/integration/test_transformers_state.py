@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from s3server import S3Server
 from safetensors.torch import load_file
 
 import small_models
 from quantized_models import write_quantized
 from s3fixtures import BUCKET, isolate, opened, put_shard_set
+from s3server import S3Server
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme
 from shardprep.split import SplitOptions, split
@@ -120,7 +120,7 @@ def refused(answers: list[dict[str, Any]], *words: str) -> None:
 # ------------------------------------------------------------------------------------------------ the folder as it is
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
 def test_transformers_reads_the_folder_as_it_is(size: int, case: Callable[[str], Case], ranks: Ranks) -> None:
     _, shards, expected = case("llama")
     assert_same(ranks.run("folder", size, source=str(shards), dtype="float32", tp_size=size), expected)
@@ -145,9 +145,9 @@ def test_what_transformers_cannot_read_as_it_is_it_refuses(
 @pytest.mark.parametrize(
     ("model", "size"),
     [
-        ("llama", 1), ("llama", 2), ("llama", 4), ("tied", 1), ("tied", 2), ("mixtral", 2),
+        ("llama", 2), ("tied", 2),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in (
-            ("tied", 4), ("mixtral", 1), ("mixtral", 4), ("qwen3_moe", 1), ("qwen3_moe", 2), ("qwen3_moe", 4),
+            ("llama", 1), ("llama", 4), ("tied", 1), ("mixtral", 2), ("tied", 4), ("mixtral", 1), ("mixtral", 4), ("qwen3_moe", 1), ("qwen3_moe", 2), ("qwen3_moe", 4),
         )),
     ],
 )  # fmt: skip
@@ -463,6 +463,7 @@ def test_the_folder_of_a_quantized_shard_set_is_refused_by_transformers(
 # ------------------------------------------------------------------------------------------- torch.distributed.checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "dims"), [((2,), (0,)), ((3,), (0,)), ((2, 2), (0, 1)), ((2, 2), (1, 0)), ((4,), (-1,))]
 )
@@ -478,6 +479,7 @@ def test_torch_loads_the_folder_at_any_mesh(
         assert [answer.get("equal") for answer in found] == [len(names)] * size, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama", "tied", *EXPERTS])
 def test_consolidating_gives_the_checkpoint_back(
     model: str, case: Callable[[str], Case], ranks: Ranks, tmp_path: Path

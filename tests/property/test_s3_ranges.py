@@ -16,7 +16,6 @@ from shardprep_runtime.stores.s3 import S3Store
 from shardprep_runtime.stores.store import read
 
 SIZE = 3 * 2**20 + 12345
-WHOLE = content(SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     folder = tmp_path_factory.mktemp("ranges")
     with S3Server(folder) as found, pytest.MonkeyPatch.context() as patch:
         found.make_bucket(BUCKET)
-        (folder / BUCKET / "k").write_bytes(WHOLE)
+        (folder / BUCKET / "k").write_bytes(content(SIZE))
         s3fixtures.isolate(patch, folder, found)
         yield found
 
@@ -68,4 +67,4 @@ def test_any_range_comes_as_it_is_through_any_two_faults(
     for fault in faults:
         server.fault(**fault, method="GET")
     start, stop = wanted
-    assert read(store, "k", start, stop) == WHOLE[start:stop]
+    assert read(store, "k", start, stop) == content(SIZE)[start:stop]
