@@ -21,9 +21,10 @@ serves every tensor parallel size that divides its grain. `verify` checks it, an
 
     from shardprep.publish.pull import pull
     from shardprep.publish.push import push
+    from shardprep_runtime import Place
 
     push(Path("llama-70b-tp8"), "s3://models/llama-70b")
-    pull("s3://models/llama-70b", Path("here"), rank=3, tensor_parallel_size=8)
+    pull("s3://models/llama-70b", Path("here"), place=Place(rank=3, tensor_parallel_size=8))
 
 A worker needs none of this package: `shardprep_runtime` loads its shard.
 
