@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import torch
-from s3server import S3Server
 
 import small_models
 from processes import ended
 from s3fixtures import isolate
+from s3server import S3Server
 from shardprep.split import SplitOptions, split
 from shardprep_runtime import Shard, load, read_manifest
 from shardprep_runtime.errors import (

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from s3server import S3Server
 
 import small_models
 from processes import ended
+from s3server import S3Server
 from shardprep.publish import prune as pruning
 from shardprep.publish import push as publish
 from shardprep.publish import send

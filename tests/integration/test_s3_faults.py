@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from s3server import S3Server
 
 import s3fixtures
 import small_models
 from s3fixtures import BUCKET, chunk, content, opened
+from s3server import S3Server
 from shardprep.cli import main
 from shardprep.publish.pull import pull
 from shardprep.publish.push import push

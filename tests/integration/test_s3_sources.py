@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from s3server import S3Server, file_name
 
 import small_models
+from s3server import S3Server, file_name
 from shardprep.cli import main
 from shardprep.convert import convert
 from shardprep.inspect import inspect

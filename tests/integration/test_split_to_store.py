@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from s3server import S3Server
 
 import small_models
 from processes import ended
+from s3server import S3Server
 from shardprep.publish.push import StoreStaging, push
 from shardprep.split import SplitOptions, split
 from shardprep.write.conduct import Conduct

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from s3server import S3Server
 from safetensors.torch import load_file
 
 import small_models
 from processes import ended
 from s3fixtures import BUCKET, isolate, opened
+from s3server import S3Server
 from shardprep.cli import main
 from shardprep.convert import convert
 from shardprep.model.skeleton import build, quiet

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from s3server import S3Server
 
 from s3fixtures import BUCKET, isolate, put_shard_set
+from s3server import S3Server
 from shardprep.cli import main
 from shardprep.layout import ModelLayout, Placed
 from shardprep.split import SplitOptions, split
