@@ -1,11 +1,19 @@
 """Keep what was fetched for all workers of a host: one copy of each blob's ranges, bounded, shared by the page cache.
 
-blobs/<64 hex>           a part, as large as it is, with holes where nobody has needed it yet
-blobs/<64 hex>.landed    its map (landing.py)
-manifests/<64 hex>.json  manifests by their digest
+    blobs/<64 hex>           a part in a file of its full size, with holes where nobody has needed it yet
+    blobs/<64 hex>.landed    its map (landing.py)
+    manifests/<64 hex>.json  manifests by their digest
+    lock                     held by the one process that opens, counts or evicts
 
-Who has a part open holds a shared lock on it for as long as the descriptor or a mapping of it lives, so that nothing
-that is used is evicted; the one that was opened longest ago goes first.
+1. `open` takes `lock`, opens the part's file and its map, and takes a shared flock on the file. Then it releases `lock`.
+2. The shared flock lasts as long as any descriptor or mapping of that opening, in whichever process. Nobody releases it.
+3. `make_room` takes `lock`, counts what the cache's files occupy, and evicts until the wanted bytes fit. Then it has the
+   file system set them aside.
+4. A blob is evicted only by whoever gets an exclusive flock on it at once: nobody has it open. The one that was opened
+   longest ago goes first. Its file goes before its map.
+
+Under `lock` no other lock is waited for, but that on a map while it is begun, which is brief. A crash releases every lock.
+It may leave a map without its file, which the next `open` begins anew.
 """
 
 from __future__ import annotations
@@ -26,17 +34,28 @@ from ..format.manifest import Part
 from .landing import Landing, land_in_file
 
 SHARE: Final = 0.5
-"""Of the file system that a cache may fill unless it is told otherwise."""
+"""Share of its file system that a cache may fill unless it is told otherwise."""
 
 Range = tuple[int, int]
+"""Bytes [start, stop) of a part."""
+
 File = tuple[Path, os.stat_result]
 
 
 class Cache:
-    """A folder of this user's."""
+    """A folder that keeps parts and manifests for all workers of one user on this host."""
 
     def __init__(self, folder: Path, *, max_bytes: int | None = None) -> None:
-        """`max_bytes` is for all blobs together; default: half of the file system. Raises InputError, WriteError."""
+        """Make the folder where it is missing.
+
+        Args:
+            folder: Where the cache lies, or will.
+            max_bytes: Bytes on disk of all parts together; default: half of the file system.
+
+        Raises:
+            WriteError: Where the folder cannot be made.
+            InputError: Where other users can write to it.
+        """
         self.folder = folder
         self._blobs = folder / "blobs"
         try:
@@ -58,30 +77,39 @@ class Cache:
 
     # ---------------------------------------------------------------------------------------------------- manifests
     def manifest(self, digest: str) -> bytes | None:
-        """The manifest of this digest, unchecked, if it is here."""
+        """The bytes of the manifest with this digest, if they are here; the caller compares them with it."""
         try:
             return (self.folder / "manifests" / f"{digest.partition(':')[2]}.json").read_bytes()
         except OSError:
             return None
 
     def keep_manifest(self, digest: str, raw: bytes) -> None:
-        """Keep a manifest for a later start without the store."""
+        """Keep a manifest for a later start without the store; a disk that is full is left as it is.
+
+        Args:
+            digest: `sha256:...` of the manifest.
+            raw: Its bytes.
+        """
         path = self.folder / "manifests" / f"{digest.partition(':')[2]}.json"
         if not path.exists():
             temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
             try:
                 temporary.write_bytes(raw)
                 temporary.rename(path)
-            except OSError:  # a full disk is no reason not to start
+            except OSError:  # a worker starts without it too
                 with suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------------------------------------------- blobs
     def open(self, part: Part) -> Landing:
-        """The part's file, made if it is new, locked against eviction. Raises WriteError."""
+        """Open a part's file and map, making what is missing. It is not evicted while it is open or mapped.
+
+        Raises:
+            WriteError: Where a file cannot be opened or made.
+        """
         path = self._path(part.digest)
         try:
-            with self._locked():  # nobody evicts it between opening and locking
+            with self._locked():  # nobody evicts the file between opening and locking
                 landing = land_in_file(part, path, trust=False)
                 try:
                     fcntl.flock(landing.data, fcntl.LOCK_SH)
@@ -94,12 +122,16 @@ class Cache:
             raise WriteError(f"{quote(path)}: cannot be written: {error.strerror}") from None
 
     def make_room(self, wanted: Sequence[tuple[Landing, Sequence[Range], int]]) -> None:
-        """Set the ranges [start, stop) of each part aside, evicting what is not in use for them.
+        """Have room for what is about to be fetched, and evict parts that nobody has open for it.
 
-        `wanted` is (part, ranges, bytes of it that are there). Raises WriteError where they do not fit into the cache.
+        Args:
+            wanted: For each part its landing, the ranges that are missing, and how many of its bytes are there.
+
+        Raises:
+            WriteError: Where they do not fit into the cache, or the disk, beside what is in use.
         """
         with self._locked():
-            # what a worker beside us has set aside of the same part is not asked for twice
+            # what another worker has set aside of the same part is not counted twice
             needed = sum(
                 max(0, sum(stop - start for start, stop in ranges) - landing.set_aside(there))
                 for landing, ranges, there in wanted
@@ -119,7 +151,7 @@ class Cache:
                     self._reserve(landing, start, stop, oldest)
 
     def _reserve(self, landing: Landing, start: int, stop: int, oldest: Iterator[File]) -> None:
-        """Set a range aside; where others have filled the file system, what is oldest goes for it."""
+        """Set a range aside; where others have filled the file system, evict the oldest parts for it."""
         while True:
             try:
                 landing.reserve(start, stop)
@@ -129,21 +161,21 @@ class Cache:
                     raise
 
     def _evict_next(self, oldest: Iterator[File]) -> int:
-        """Evict the next blob that can be; the bytes that it had, 0 where there was none."""
+        """Evict the next part that nobody has open, and give the bytes that it occupied; 0 where there was none."""
         for path, found in oldest:
             if found.st_blocks and self._evict(path):
                 return found.st_blocks * 512
         return 0
 
     def _files(self) -> Iterator[File]:
-        """The parts that are kept here. What has no map is none of ours, whoever's it is."""
+        """The parts that are kept here. A file without a map is not ours, and is left alone."""
         for path in self._blobs.iterdir():
             if path.with_name(path.name + ".landed").exists():
                 with suppress(FileNotFoundError):
                     yield path, path.stat()
 
     def _evict(self, path: Path) -> bool:
-        """Remove a blob that nobody has open; whether it could be."""
+        """Remove a part, and say so, unless somebody has it open."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
@@ -160,7 +192,7 @@ class Cache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process at a time counts and evicts."""
+        """Hold the cache's lock: one process at a time opens, counts and evicts."""
         fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -170,7 +202,11 @@ class Cache:
 
 
 def open_cache(cache: Cache | str | os.PathLike[str] | None) -> Cache | None:
-    """The cache that a ShardSet names: "host" (SHARDPREP_CACHE_DIR, else ~/.cache/shardprep), a folder, or none."""
+    """The cache that a ShardSet names: "host" (SHARDPREP_CACHE_DIR, else ~/.cache/shardprep), a folder, or None.
+
+    Raises:
+        WriteError, InputError: As Cache does.
+    """
     if cache is None or isinstance(cache, Cache):
         return cache
     folder = environment.cache_folder() if cache == "host" else Path(cache)

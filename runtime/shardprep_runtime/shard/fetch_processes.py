@@ -1,7 +1,8 @@
 """Help another process to fetch: one Python spends a core on TLS, several fill the same parts side by side.
 
-The parts' files (which may be nameless memory) and their maps are inherited; the locks on the maps share the runs
-out. A helper reaches the store as its parent does, from the user's own settings: no credentials pass between them.
+A helper inherits the descriptors of the parts (which may be memory without a name) and of their maps. All helpers are
+given all runs; claims in the maps share them out (landing.py). A helper reaches the store from the user's own settings,
+as its parent does: no credentials pass between them.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ from .parts import OpenPart
 
 
 class HelperProcesses:
-    """`count` processes that fetch the runs of one fetch."""
+    """Processes that help one fetch (a Crew, fetch.py)."""
 
     def __init__(self, count: int, manifest: Manifest) -> None:
+        """Start nothing yet.
+
+        Args:
+            count: How many processes.
+            manifest: The manifest of the set whose parts are fetched.
+        """
         self._count, self._manifest = count, manifest
         self._running: list[subprocess.Popen[bytes]] = []
 
     def start(self, fetch: Fetch) -> None:
-        """Begin; a store that others cannot open as we did (one in this process's hands alone) is left to us."""
+        """Begin to help `fetch` where its store is S3. Others are left alone: they may exist in this process only."""
         if not isinstance(fetch.store, S3Store):
             return
         number = {arrival: i for i, arrival in enumerate(fetch.arrivals)}
@@ -68,31 +75,32 @@ class HelperProcesses:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
             self._running.append(process)
-            # a helper reads all of it before it works; it ends when its end of the pipe does
+            # a helper reads all of its job before it works; the pipe stays open, and its end is the helper's end
             threading.Thread(target=_tell, args=(process, text), name="shardprep-helper", daemon=True).start()
 
     def stop(self) -> None:
-        """End them."""
+        """Kill the processes; returns once all have ended."""
         for process in self._running:
             process.kill()
             process.wait()
             if process.stdin is not None:
-                with suppress(OSError):  # what it had not read yet
+                with suppress(OSError):  # flushes what the helper had not read
                     process.stdin.close()
         self._running = []
 
 
 def _tell(process: subprocess.Popen[bytes], text: bytes) -> None:
+    """Write a job to a helper: its length in 8 bytes, little end first, then JSON."""
     assert process.stdin is not None
     try:
         process.stdin.write(len(text).to_bytes(8, "little") + text)
         process.stdin.flush()
     except OSError:
-        pass  # it has ended: what it would have done is done by others
+        pass  # the helper has ended: others do what it would have done
 
 
 def main() -> None:
-    """What a helper does: read its job, fetch, end. Ends at once when its parent does."""
+    """Be a helper: read a job from stdin, fetch, end. Ends at once when its parent does, by the end of stdin."""
     stream = sys.stdin.buffer
     job = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -100,7 +108,7 @@ def main() -> None:
     try:
         _fetch(job)
     except ShardprepError:
-        status = 1  # the parent meets the same and says it
+        status = 1  # the parent meets the same error and says it
     os._exit(status)
 
 
@@ -117,12 +125,11 @@ def _fetch(job: dict[str, Any]) -> None:
         part = parts[path]
         raw = os.pread(data, part.header_size, 0)
         opened = OpenPart(data, raw, part, manifest, where=path, check_digest=False)
-        # the inherited descriptor shares its locks with the parent's: one of our own excludes the others
+        # claims of the inherited descriptor are the parent's too; those of a new opening exclude the parent
         chart = os.open(f"/proc/self/fd/{chart}", os.O_RDWR | os.O_CLOEXEC)
-        arrivals.append(Arrival(opened, Landing(part, data, chart, in_memory=in_memory), key, version))
-        arrivals[-1].old = bytearray(
-            len(arrivals[-1].old)
-        )  # what was there before is looked at by the parent
+        arrival = Arrival(opened, Landing(part, data, chart, in_memory=in_memory), key, version)
+        arrival.old = bytearray(len(arrival.old))  # the parent verifies what was there before
+        arrivals.append(arrival)
     runs = [Run(arrivals[i], first, last) for i, first, last in job["runs"]]
     with open_store(job["uri"], Access(**job["access"])) as store:
         fetch = Fetch(store, arrivals, runs, verify=job["verify"], workers=job["workers"])

@@ -21,14 +21,14 @@ from ..format.header import Header, Span, list_text, loads_strict, parse_header
 from ..format.manifest import Form, Manifest, Part, digest_of
 
 METADATA_KEY: Final = "shardprep"
-"""Our own key in a part's `__metadata__`; torch's are FORMAT and DCP_VERSION and DCP_SHARDING_INFO."""
+"""Our own key in a part's `__metadata__`. torch's are format, DCP_VERSION and DCP_SHARDING_INFO."""
 
 SCRATCH: Final = 2**20
-"""Bytes that are read at a time while a block that is not in memory is digested."""
+"""Bytes that are read at a time to digest a block that is not in memory."""
 
 
 def default_workers() -> int:
-    """Threads that move or digest bytes: the cores of this process, at most 8; a disk gains nothing from more."""
+    """Threads that move or digest bytes: the cores of this process, at most 8, since a disk gains nothing from more."""
     return min(8, len(os.sched_getaffinity(0)))
 
 
@@ -40,16 +40,20 @@ class PieceSpan:
     piece: cut.Piece
     span: Span
     digests: tuple[str, ...]
-    """blake3 of each block of the piece, in hex."""
+    """blake3 of each block of the piece, in 64 hex digits."""
 
 
 def part_metadata(
     pieces: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], Iterable[str]]], block_bytes: int
 ) -> dict[str, str]:
-    """The `__metadata__` of a part of `pieces` (name -> full shape, offset in it, digests of the blocks).
+    """Write the `__metadata__` of a part.
 
     The first three keys are torch.distributed.checkpoint's dialect of safetensors (torch 2.13,
     torch/distributed/checkpoint/_hf_utils.py), so that DCP and transformers read the folder as it is.
+
+    Args:
+        pieces: Name of the tensor -> its full shape, the offset of the piece in it, and the digests of the piece's blocks.
+        block_bytes: Bytes of each block but the last.
     """
     sharding, own = [], []
     for name, (shape, offset, digests) in pieces.items():
@@ -67,7 +71,17 @@ def part_metadata(
 def piece_texts(
     key: str, shape: tuple[int, ...], offset: tuple[int, ...], digests: Iterable[str]
 ) -> tuple[str, str]:
-    """How DCP's list and ours tell of a piece of the tensor whose name is `key`, as JSON."""
+    """Write what DCP's list and ours say of one piece, as members of JSON objects.
+
+    Args:
+        key: The tensor's name, as JSON text with its quotes.
+        shape: Full shape of the tensor.
+        offset: Where the piece begins in it, an index for each dim.
+        digests: blake3 of each block of the piece, in hex.
+
+    Returns:
+        The member of DCP_SHARDING_INFO, and that of our `pieces`.
+    """
     at = list_text(offset)
     blocks = ",".join(f'"{digest}"' for digest in digests)
     return (
@@ -77,7 +91,15 @@ def piece_texts(
 
 
 def piece_block(form: Form, piece: cut.Piece) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(offset in the full tensor, shape) of a piece of a tensor of this form."""
+    """Where a piece lies in its full tensor.
+
+    Args:
+        form: Form of the tensor.
+        piece: One of the pieces that its layout makes.
+
+    Returns:
+        The offset, an index for each dim, and the shape of the piece.
+    """
     dim = form.layout.dim
     if dim is None:
         return (0,) * len(form.shape), form.shape
@@ -89,7 +111,16 @@ def piece_block(form: Form, piece: cut.Piece) -> tuple[tuple[int, ...], tuple[in
 def check_pieces(
     header: Header, manifest: Manifest, part: Part, *, where: str
 ) -> dict[tuple[str, int], PieceSpan]:
-    """The pieces of a part, by (name, start along the cut dim), each proved to be one that the layout makes.
+    """Prove that each piece of a part is one that the layout makes.
+
+    Args:
+        header: The part's header.
+        manifest: The set's manifest.
+        part: What the manifest says of the part.
+        where: Name of the file, for messages.
+
+    Returns:
+        The pieces by name and start along the cut dim (0 where the tensor is whole).
 
     Raises:
         ManifestError: Where header and manifest contradict each other.
@@ -114,7 +145,7 @@ def check_pieces(
 
 
 _Cuts = dict[int, tuple[cut.Piece, tuple[tuple[int, ...], tuple[int, ...]]]]
-"""Start along the cut dim -> the piece and its `piece_block`, of the pieces of a form that a part's owners have."""
+"""Start along the cut dim -> the piece and its `piece_block`: the pieces of one form that the ranks of a part own."""
 
 
 def _match(
@@ -127,7 +158,7 @@ def _match(
     *,
     where: str,
 ) -> PieceSpan:
-    """`cuts` keeps those of each form, by the form's identity."""
+    """One proved piece of a part. `cuts` keeps what was worked out for each form, by `id(form)`."""
     entry = manifest.tensors.get(name)
     if entry is None:
         raise ManifestError(f"{where}: {quote(name)}: not a tensor of the manifest")
@@ -148,8 +179,8 @@ def _match(
         }
     if start not in known:
         raise ManifestError(
-            f"{where}: {quote(name)}: offset {list(offset)} is no piece of ranks {list(part.ranks)} of grain "
-            f"{manifest.grain}"
+            f"{where}: {quote(name)}: no piece of ranks {list(part.ranks)} of grain {manifest.grain} begins at "
+            f"offset {list(offset)}"
         )
     piece, block = known[start]
     if (offset, span.shape) != block:
@@ -163,16 +194,29 @@ def _match(
 
 
 class OpenPart:
-    """A part that is open and mapped. Its size and header are proved when it is made.
+    """A part that is open and mapped. Its header is proved when it is made.
 
-    The mapping is private and writable (torch warns about read-only memory), so nobody can change the file
-    through it. Pages come in as they are touched.
+    The mapping is private, so nobody can change the file through it. It is writable, since torch warns about read-only
+    memory. Pages come in as they are touched.
     """
 
     def __init__(
         self, fd: int, raw: bytes, part: Part, manifest: Manifest, *, where: str, check_digest: bool = True
     ) -> None:
-        """`fd` has the part's size and is closed by `close`; `raw` is its header."""
+        """Map the part, and prove its header and pieces.
+
+        Args:
+            fd: Descriptor of a file that has the part's size. `close` closes it; if this fails, the caller does.
+            raw: The header's bytes.
+            part: What the manifest says of the part.
+            manifest: The set's manifest.
+            where: Name of the file, for messages.
+            check_digest: Compare the header with its digest.
+
+        Raises:
+            IntegrityError: Where the header does not match its digest.
+            FormatError, ManifestError: Where it is malformed, or contradicts the manifest.
+        """
         self.fd, self.part, self.where, self.block_bytes = fd, part, where, manifest.block_bytes
         if check_digest:
             check_header(raw, part, where=where)
@@ -180,14 +224,19 @@ class OpenPart:
         self.map = mmap.mmap(fd, part.size, access=mmap.ACCESS_COPY)
 
     def read_exactly(self, exactly: bool) -> None:
-        """Have reads of the file bring in what they ask for and no more, or let the kernel read ahead as it does.
+        """Have reads of the file bring in only what they ask for, or let the kernel read ahead as usual.
 
-        Reading ahead also gives large pages, which are cheaper to map; so it is for parts that are all ours.
+        Reading ahead also gives large pages, which are cheaper to map: right for a part all of which is wanted.
         """
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM if exactly else os.POSIX_FADV_NORMAL)
 
     def in_memory(self, start: int, stop: int) -> bool:
-        """Whether bytes [start, stop) seem to be in the page cache, by asking for a few of them without waiting."""
+        """Whether a range seems to be in the page cache: three of its bytes are asked for without waiting.
+
+        Args:
+            start: First byte of the part.
+            stop: One past the last byte.
+        """
         probe = bytearray(1)
         try:
             for at in (start, (start + stop) // 2, stop - 1):
@@ -197,7 +246,15 @@ class OpenPart:
         return True
 
     def read_into(self, offset: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `offset` on. Raises FormatError where the file ends before."""
+        """Read bytes of the part.
+
+        Args:
+            offset: First byte of the part.
+            into: Memory that they fill.
+
+        Raises:
+            FormatError: Where the file ends before.
+        """
         done = 0
         while done < len(into):
             got = os.preadv(self.fd, [into[done:]], offset + done)
@@ -206,7 +263,7 @@ class OpenPart:
             done += got
 
     def close(self) -> None:
-        """Close the descriptor. The mapping lives as long as a tensor uses it."""
+        """Close the descriptor. The mapping lives as long as a tensor uses it. A second call does nothing."""
         fd, self.fd = self.fd, -1  # its number will soon be another file's
         if fd >= 0:
             os.close(fd)
@@ -215,14 +272,24 @@ class OpenPart:
 def open_part(
     folder: Path, part: Part, manifest: Manifest, *, check_digest: bool = True, name: str | None = None
 ) -> OpenPart:
-    """A part that lies in a folder, under its own name or another.
+    """Open a part that lies in a folder. The caller closes it.
 
-    Raises FormatError, IntegrityError or ManifestError where it is not what it should be.
+    Args:
+        folder: The folder.
+        part: What the manifest says of the part.
+        manifest: The set's manifest.
+        check_digest: Compare the header with its digest.
+        name: Name of the file; default: the part's own.
+
+    Raises:
+        FormatError: Where the file is missing, has another size, or has a malformed header.
+        IntegrityError: Where the header does not match its digest.
+        ManifestError: Where the header contradicts the manifest.
     """
     path = folder / (name or part.path)
     where = quote(path)
     try:
-        # O_NONBLOCK: a FIFO under this name must not hang us
+        # O_NONBLOCK: a FIFO of this name must not hang us
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         hint = "; was the folder pulled for other ranks alone?" if error.errno == errno.ENOENT else ""
@@ -234,7 +301,7 @@ def open_part(
         if found.st_size != part.size:
             kind = "truncated" if found.st_size < part.size else "longer than it should be"
             raise FormatError(f"{where}: {kind}: {found.st_size} bytes, the manifest says {part.size}")
-        # no read-ahead behind the header: what follows may be others' bytes
+        # no read-ahead behind the header: what follows may be bytes of other ranks
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         raw = os.pread(fd, part.header_size, 0)
         return OpenPart(fd, raw, part, manifest, where=where, check_digest=check_digest)
@@ -244,7 +311,16 @@ def open_part(
 
 
 def check_header(raw: bytes, part: Part, *, where: str) -> None:
-    """Raises IntegrityError where `raw` is not the header that the manifest names."""
+    """Compare a part's header with its digest.
+
+    Args:
+        raw: The header's bytes.
+        part: What the manifest says of the part.
+        where: Name of the file, for messages.
+
+    Raises:
+        IntegrityError: Where they differ.
+    """
     if digest_of(raw) != part.digest:
         raise IntegrityError(
             f"{where}: the header's digest is {digest_of(raw)}, the manifest says {part.digest}; "
@@ -254,16 +330,19 @@ def check_header(raw: bytes, part: Part, *, where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A run of at most `block_bytes` bytes of a piece, with its digest."""
+    """Bytes [start, stop) of a part: a block of one of its pieces, which has a digest of its own."""
 
     part: OpenPart
     piece: PieceSpan
     index: int
+    """Which block of the piece it is, from 0."""
     start: int
+    """First byte, counted within the part."""
     stop: int
+    """One past the last byte."""
 
     def check(self) -> None:
-        """Raises IntegrityError where the bytes do not match the digest."""
+        """Compare the bytes with their digest. Raises IntegrityError where they differ."""
         from blake3 import blake3
 
         digest = blake3()
@@ -281,11 +360,11 @@ class Block:
 
     @property
     def digest(self) -> str:
-        """What it must be: blake3 in hex."""
+        """blake3 that the bytes must have, in hex."""
         return self.piece.digests[self.index]
 
     def damaged(self) -> IntegrityError:
-        """The error of a block that is not what it must be."""
+        """The error that says that the bytes do not match their digest."""
         return IntegrityError(
             f"{self.part.where}: tensor {quote(self.piece.name)}: block {self.index} (bytes {self.start} to "
             f"{self.stop}) does not match its digest: the file is damaged; fetch or split it again"
@@ -295,7 +374,15 @@ class Block:
 def blocks_of(
     part: OpenPart, piece: PieceSpan, block_bytes: int, *, start: int, stop: int
 ) -> Iterator[Block]:
-    """The blocks that hold bytes [start, stop), counted within the piece."""
+    """The blocks that hold a range of a piece.
+
+    Args:
+        part: The open part.
+        piece: One of its pieces.
+        block_bytes: Bytes of each block but a piece's last.
+        start: First byte, counted within the piece.
+        stop: One past the last byte.
+    """
     span = piece.span
     for index in range(start // block_bytes, -(-stop // block_bytes)):
         low = span.start + index * block_bytes
@@ -303,7 +390,7 @@ def blocks_of(
 
 
 class Numbered:
-    """A part's blocks by number: 1 for the first, in the order of their bytes, which they tile behind the header."""
+    """A part's blocks by number: 1 for the first, in the order of their bytes. They tile the part behind its header."""
 
     def __init__(self, part: OpenPart) -> None:
         self.part = part
@@ -314,7 +401,12 @@ class Numbered:
         self._starts = [block.start for block in self.blocks]
 
     def numbers(self, start: int, stop: int) -> range:
-        """The blocks that hold bytes [start, stop) of the part."""
+        """The numbers of the blocks that hold a range.
+
+        Args:
+            start: First byte of the part.
+            stop: One past the last byte.
+        """
         if start >= stop:
             return range(0)
         return range(bisect_right(self._starts, start), bisect_left(self._starts, stop) + 1)
@@ -324,7 +416,15 @@ class Numbered:
 
 
 def check_blocks(blocks: Iterable[Block], *, workers: int) -> None:
-    """Check every block, `workers` at a time. Raises the IntegrityError of the first bad one, in the order given."""
+    """Compare blocks with their digests, and stop at a bad one.
+
+    Args:
+        blocks: The blocks.
+        workers: Threads, each with a block at a time.
+
+    Raises:
+        IntegrityError: That of the bad block which comes first in `blocks` among those that were compared.
+    """
     pending = iter(blocks)
     lock = threading.Lock()
     stop = threading.Event()
