@@ -752,7 +752,7 @@ def test_a_revision_that_is_not_there_names_those_that_are(store: Path, tmp_path
     shutil.copy(store / "manifests/main.json", store / "manifests/v2.json")
     with pytest.raises(MissingError, match=r"store: no revision v3; there are main, v2"):
         open_set(uri(store), cache=None, revision="v3").load()
-    with pytest.raises(InputError, match="is no name of a revision"):
+    with pytest.raises(InputError, match="is not a revision's name"):
         open_set(uri(store), cache=None, revision="../main").load()
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError, match="nothing has been pushed there, or the prefix is another one"):

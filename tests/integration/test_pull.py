@@ -515,8 +515,8 @@ def test_another_manifest_is_not_mixed_in(shards: Path, store: Path, tmp_path: P
 
 def test_a_destination_that_is_no_folder_is_refused(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
-    assert "exists and is no folder" in pull(store, tmp_path / "file", "--all", code=2)
-    assert "exists and is no folder" in pull(store, tmp_path / "file/x", "--all", code=2)
+    assert "exists and is not a folder" in pull(store, tmp_path / "file", "--all", code=2)
+    assert "exists and is not a folder" in pull(store, tmp_path / "file/x", "--all", code=2)
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
@@ -634,7 +634,7 @@ def test_a_side_file_as_large_as_no_side_file_is_not_fetched(store: Path, tmp_pa
         (["-pp", "2", "--stages", "0,1-3,", "--rank", "0"], {}, "is no list of stages"),
         (["-pp", "3", "--stages", "0,1-3", "--rank", "0"], {}, "stages"),
         (["--all", "--max-workers", "0"], {}, "0 is not in the range"),
-        (["--all", "--revision", "../x"], {}, "is no name of a revision"),
+        (["--all", "--revision", "../x"], {}, "is not a revision's name"),
         (["--all", "--manifest-digest", "sha256:" + "0" * 64], {}, "do not load it"),
     ],
 )

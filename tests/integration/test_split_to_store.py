@@ -133,7 +133,7 @@ def test_a_dry_run_touches_neither_store_nor_scratch(model: Path, tmp_path: Path
     begin(model, f"file://{tmp_path}/store", scratch, dry_run=True)
     assert not (tmp_path / "store").exists()
     assert not scratch.exists()
-    with pytest.raises(InputError, match="is no name of a revision"):
+    with pytest.raises(InputError, match="is not a revision's name"):
         begin(model, f"file://{tmp_path}/store", scratch, dry_run=True, revision="a/b")
 
 

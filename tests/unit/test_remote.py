@@ -33,7 +33,7 @@ def test_a_blob_is_named_by_the_hex_of_its_digest() -> None:
 
 @pytest.mark.parametrize("digest", ["", "sha256:", "sha256:" + "A" * 64, "md5:" + "a" * 64, "a" * 64])
 def test_what_is_no_digest_names_no_blob(digest: str) -> None:
-    with pytest.raises(ManifestError, match="is no digest"):
+    with pytest.raises(ManifestError, match="is not a digest"):
         remote.blob_key(digest)
 
 
@@ -52,7 +52,7 @@ def test_the_key_of_a_manifest_tells_its_revision(revision: str) -> None:
     "revision", ["", ".", "..", ".x", "a/b", "../x", "a b", "ä", "a\n", "A" * 129, "a\0"]
 )
 def test_what_is_no_name_of_a_revision_is_refused(revision: str) -> None:
-    with pytest.raises(InputError, match="is no name of a revision"):
+    with pytest.raises(InputError, match="is not a revision's name"):
         remote.manifest_key(revision)
 
 

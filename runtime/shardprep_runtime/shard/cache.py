@@ -5,15 +5,17 @@
     manifests/<64 hex>.json  manifests by their digest
     lock                     held by the one process that opens, counts or evicts
 
-1. `open` takes `lock`, opens the part's file and its map, and takes a shared flock on the file. Then it releases `lock`.
-2. The shared flock lasts as long as any descriptor or mapping of that opening, in whichever process. Nobody releases it.
-3. `make_room` takes `lock`, counts what the cache's files occupy, and evicts until the wanted bytes fit. Then it has the
-   file system set them aside.
+1. `open` takes `lock`, opens the part's file and its map, and takes a shared flock on the file. Then it releases
+   `lock`.
+2. The shared flock lasts as long as any descriptor or mapping of that opening, in whichever process. Nobody releases
+   it.
+3. `make_room` takes `lock`, counts what the cache's files occupy, and evicts until the wanted bytes fit. Then it has
+   the file system set them aside.
 4. A blob is evicted only by whoever gets an exclusive flock on it at once: nobody has it open. The one that was opened
    longest ago goes first. Its file goes before its map.
 
-Under `lock` no other lock is waited for, but that on a map while it is begun, which is brief. A crash releases every lock.
-It may leave a map without its file, which the next `open` begins anew.
+Under `lock` no other lock is waited for, but that on a map while it is begun, which is brief. A crash releases every
+lock. It may leave a map without its file, which the next `open` begins anew.
 """
 
 from __future__ import annotations

@@ -6,19 +6,18 @@ Several processes of a host may fetch into the same files at once. How a fetch g
 2. `plan_runs` joins wanted blocks that lie beside each other to runs of at most 16 MiB, most urgent first.
 3. Each thread takes the most urgent run that is left, and reads in the part's map which of its blocks are missing.
 4. It claims them in the map (landing.py). If another fetch is at any of them, the run is put aside for 20 ms.
-5. Under the claim it reads the map again, fetches what is still missing, and lets it land. A block with wrong bytes is
-   asked for up to three times.
+5. Under the claim it reads the map again, and fetches what is still missing: up to three times, where bytes are wrong.
 6. It releases the claim. Each block wakes those who wait for it as soon as it is there.
 7. `close` stops all threads; the last of them closes the parts, their landings and the store.
 
-Threads of one fetch share the claims of a landing, and never meet: the queue hands each run to one of them. The condition
-`_changed` guards queue and counts. A thread may take it while it holds a claim, never the other way round, and no request is
-made under it. What a crash leaves is told in landing.py: claims end, marked blocks stay.
+Threads of one fetch share the claims of a landing, and never meet: the queue hands each run to one of them. The
+condition `_changed` guards queue and counts. A thread may take it while it holds a claim, never the other way round,
+and no request is made under it. What a crash leaves is told in landing.py: claims end, marked blocks stay.
 
-A forked process has none of these threads, and `_changed` may be held in it for ever. So it never waits: it reads the map,
-and refuses where a block is missing. Nor can it see that its parent joined a tensor and gave the pieces' memory back. So
-`give_back` marks the blocks GIVEN before it frees them. The child joins first and looks at the marks afterwards: a copy
-that may hold zeros is refused.
+A forked process has none of these threads, and `_changed` may be held in it for ever. So it never waits: it reads the
+map, and refuses where a block is missing. Nor can it see that its parent joined a tensor and gave the pieces' memory
+back. So `give_back` marks the blocks GIVEN before it frees them. The child joins first and looks at the marks
+afterwards: a copy that may hold zeros is refused.
 """
 
 from __future__ import annotations
@@ -313,10 +312,7 @@ class Fetch:
         return os.getpid() != self._process
 
     def _look(self, arrival: Arrival, numbers: range) -> None:
-        """Prove by the map that blocks are there: what a forked process does instead of waiting.
-
-        `_changed` may be held for ever here, by a thread that only the parent has.
-        """
+        """Prove by the map that blocks are there, without waiting: in a fork `_changed` may be held for ever."""
         state = arrival.landing.state(len(arrival.blocks))
         for number in numbers:
             if not arrival.done[number] and not self._is_there(arrival, number, state[number]):
@@ -437,26 +433,18 @@ class Fetch:
             if arrival.done[number]:
                 continue
             if self._is_there(arrival, number, state[number]):
-                block = arrival.block(number)
-                with self._changed:
-                    self.bytes_found += block.stop - block.start
-                self._count(arrival, number, block.stop - block.start)
+                self._count(arrival, number, fetched=False)
             else:
                 missing.append(number)
         return missing
 
     def _is_there(self, arrival: Arrival, number: int, value: int) -> bool:
-        """Whether a block can be handed out by what the map says of it, `value`, and by its digest where that decides."""
-        if value == ABSENT:
-            return False
-        if value == GIVEN:
-            return True
-        if value == DOUBTED:
-            return self._is_sound(arrival, number)
+        """Whether a block can be handed out: by what the map says, `value`, and by its digest where in doubt."""
+        if value in (ABSENT, GIVEN):
+            return value == GIVEN
         # what another process has verified meanwhile is believed; what lay there before is verified once more
-        if self.verify and (value != VERIFIED or arrival.old[number]):
-            return self._is_sound(arrival, number)
-        return True
+        doubted = value == DOUBTED or (self.verify and (value != VERIFIED or arrival.old[number]))
+        return not doubted or self._is_sound(arrival, number)
 
     def _is_sound(self, arrival: Arrival, number: int) -> bool:
         """Compare a block that is there with its digest, and mark it VERIFIED or ABSENT."""
@@ -470,20 +458,14 @@ class Fetch:
         return True
 
     def _get(self, arrival: Arrival, first: int, last: int, scratch: memoryview, *, tries: int) -> None:
-        """Fetch blocks [first, last) by one request, and alone those that came with wrong bytes: `tries` times in all."""
-
-        def landed(number: int, nbytes: int) -> None:
-            with self._changed:
-                self.bytes_fetched += nbytes
-            self._count(arrival, number, nbytes)
-
+        """Fetch blocks [first, last) at once, then each that came with wrong bytes: `tries` times in all."""
         sink = LandingSink(
             arrival.landing,
             arrival.blocks[first - 1 : last - 1],
             first,
             verify=self.verify,
             scratch=scratch,
-            landed=landed,
+            landed=lambda number, _: self._count(arrival, number, fetched=True),
             stopped=self._check_stop,
         )
         found = self.store.get(arrival.key, arrival.block(first).start, sink, version=arrival.version)
@@ -505,8 +487,14 @@ class Fetch:
         if self._stop.is_set():
             raise _Stopped
 
-    def _count(self, arrival: Arrival, number: int, nbytes: int) -> None:
+    def _count(self, arrival: Arrival, number: int, *, fetched: bool) -> None:
+        block = arrival.block(number)
+        nbytes = block.stop - block.start
         with self._changed:
+            if fetched:
+                self.bytes_fetched += nbytes
+            else:
+                self.bytes_found += nbytes
             arrival.done[number] = 1
             self._changed.notify_all()
         self._progress(nbytes)

@@ -16,48 +16,60 @@ NETWORK = re.compile(
     r"nfs\d?|cifs|smb3?|smbfs|ceph|lustre|gpfs|beegfs|orangefs|pvfs2|9p|afs|glusterfs|ocfs2|wekafs|"
     r"virtiofs|fuse(\..*)?"
 )
-"""Kinds of file systems whose page faults go over a network (or through another process), one page after the other:
-30 to 50 times slower than reading ahead in parallel. FUSE is among them: most of what is mounted by it is remote."""
+"""Kinds of file systems whose page faults go over a network, or through another process, one page after the other.
+
+That is 30 to 50 times slower than reading ahead in parallel. FUSE is among them, since most of its mounts are remote.
+"""
 
 LOCAL_FUSE = re.compile(r"fuse\.(fuse-overlayfs|lxcfs|bindfs|mergerfs|unionfs)|fuseblk")
+"""Kinds of FUSE whose files lie on this machine."""
 
 log = logging.getLogger("shardprep_runtime")
 
 
 def check_io(io: str) -> None:
-    """Raises InputError for what is no way to read."""
+    """Raises InputError unless `io` is a way to read."""
     if io not in ("auto", "mmap", "read"):
         raise InputError(f"io must be auto, mmap or read, not {io!r}")
 
 
 def choose_io(folder: Path, io: Io) -> Literal["mmap", "read"]:
-    """How the parts in `folder` are to be read; says in the log which and why. Raises InputError for no such way."""
+    """Choose how parts are read, and say in the log which way and why.
+
+    Args:
+        folder: The folder that has the parts.
+        io: "mmap" or "read", which are obeyed, or "auto": read on network file systems, map on others.
+
+    Raises:
+        InputError: For another `io`.
+    """
     check_io(io)
     kind = file_system(folder)
-    chosen: Literal["mmap", "read"] = "read" if is_network(kind) else "mmap"
+    chosen: Literal["mmap", "read"]
     if io != "auto":
-        chosen = io
-    why = (
-        "as asked for"
-        if io != "auto"
-        else "a network file system"
-        if chosen == "read"
-        else "a local file system"
-    )
+        chosen, why = io, "as asked for"
+    elif is_network(kind):
+        chosen, why = "read", "a network file system"
+    else:
+        chosen, why = "mmap", "a local file system"
     how = "mapping" if chosen == "mmap" else "reading in parallel"
     log.info("%s: %s (%s): %s", quote(folder), kind or "unknown file system", why, how)
     return chosen
 
 
 def is_network(kind: str | None) -> bool:
-    """Whether a file system of this kind is one whose pages are better not faulted in."""
+    """Whether a file system of this kind is better read than mapped; an unknown one is mapped."""
     return kind is not None and NETWORK.fullmatch(kind) is not None and not LOCAL_FUSE.fullmatch(kind)
 
 
 def file_system(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """The kind of file system that `path` lies on, as the kernel names it; None where that cannot be known.
+    """The kind of file system that a path lies on, as the kernel names it (ext4, nfs4); None where nothing says it.
 
-    (proc_pid_mountinfo(5): field 3 is the device, field 5 where it is mounted, the kind follows the separator.)
+    proc_pid_mountinfo(5): field 3 is the device, field 5 where it is mounted, and the kind follows the separator.
+
+    Args:
+        path: A file or folder.
+        mounts: The kernel's list of mounts.
     """
     try:
         device = path.stat().st_dev
@@ -74,7 +86,7 @@ def file_system(path: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> s
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to disk."""
+    """Bring a folder's names to disk, so that renames in it survive a crash of the machine."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

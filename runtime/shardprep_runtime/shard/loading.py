@@ -19,16 +19,19 @@ from .parts import Numbered, OpenPart, default_workers, open_part
 from .shard import Shard, Verify
 
 SPARSE: Final = ".sparse"
-"""What the name of a part ends in of which only some ranges are there: no reader can take it for whole."""
+"""End of the name of a part of which only some ranges are there: so no reader takes it for whole."""
 
 
 def load_parts(
     store: Store, key: Callable[[Part], str], manifest: Manifest, place: Place, *, workers: int | None = None
 ) -> Shard:
-    """The shard of a set whose manifest has no file yet, of whole tensors; its bytes are read into memory.
+    """Read one worker's shard into memory, of a set whose manifest is not written yet.
 
     Args:
-        store: Has the parts under `key`; the shard closes it, or, if this fails, the caller.
+        store: Has the parts. The shard closes it; if this fails, the caller does.
+        key: The key under which the store has a part.
+        manifest: The manifest that will be written.
+        place: Which shard.
         workers: Threads that fetch; default: 16.
     """
     view = plan_view(manifest, place)
@@ -39,10 +42,18 @@ def load_parts(
 def folder_shard(
     folder: Path, view: View, manifest: Manifest, *, io: Io, verify: Verify, workers: int | None
 ) -> Shard:
-    """A shard whose parts lie in a folder: mapped, or read into memory where mapping is slow.
+    """Open a shard whose parts lie in a folder: mapped, or read into memory where mapping is slow.
 
     Args:
-        workers: Threads that verify or read; default: the cores of this process, at most 8.
+        folder: The folder.
+        view: What the worker loads.
+        manifest: The set's manifest.
+        io: How to read, as `choose_io` has it. Parts that are there in part are mapped whatever it says.
+        verify: As `ShardSet.verify` has it.
+        workers: Threads; default: 16 that read, or to verify the cores of this process, at most 8.
+
+    Raises:
+        FormatError, IntegrityError, ManifestError: Where parts are missing, damaged or not this set's.
     """
     whole = all((folder / part.path).exists() for part in view.parts)
     if whole and choose_io(folder, io) == "read":
@@ -62,12 +73,22 @@ def fetched(
     workers: int | None,
     processes: int = 1,
 ) -> Shard:
-    """A shard whose parts arrive from a store, which the caller closes if this fails.
+    """Begin to fetch a shard; returns once its headers are proved, while blocks still arrive.
 
     Args:
-        keys: Under which the store has the parts of the view, in their order.
+        store: Has the parts. The shard closes it; if this fails, the caller does.
+        keys: Keys of the view's parts in the store, in the order of `view.parts`.
+        view: What the worker loads.
+        manifest: The set's manifest.
         cache: Where the bytes land; None: in the memory of this process.
+        verify: As `ShardSet.verify` has it.
         workers: Threads that fetch, in each process; default: 16.
+        processes: Processes that fetch, this one included.
+
+    Raises:
+        FormatError, IntegrityError, ManifestError: Where a header is not what the manifest says.
+        StoreError: Where the store cannot be reached.
+        WriteError: Where there is not enough room, in the cache or in memory.
     """
     workers = workers or WORKERS
     landings: list[tuple[Part, str, Landing]] = []
@@ -88,9 +109,7 @@ def fetched(
         shard = Shard(view, [arrival.part for arrival in arrivals], manifest)
         crew: Crew | None = None
         if processes > 1:
-            from .fetch_processes import (
-                HelperProcesses,  # imports what speaks S3, which most loads do not need
-            )
+            from .fetch_processes import HelperProcesses  # imports the S3 store
 
             crew = HelperProcesses(processes - 1, manifest)
         shard.arrive(store, arrivals, cache, verify=verify == "blocks", workers=workers, crew=crew)
@@ -103,7 +122,7 @@ def fetched(
 
 
 def _mapped(folder: Path, view: View, manifest: Manifest, *, verify: Verify, workers: int | None) -> Shard:
-    """A shard whose parts lie in a folder and are mapped."""
+    """Open a shard by mapping the parts in a folder."""
     parts: list[OpenPart] = []
     maps: dict[OpenPart, bytearray] = {}
     try:
@@ -113,8 +132,8 @@ def _mapped(folder: Path, view: View, manifest: Manifest, *, verify: Verify, wor
             if landed is not None:
                 maps[found] = landed
         shard = Shard(view, parts, manifest)
-        for part_, numbered in [(part, Numbered(part)) for part in maps]:
-            _check_there(shard, part_, numbered, maps[part_])
+        for opened, landed in maps.items():
+            _check_there(shard, opened, Numbered(opened), landed)
         shard.read_exactly()
         if verify == "blocks":
             shard.check(manifest.block_bytes, workers=workers or default_workers())
@@ -128,7 +147,11 @@ def _mapped(folder: Path, view: View, manifest: Manifest, *, verify: Verify, wor
 def _open(
     folder: Path, part: Part, manifest: Manifest, *, check_digest: bool
 ) -> tuple[OpenPart, bytearray | None]:
-    """A part, and the map of what is there where only some of its ranges were pulled."""
+    """A part, and its map where only some of its ranges were pulled.
+
+    A pull renames a part once it is whole, at any moment: so whenever the sparse file fails, the whole one is looked
+    for again.
+    """
     whole, sparse = folder / part.path, folder / (part.path + SPARSE)
     if not whole.exists() and sparse.exists():
         try:
@@ -143,7 +166,7 @@ def _open(
             found.close()
             if not whole.exists():
                 raise FormatError(f"{found.where}: nothing says which of its bytes are there; pull it again")
-        # a pull for another rank has just made it whole
+        # a pull for another rank has just made the part whole
     return open_part(folder, part, manifest, check_digest=check_digest), None
 
 

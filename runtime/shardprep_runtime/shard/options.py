@@ -1,7 +1,7 @@
 """Read what a user says of a shard set, wherever it is said: one table of words for JSON, YAML and command lines.
 
-vLLM's `--model-loader-extra-config`, the arguments of a Ray Serve application, the options of commands and the job of a
-worker's process all use these words, and are read here.
+These use the same words: vLLM's `--model-loader-extra-config`, the arguments of a Ray Serve application, the options of
+commands, and the job of a worker's process.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class Word(NamedTuple):
     """What a user's word says of a shard set."""
 
     field: str
-    """The field of ShardSet, or, of `access`, that of Access."""
+    """Name of a field of ShardSet, or of Access where `of_access` is set."""
     kind: str
-    """The type that its value has."""
+    """Type of its values: str, int or bool, perhaps with `| None`."""
     of_access: bool = False
+    """Whether the field is one of ShardSet's `access`."""
 
 
 WORDS: Final[Mapping[str, Word]] = {
@@ -44,13 +45,14 @@ WORDS: Final[Mapping[str, Word]] = {
     "no_sign_request": Word("anonymous", "bool", of_access=True),
     "anonymous": Word("anonymous", "bool", of_access=True),
 }
-"""By the word. Those that mean the same thing are `aws`'s, vLLM's and ours for it."""
+"""Word -> what it says. Where several words say the same, they are aws's, vLLM's and ours for it."""
 
 
 def read_set(given: Mapping[str, object], *, what: str = "", from_text: bool = False) -> ShardSet:
-    """The shard set that the words of `given` name; its other words are the caller's.
+    """Read a shard set from words.
 
     Args:
+        given: Word -> value. Words that are not in WORDS are the caller's, and ignored.
         what: What the user said it in, for messages.
         from_text: Values may be text, as on a command line ("4", "true", "none").
 
@@ -72,9 +74,11 @@ def read_set(given: Mapping[str, object], *, what: str = "", from_text: bool = F
 
 
 def read_options(kind: type[T], given: Mapping[str, object], *, what: str = "", from_text: bool = False) -> T:
-    """A dataclass `kind` whose field `shard_set` takes the words of a shard set, and whose others are words too.
+    """Read a dataclass that has a field `shard_set`, and further fields whose names are words too.
 
     Args:
+        kind: The dataclass.
+        given: Word -> value.
         what: What the user said it in, for messages.
         from_text: Values may be text, as on a command line.
 
@@ -97,10 +101,20 @@ def read_options(kind: type[T], given: Mapping[str, object], *, what: str = "", 
 
 
 def read_value(name: str, kind: str, value: object, *, what: str = "", from_text: bool = False) -> Any:
-    """`value` if it is of the type that is written `kind`: str, int, float or bool, perhaps with `| None`.
+    """Prove that a value has its type.
+
+    Args:
+        name: The word that the user gave it to, for messages.
+        kind: The type: str, int, float or bool, perhaps with `| None`.
+        value: The value.
+        what: What the user said it in, for messages.
+        from_text: The value may be text, which is then turned into the type.
+
+    Returns:
+        The value, of type `kind`.
 
     Raises:
-        InputError: For another.
+        InputError: For a value of another type.
     """
     optional, kind = kind.endswith(" | None"), kind.removesuffix(" | None")
     if from_text and isinstance(value, str):
@@ -121,7 +135,7 @@ def read_value(name: str, kind: str, value: object, *, what: str = "", from_text
 
 
 def _from_text(kind: str, text: str, *, optional: bool) -> object:
-    """What a text says; itself where it says no such value."""
+    """The value that a text says; the text itself where it does not say a value of this kind."""
     if optional and text in ("", "none", "null"):
         return None
     if kind == "bool":
@@ -133,7 +147,10 @@ def _from_text(kind: str, text: str, *, optional: bool) -> object:
 
 
 def words_of(shard_set: ShardSet) -> dict[str, Any]:
-    """What `read_set` reads as `shard_set`, in values that JSON has. Leaves out what no word says (`io`, time limits)."""
+    """Write a shard set in words that `read_set` reads, with values that JSON has.
+
+    `io` and the time limits of `access` have no word, and are left out.
+    """
     said = asdict(shard_set)
     return {name: (said["access"] if word.of_access else said)[word.field] for name, word in WORDS.items()}
 

@@ -1,4 +1,4 @@
-"""Open parts and prove them: the header against the manifest, each piece against the layout, each block against its digest."""
+"""Open parts, and prove headers by the manifest, pieces by the layout, and blocks by their digests."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def part_metadata(
     torch/distributed/checkpoint/_hf_utils.py), so that DCP and transformers read the folder as it is.
 
     Args:
-        pieces: Name of the tensor -> its full shape, the offset of the piece in it, and the digests of the piece's blocks.
+        pieces: Name of the tensor -> its full shape, the offset of the piece in it, and the digests of the piece's
+            blocks.
         block_bytes: Bytes of each block but the last.
     """
     sharding, own = [], []

@@ -9,10 +9,17 @@ from .shard import Shard
 
 
 class Prefetch:
-    """A shard that is being fetched into the host's cache. Use `shard` for it in this process, `load` in others."""
+    """A shard that a thread is fetching into the host's cache.
+
+    `shard` hands it out in this process. A `load` in another process finds in the cache what has come, and waits.
+    """
 
     def __init__(self, load: Callable[[], Shard]) -> None:
-        """Begin `load` in a thread; returns at once."""
+        """Begin in a thread, and return at once.
+
+        Args:
+            load: Gives the shard, and raises what can go wrong.
+        """
         self._error: BaseException | None = None
         self._shard: Shard | None = None
         self._opened = threading.Event()
@@ -39,13 +46,14 @@ class Prefetch:
 
     @property
     def bytes_fetched(self) -> int:
-        """Of them, those that this process has brought so far."""
+        """Bytes of the shard that this process has brought from the store so far."""
         return self._shard.bytes_fetched if self._shard is not None else 0
 
     def shard(self) -> Shard:
-        """The very shard that is being fetched, as `load` gives it: nothing is asked for, or verified, a second time.
+        """The very shard that is being fetched: nothing is fetched or verified a second time. The caller closes it.
 
-        It is the caller's to close. Raises what `load` would.
+        Raises:
+            ShardprepError: What `ShardSet.load` raises.
         """
         self._opened.wait()
         if self._shard is None:
@@ -54,14 +62,24 @@ class Prefetch:
         return self._shard
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Whether all has come within `timeout` seconds (None: however long it takes). Raises what went wrong."""
+        """Wait until the whole shard is there.
+
+        Args:
+            timeout: Seconds to wait at most; None: however long it takes.
+
+        Returns:
+            Whether it is there.
+
+        Raises:
+            ShardprepError: What ended the fetch.
+        """
         self._thread.join(timeout)
         if self._error is not None:
             raise self._error
         return not self._thread.is_alive()
 
     def close(self) -> None:
-        """Stop, where nobody wants the rest; what has come stays in the cache."""
+        """Stop the fetch, and close the shard. What has come stays in the cache."""
         self._opened.wait()
         if self._shard is not None:
             self._shard.close()

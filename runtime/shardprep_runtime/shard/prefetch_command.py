@@ -2,10 +2,10 @@
 
     shardprep-prefetch s3://bucket/prefix -tp 4 -- python worker.py ...
 
-starts the fetch in a process of its own and becomes the worker's command at once; `shardprep_runtime.load` in the
-worker finds in the cache what has come and waits for the rest. Without a command it fetches and ends: the job of an
-init container (or, with `--stay`, of a sidecar, which must not end). One process fetches for one worker (`--rank`) or for all workers of its host (`--ranks`, or `--nnodes`
-and `--node-rank`).
+starts the fetch in a process of its own, and becomes the worker's command at once. `shardprep_runtime.load` in the
+worker finds in the cache what has come, and waits for the rest. Without a command it fetches and ends: the job of an
+init container. With `--stay` it does not end: the job of a sidecar. One process fetches for one worker (`--rank`), or
+for all workers of its host (`--ranks`, or `--nnodes` and `--node-rank`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, NoReturn
 
 from .. import environment
@@ -31,16 +31,18 @@ from .revisions import DEFAULT_REVISION
 from .shard_set import ShardSet
 
 ENDED: Final = 128 + signal.SIGTERM
-"""The exit status of who was asked to end, as a shell tells it."""
+"""Exit status of a process that SIGTERM ended, as a shell tells it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A rank whose shard is in the cache: its bytes, and those of them that had to be fetched."""
+    """A rank whose shard is in the cache."""
 
     rank: int
     nbytes: int
+    """Bytes of the shard."""
     bytes_fetched: int
+    """Bytes of it that this process had to fetch."""
 
 
 def fetch(shard_set: ShardSet, places: Sequence[Place]) -> list[Fetched]:
@@ -48,6 +50,10 @@ def fetch(shard_set: ShardSet, places: Sequence[Place]) -> list[Fetched]:
 
     Bytes that several places need are fetched once. All read the same manifest, also where a push moves the revision
     meanwhile.
+
+    Args:
+        shard_set: Where the set is, and the cache.
+        places: The shards to fetch.
 
     Raises:
         ShardprepError: What `ShardSet.load` raises.
@@ -64,14 +70,18 @@ def fetch(shard_set: ShardSet, places: Sequence[Place]) -> list[Fetched]:
 
 
 def fetch_beside(shard_set: ShardSet, places: Sequence[Place]) -> None:
-    """Fetch in a process of its own, which is no child of this one and outlives it; returns at once.
+    """Fetch in a process of its own, which is not a child of this one and outlives it; returns at once.
 
-    For a caller that becomes another program: what goes wrong is said on stderr and left to whoever loads. Call it
-    while this process has no other threads.
+    It is for a caller that becomes another program. What goes wrong is said on stderr, and left to whoever loads. Call
+    it while this process has only one thread, since it forks.
+
+    Args:
+        shard_set: Where the set is, and the cache.
+        places: The shards to fetch.
     """
     fetcher = os.fork()
     if fetcher == 0:
-        # a grandchild: the worker is to have no child that it does not know of
+        # a grandchild: the worker must not have a child that it does not know of
         if os.fork() == 0:
             _fetch_and_exit(shard_set, places)
         os._exit(0)
@@ -82,7 +92,7 @@ def _fetch_and_exit(shard_set: ShardSet, places: Sequence[Place]) -> NoReturn:
     status = 1
     try:
         os.setsid()
-        # who reads what the command prints is to see it end with the command
+        # whoever reads the command's output must see its end when the command ends
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
@@ -96,7 +106,7 @@ def _fetch_and_exit(shard_set: ShardSet, places: Sequence[Place]) -> NoReturn:
 
 # ------------------------------------------------------------------------------------------------------- the command
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `shardprep-prefetch`; its exit status."""
+    """Run the command `shardprep-prefetch`, and give its exit status; with a command to become, does not return."""
     given = list(sys.argv[1:] if argv is None else argv)
     command: list[str] = []
     if "--" in given:
@@ -204,24 +214,33 @@ def _ranks(options: argparse.Namespace) -> tuple[int, ...]:
 
 
 def parse_ranks(text: str) -> tuple[int, ...]:
-    """Ranks as people write them (0-3, or 0,2,4-7), each once, in order. Raises InputError for other text."""
+    """Read ranks as people write them, 0-3 or 0,2,4-7, each once; sorted. Raises InputError for other text."""
     found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word.strip()) for word in text.split(",")]
     runs = [range(int(each[1]), int(each[2] or each[1]) + 1) for each in found if each]
     ranks = [rank for run in runs for rank in run]
     if not all(found) or not all(runs) or len(ranks) > len(set(ranks)):
-        raise InputError(f"{quote(text)} is no list of ranks; write each once: 0-3, or 0,2,4-7")
+        raise InputError(f"{quote(text)} is not a list of ranks; write each once: 0-3, or 0,2,4-7")
     return tuple(sorted(ranks))
 
 
 def ranks_of_node(grid: Grid, nnodes: int, node_rank: int) -> tuple[int, ...]:
-    """The ranks of host `node_rank` of `nnodes`: runs of equal length, as vLLM and torchrun deal them out."""
+    """The ranks of one host: hosts have runs of equal length, as vLLM and torchrun deal them out.
+
+    Args:
+        grid: All ranks.
+        nnodes: How many hosts there are.
+        node_rank: Which of them, from 0.
+
+    Raises:
+        InputError: Where the hosts cannot share the ranks evenly, or this one is not among them.
+    """
     if nnodes < 1 or grid.world_size % nnodes:
         raise InputError(
             f"{nnodes} nodes cannot share {grid.world_size} ranks evenly ({grid.pipeline_parallel_size} x "
             f"{grid.tensor_parallel_size}, pipeline x tensor parallel); use a number that divides {grid.world_size}"
         )
     if not 0 <= node_rank < nnodes:
-        raise InputError(f"node rank {node_rank}: of {nnodes} nodes they go from 0 to {nnodes - 1}")
+        raise InputError(f"node rank {node_rank}: expected 0 to {nnodes - 1}, for {nnodes} nodes")
     size = grid.world_size // nnodes
     return tuple(range(node_rank * size, (node_rank + 1) * size))
 
@@ -231,16 +250,15 @@ def _stages(given: str | None) -> list[tuple[int, int]] | None:
         return None
     found = parse_stages(given)
     if found is None:
-        raise InputError(f"{quote(given)} is no list of stages; write the layers of each: 0-15,16-31")
+        raise InputError(f"{quote(given)} is not a list of stages; write the layers of each: 0-15,16-31")
     return found
 
 
 def _become(command: Sequence[str]) -> NoReturn:
-    """Become `command`, with its signals, status and process id."""
+    """Become `command`, which keeps this process's id, and whose exit status is this one's."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(
-            number, signal.SIG_DFL
-        )  # Python ignores them, and what is ignored stays so for the command
+        # Python ignores them, and the command would inherit that
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(command[0], list(command))  # noqa: S606 - what the user asked to run
     except OSError as error:
@@ -248,11 +266,11 @@ def _become(command: Sequence[str]) -> NoReturn:
 
 
 def _end(*_: Any) -> NoReturn:
-    os._exit(ENDED)  # at once, whatever is on its way: what has landed in the cache stays good
+    os._exit(ENDED)  # at once, whatever is on its way: blocks that are in the cache stay good
 
 
 def _stay() -> NoReturn:
-    """Wait to be asked to end, which is no failure any more."""
+    """Wait to be asked to end, which is a success now."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))
     while True:
@@ -261,9 +279,7 @@ def _stay() -> NoReturn:
 
 def _report(found: Sequence[Fetched], options: argparse.Namespace) -> None:
     if options.json:
-        reports = [
-            {"rank": each.rank, "nbytes": each.nbytes, "bytes_fetched": each.bytes_fetched} for each in found
-        ]
+        reports = [asdict(each) for each in found]
         print(json.dumps(reports if _is_of_a_host(options) else reports[0]), flush=True)
         return
     for each in found:

@@ -1,11 +1,11 @@
 """Name what lies where in a store of shard sets, and read its manifests.
 
-    blobs/<64 hex>               a part, named by the sha256 of its header (which holds a digest of every block), or a
-                                 side file, named by its sha256; never replaced
-    manifests/<revision>.json    the exact bytes of a manifest: the only names that change, written last
+    blobs/<64 hex>               a part, named by the sha256 of its header, which holds a digest of every block;
+                                 or a side file, named by its sha256. Never replaced.
+    manifests/<revision>.json    the exact bytes of a manifest. The only names that change; written last.
     prunes/<id>                  there while a prune is at work
 
-The last is for pushes to wait for; readers look at the first two alone.
+Pushes wait for the last; readers look at the first two alone.
 """
 
 from __future__ import annotations
@@ -31,50 +31,59 @@ SHOWN: Final = 10
 
 
 def blob_key(digest: str) -> str:
-    """Where the part or side file with this `sha256:...` digest lies. Raises ManifestError for what is no digest."""
+    """The key of the part or side file with this digest, `sha256:...`. Raises ManifestError for anything else."""
     found = re.fullmatch(r"sha256:([0-9a-f]{64})", digest)
     if found is None:
-        raise ManifestError(f"{quote(digest)} is no digest; expected sha256: and 64 hex digits")
+        raise ManifestError(f"{quote(digest)} is not a digest; expected sha256: and 64 hex digits")
     return BLOBS + found[1]
 
 
 def is_blob_key(key: str) -> bool:
-    """Whether a key is one that `blob_key` makes: nothing else below `blobs/` is ours."""
+    """Whether `blob_key` makes this key: nothing else below `blobs/` is ours."""
     return re.fullmatch(BLOBS + r"[0-9a-f]{64}", key) is not None
 
 
 def check_revision(revision: str) -> str:
-    """`revision` if it can be the name of one. Raises InputError otherwise."""
+    """Give `revision` back if it can be a revision's name. Raises InputError otherwise."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", revision):
         raise InputError(
-            f"{quote(revision)} is no name of a revision; use 1 to 128 letters, digits, '.', '_' and '-', "
-            "with no '.' first"
+            f"{quote(revision)} is not a revision's name; use 1 to 128 letters, digits, '.', '_' and '-', "
+            "and do not begin with '.'"
         )
     return revision
 
 
 def manifest_key(revision: str) -> str:
-    """Where the manifest of a revision lies. Raises InputError for what is no name of one."""
+    """The key of a revision's manifest. Raises InputError for what cannot be a revision's name."""
     return f"{MANIFESTS}{check_revision(revision)}.json"
 
 
 def revision_of(key: str) -> str | None:
-    """The revision whose manifest lies at `key`; None where that is no name that `manifest_key` makes."""
+    """The revision whose manifest lies at `key`; None where `manifest_key` does not make this key."""
     found = re.fullmatch(MANIFESTS + r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,127})\.json", key)
     return found[1] if found else None
 
 
 def list_revisions(store: Store) -> dict[str, Stat]:
-    """Revision -> its manifest's object, by name. Raises StoreError rather than giving a part of them."""
+    """Revision -> its manifest's object, sorted by name. Raises StoreError rather than giving some of them."""
     found = {revision: stat for stat in store.list(MANIFESTS) if (revision := revision_of(stat.key))}
     return dict(sorted(found.items()))
 
 
 def fetch_manifest(store: Store, revision: str) -> tuple[bytes, Stat] | None:
-    """A revision's manifest as it lies there, unchecked, and what is known of it; None where there is none.
+    """Fetch a revision's manifest, unparsed and unchecked.
+
+    Args:
+        store: The store.
+        revision: Name of the revision.
+
+    Returns:
+        Its bytes, and what the store says of the object; None where the store does not have it.
 
     Raises:
         ManifestError: For one that is larger than a manifest may be, before it is fetched.
+        InputError: For what cannot be a revision's name.
+        StoreError: Where the store cannot be read, or damages what it sends.
     """
     try:
         found = read_small(store, manifest_key(revision), most=manifests.MAX_BYTES)
@@ -94,7 +103,10 @@ def fetch_manifest(store: Store, revision: str) -> tuple[bytes, Stat] | None:
 
 
 def _may_be_of(version: str, raw: bytes) -> bool:
-    """False where the version is an md5 of other bytes (those that were stored encrypted, or those before a fault)."""
+    """Whether a version can be that of these bytes: False where it is the md5 of others.
+
+    They were damaged on the way, or the store keeps them encrypted and gives the md5 of that.
+    """
     etag = version.strip('"')
     if not re.fullmatch(r"[0-9a-f]{32}", etag):
         return True
@@ -102,9 +114,20 @@ def _may_be_of(version: str, raw: bytes) -> bool:
 
 
 def read_manifest(store: Store, revision: str, digest: str | None = None) -> tuple[bytes, Manifest]:
-    """The manifest of a revision, as bytes and parsed; it must have `digest` (`sha256:...`) where one is given.
+    """Fetch and parse a revision's manifest.
 
-    Raises MissingError, which names revisions that there are, and ManifestError for one that must not be followed.
+    Args:
+        store: The store.
+        revision: Name of the revision.
+        digest: `sha256:...` that it must have; None: whatever lies there is followed.
+
+    Returns:
+        Its exact bytes, and the manifest.
+
+    Raises:
+        MissingError: Where the store does not have the revision; names those that it has.
+        ManifestError: For another digest, or a manifest that is malformed or too new.
+        InputError, StoreError: As `fetch_manifest` has them.
     """
     found = fetch_manifest(store, revision)
     if found is None:

@@ -23,11 +23,11 @@ Verify = Literal["blocks", "headers", "off"]
 """How much of a shard is checked, as `shard_set.ShardSet.verify` has it."""
 
 VERIFY: Final = get_args(Verify)
-"""The first is the default."""
+"""All values of Verify; the first is the default."""
 
 
 def check_verify(verify: str) -> Verify:
-    """`verify` if it is one. Raises LayoutError."""
+    """Give `verify` back if it is a Verify. Raises LayoutError otherwise."""
     if verify not in VERIFY:
         raise LayoutError(f"verify must be blocks, headers or off, not {verify!r}")
     return cast(Verify, verify)
@@ -36,15 +36,28 @@ def check_verify(verify: str) -> Verify:
 class Shard(Mapping[str, "torch.Tensor"]):
     """What one worker loads: its tensors by name, memory-mapped where a tensor is one piece.
 
-    A tensor that is joined from several pieces is copied when it is first asked for, and kept. Tied names are
-    here too and give the same tensor. Tensors stay valid after `close`; the mappings under them, and the descriptor
-    that Python keeps of each, go when the last of them does.
+    A tensor that is joined from several pieces is copied when it is first asked for, and kept. Tied names are here too,
+    and give the same tensor. Tensors stay valid after `close`. A mapping, with the descriptor that Python keeps of it,
+    goes when its last tensor does.
 
-    Of a shard that is being fetched a tensor is handed out once its own bytes have arrived (and, with
-    `verify="blocks"`, match their digests); whoever asks earlier waits.
+    While the shard is being fetched, whoever asks for a tensor waits until its own bytes have arrived. With
+    `verify="blocks"` they match their digests then.
+
+    A joined tensor of a shard that is fetched into memory is the only copy of its bytes: the pieces' memory is given
+    back. A process that was forked before cannot see the joined tensor, and is refused it (fetch.py).
     """
 
     def __init__(self, view: View, parts: Sequence[OpenPart], manifest: Manifest) -> None:
+        """Find the pieces of each tensor in the parts.
+
+        Args:
+            view: What the worker loads.
+            parts: The view's parts, open. `close` closes them; if this fails, the caller does.
+            manifest: The set's manifest.
+
+        Raises:
+            ManifestError: Where a piece is in none of the parts.
+        """
         self.view = view
         self.manifest = manifest
         self._parts = tuple(parts)
@@ -69,7 +82,7 @@ class Shard(Mapping[str, "torch.Tensor"]):
                 ) from None
 
     def read_exactly(self) -> None:
-        """Have reads of the parts' files bring in this view's bytes and no others."""
+        """Have reads of the parts' files bring in this view's bytes and not others'."""
         kept: Counter[str] = Counter()
         for part, _, start, stop in self.ranges():
             kept[part.part.path] += stop - start
@@ -86,7 +99,19 @@ class Shard(Mapping[str, "torch.Tensor"]):
         workers: int,
         crew: Crew | None,
     ) -> None:
-        """Begin to fetch what the view needs, in the order in which a forward pass meets it."""
+        """Begin to fetch what the view needs, in the order in which a forward pass meets it.
+
+        Args:
+            store: Has the parts. `close` closes it; if this fails, the caller does.
+            arrivals: The shard's parts, with their landings, which `close` closes.
+            cache: Where they land, which has to make room; None: in memory.
+            verify: Compare every block with its digest.
+            workers: Threads that fetch.
+            crew: Processes that help, if any.
+
+        Raises:
+            WriteError: Where the cache does not have room.
+        """
         self._store = store
         self._arrivals = {arrival.part: arrival for arrival in arrivals}
         runs = plan_runs(
@@ -127,7 +152,10 @@ class Shard(Mapping[str, "torch.Tensor"]):
         return stored
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that is not kept: one that is joined is joined anew each time, unless `[name]` was asked for."""
+        """A tensor that the shard does not keep: a joined one is joined anew each time, unless `[name]` has kept it.
+
+        Of a shard that is fetched into memory a joined tensor is always kept.
+        """
         stored = self._stored(name)
         tensor = self._tensors.get(stored)
         if tensor is None:
@@ -137,14 +165,14 @@ class Shard(Mapping[str, "torch.Tensor"]):
 
     # ------------------------------------------------------------------------------------------- bytes and tensors
     def memory(self, name: str) -> memoryview:
-        """The packed bytes of a tensor, without torch. Of the mapping itself unless the tensor had to be joined."""
+        """The packed bytes of a tensor, without torch: those of the mapping, unless the tensor has to be joined."""
         stored = self._stored(name)
         if stored not in self._memory:
             self._memory[stored] = self._make(stored)
         return self._memory[stored]
 
     def _make(self, stored: str) -> memoryview:
-        """A tensor's bytes, once they have arrived."""
+        """A tensor's bytes, mapped or joined, once they have arrived."""
         view, located = self.view.tensors[stored], self._located[stored]
         if self._fetch is not None:
             for (part, piece), own in zip(located, view.stripes, strict=True):
@@ -156,7 +184,8 @@ class Shard(Mapping[str, "torch.Tensor"]):
             part in self._arrivals and self._arrivals[part].landing.in_memory for part, _ in located
         ):
             return memory_of(view, located)
-        with self._joining:  # joined from memory: from now on this is the only copy, whoever else asks
+        # joined from memory, whose pieces are then given back: this is the only copy, whichever thread asks
+        with self._joining:
             if stored not in self._memory:
                 joined = memory_of(view, located)
                 assert self._fetch is not None
@@ -164,7 +193,7 @@ class Shard(Mapping[str, "torch.Tensor"]):
                     arrival = self._arrivals[part]
                     if not self._fetch.elsewhere:
                         arrival.give_back(piece)
-                    elif arrival.is_given(piece):
+                    elif arrival.is_given(piece):  # asked after the copy: the parent marks before it frees
                         raise SourceError(
                             f"{quote(stored)}: the process that this one was forked from has joined it and given its "
                             "pieces back; ask for it before forking, or load in the new process"
@@ -173,24 +202,24 @@ class Shard(Mapping[str, "torch.Tensor"]):
         return self._memory[stored]
 
     def wait(self) -> None:
-        """Return once all of the shard has arrived. Raises what went wrong on the way."""
+        """Return once all of the shard has arrived. Raises the ShardprepError that ended the fetch, if one did."""
         if self._fetch is not None:
             self._fetch.wait_all()
 
     @property
     def bytes_fetched(self) -> int:
-        """Bytes of tensors that this process has brought from the store so far; others came from the host's cache."""
+        """Bytes of tensors that this process has brought from the store so far; others come from the cache."""
         return self._fetch.bytes_fetched if self._fetch is not None else 0
 
     def describe(self, name: str) -> TensorView:
-        """Dtype, shape and place of a tensor; reads nothing."""
+        """Dtype, shape and pieces of a tensor; reads nothing."""
         return self.view.tensors[self._stored(name)]
 
     def iter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, tensor) in the order in which a forward pass meets them, tied names beside each other.
 
-        A joined tensor lives only as long as its receiver holds it: copying to a device needs no second copy of
-        the shard in memory. (Of a shard that is fetched into memory, it replaces the pieces that it was joined from.)
+        A joined tensor lives only as long as its receiver holds it. So copying to a device needs only one copy of the
+        shard in memory. (Of a shard that is fetched into memory, it replaces the pieces that it was joined from.)
         """
         aliases: dict[str, list[str]] = {}
         for alias, name in self.view.names.items():
@@ -201,10 +230,14 @@ class Shard(Mapping[str, "torch.Tensor"]):
                 yield each, tensor
 
     def load_into(self, module: torch.nn.Module, *, strict: bool = True) -> None:
-        """Assign the tensors to the parameters and buffers of `module`, which may be on torch's meta device.
+        """Assign the tensors to the parameters and buffers of a module.
 
-        The module must have this shard's local shapes. With `strict`, raises LayoutError, before anything is
-        assigned, where names or shapes differ.
+        Args:
+            module: Has this shard's local shapes; may be on torch's meta device.
+            strict: Refuse where one has names that the other lacks.
+
+        Raises:
+            LayoutError: Before anything is assigned, where names or shapes differ.
         """
         own = module.state_dict(keep_vars=True)
         wanted = [name for name in own if name in self]
@@ -227,7 +260,7 @@ class Shard(Mapping[str, "torch.Tensor"]):
     # ------------------------------------------------------------------------------------------------- bookkeeping
     @property
     def nbytes(self) -> int:
-        """Bytes that the worker keeps, tied tensors once."""
+        """Bytes that the worker keeps; tied tensors count once."""
         return self.view.nbytes
 
     @property
@@ -237,9 +270,9 @@ class Shard(Mapping[str, "torch.Tensor"]):
         return headers + sum(stop - start for _, _, start, stop in self.ranges())
 
     def ranges(self) -> Iterator[tuple[OpenPart, PieceSpan, int, int]]:
-        """The bytes [start, stop) of each piece, counted within it, that this view reads, in its tensors' order.
+        """(part, piece, start, stop): the bytes that this view reads, counted within the piece, in its tensors' order.
 
-        Of a piece of which parts of rows are wanted, what lies between them is read too.
+        `stop` is one past the last byte. Where only parts of rows are wanted, what lies between them counts too.
         """
         for name, tensor in self.view.tensors.items():
             last: tuple[OpenPart, PieceSpan, int, int] | None = None
@@ -259,7 +292,15 @@ class Shard(Mapping[str, "torch.Tensor"]):
         return sum(t.nbytes for name, t in self.view.tensors.items() if is_mapped(t, self._located[name]))
 
     def check(self, block_bytes: int, *, workers: int) -> None:
-        """Check every block that this view needs against its digest. Raises IntegrityError naming the first bad one."""
+        """Compare every block that this view needs with its digest.
+
+        Args:
+            block_bytes: Bytes of each block but a piece's last: the manifest's.
+            workers: Threads.
+
+        Raises:
+            IntegrityError: Names the first bad block.
+        """
         blocks = (
             block
             for part, piece, start, stop in self.ranges()
@@ -268,7 +309,10 @@ class Shard(Mapping[str, "torch.Tensor"]):
         check_blocks(blocks, workers=workers)
 
     def close(self) -> None:
-        """Close the parts, and stop fetching. What was not asked for yet can no longer be had."""
+        """Stop fetching, without waiting, and close the parts.
+
+        A tensor that was not asked for can no longer be had, if it must be joined or has not arrived.
+        """
         if self._closed:
             return
         self._closed = True

@@ -41,30 +41,30 @@ FIRST: Final = Place()
 class ShardSet:
     """A shard set: where it is, which of its revisions, and how its bytes are fetched and proved.
 
-    Made by `open_set`. Nothing is read before one of its methods is called, so it can be sent to another process.
+    `open_set` makes it. It reads nothing before one of its methods is called, so it can be sent to another process.
     """
 
     source: str
     """A folder, the path of a manifest, or a URI: s3://bucket/prefix, gs:// or az://."""
     _: KW_ONLY
     revision: str = DEFAULT_REVISION
-    """Which manifest of a store."""
+    """Name of the manifest in a store."""
     digest: str | None = None
-    """`sha256:...` that the manifest must have: the root of the chain of trust. None: whatever manifest lies there."""
+    """`sha256:...` that the manifest must have: the root of the chain of trust. None: any manifest is followed."""
     access: Access = Access()  # noqa: RUF009 - frozen, and has no state
-    """Endpoint, profile and the like of a store; what it leaves out comes from the user's environment and files."""
+    """Endpoint, profile and the like of a store; the user's environment and files say the rest."""
     cache: Cache | str | None = "host"
-    """Where what is fetched is kept for all workers of this host: a folder, "host" (SHARDPREP_CACHE_DIR, else
-    ~/.cache/shardprep), or None: nowhere, straight into the memory of the process."""
+    """Where what is fetched is kept for all workers of this host: a folder, or "host" (SHARDPREP_CACHE_DIR, else
+    ~/.cache/shardprep). None: it lands in the memory of the process."""
     verify: Verify = "blocks"
-    """"blocks": every block of a shard is checked before it is handed out; "headers": headers, and with them sizes,
-    shapes and places, are; "off": sizes and places only, no digest."""
+    """What is proved before a tensor is handed out. "blocks": every block, by its digest. "headers": the digests of
+    headers, and by them sizes, shapes and places. "off": sizes and places, without any digest."""
     connections: int | None = None
     """Threads that fetch (default: 16) or, of a folder, verify (default: the cores of the process, at most 8)."""
     processes: int = 1
-    """Processes that fetch, with `connections` each: more than one where TLS keeps a core of this one busy."""
+    """Processes that fetch, with `connections` each: more than one where TLS keeps one core busy."""
     io: Io = "auto"
-    """How a folder is read: "mmap", "read" (into memory, in parallel), or "auto": read on network file systems."""
+    """How a folder is read: "mmap", "read" (into memory, in parallel), or "auto": "read" on network file systems."""
 
     def __post_init__(self) -> None:
         check_verify(self.verify)
@@ -72,19 +72,29 @@ class ShardSet:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies in a store, and not in a folder of this machine."""
+        """Whether the set lies in a store, and not in a folder of this machine."""
         return is_uri(self.source)
 
     # ------------------------------------------------------------------------------------------------- what it holds
     def manifest(self) -> Manifest:
-        """The manifest, which lists what the set holds. Raises ManifestError, MissingError or StoreError."""
+        """Read the manifest, which lists what the set holds.
+
+        Raises:
+            ManifestError: For one that is malformed, too new, or has another digest.
+            MissingError, StoreError: Where a store does not have the revision, or cannot be read.
+        """
         return self.pinned()[1]
 
     def pinned(self) -> tuple[ShardSet, Manifest]:
-        """This set with the digest of the manifest that it has now, and that manifest.
+        """Read the manifest, and pin the set to it.
 
-        Whoever takes the pinned one reads the same, wherever the revision is moved to meanwhile. Raises what `manifest`
-        raises.
+        Whoever uses the pinned set reads this manifest or is refused, wherever the revision moves meanwhile.
+
+        Returns:
+            This set with the manifest's digest, and the manifest.
+
+        Raises:
+            ShardprepError: What `manifest` raises.
         """
         if self.is_remote:
             with open_store(self.source, self.access) as store:
@@ -95,7 +105,7 @@ class ShardSet:
         return replace(self, digest=digest), manifest
 
     def _fetch_manifest(self, store: Store, cache: Cache | None) -> tuple[bytes, Manifest]:
-        """The manifest of the revision; one that is pinned by its digest needs no store where the cache has it."""
+        """The manifest, as bytes and parsed: from the cache where it has the pinned one, else from the store."""
         if cache is not None and self.digest is not None:
             raw = cache.manifest(self.digest)
             if raw is not None and manifests.digest_of(raw) == self.digest:
@@ -109,11 +119,15 @@ class ShardSet:
     def load(self, place: Place = FIRST, *, tensors: Collection[str] | None = None) -> Shard:
         """Load the shard of one worker.
 
-        From a store this returns once the parts' headers are checked, and the bytes arrive in threads meanwhile; what
-        goes wrong later is raised by whoever asks for a tensor.
+        From a store this returns once the parts' headers are checked. The bytes arrive in threads; what goes wrong
+        there is raised to whoever asks for a tensor.
 
         Args:
+            place: Which shard; default: that of the only worker of a grid of one.
             tensors: Names of those to load, whatever their stage; default: all that belong to the place.
+
+        Returns:
+            The shard, which the caller closes.
 
         Raises:
             ManifestError, LayoutError, FormatError, IntegrityError: Before any tensor exists.
@@ -147,15 +161,15 @@ class ShardSet:
     def prefetch(self, place: Place = FIRST) -> Prefetch:
         """Begin to fetch a worker's shard into the host's cache; returns at once, before any request.
 
-        The shard of a folder is verified meanwhile. Nothing fails here, and a fetch that ends early leaves the rest to
-        the next `load`.
+        The shard of a folder is verified instead. Nothing fails here. A fetch that ends early leaves the rest to the
+        next `load`.
         """
         return Prefetch(lambda: self.load(place))
 
     # ------------------------------------------------------------------------------------------------- what is beside
     @contextmanager
     def side_files(self) -> Iterator[Path]:
-        """A folder with config.json and the tokenizer: the set's own, or a temporary one that ends with the `with`.
+        """Have a folder with config.json and the tokenizer: the set's own, or one that ends with the `with`.
 
         Raises:
             IntegrityError: Where a side file is not the manifest's.
@@ -174,10 +188,16 @@ class ShardSet:
         yield own
 
     def fetch_side_files(self, destination: Path) -> Path:
-        """Bring the side files and the manifest from the store into `destination`; gives that.
+        """Bring the side files and the manifest from the store into a folder.
 
         Several processes may do so at once, and ranks may be pulled into the same folder. What is there of this very
         manifest is kept.
+
+        Args:
+            destination: The folder; it is made where it is missing.
+
+        Returns:
+            The folder.
 
         Raises:
             InputError: Before anything is written, for a folder that holds something else.
@@ -199,15 +219,16 @@ def open_set(
     connections: int | None = None,
     processes: int = 1,
 ) -> ShardSet:
-    """The shard set at `source`: a folder, or a store (`s3://bucket/prefix`). Reads nothing yet.
+    """Say where a shard set is, and how it is read. Reads nothing yet.
 
         with open_set("s3://models/llama-70b").load(Place(rank=3, tensor_parallel_size=8)) as shard:
             weight = shard["lm_head.weight"]
 
     Args:
-        source: May also be a ShardSet, which is given back: the other arguments are then its own.
-        digest: `sha256:...` that the manifest must have; default: whatever manifest lies there is followed.
-        revision: Which manifest of a store.
+        source: A folder, the path of a manifest, or a store (`s3://bucket/prefix`). A ShardSet is given back as it is:
+            the other arguments are then ignored.
+        digest: `sha256:...` that the manifest must have; default: whatever lies there is followed.
+        revision: Name of the manifest in a store.
         access: Endpoint, profile and the like; default: the user's environment and files.
         cache: A folder that keeps what is fetched, "host" (SHARDPREP_CACHE_DIR, else ~/.cache/shardprep), or None.
         verify: "blocks", "headers" or "off", as `ShardSet.verify` has it.
@@ -250,10 +271,17 @@ def load(
     It is `open_set(source, ...).load(Place(rank, ...))`, which also knows stages, engines, experts and revisions.
 
     Args:
+        source: A folder, the path of a manifest, or a store (`s3://bucket/prefix`).
         rank: pp_rank * tensor_parallel_size + tp_rank.
-        pipeline_parallel_size: Default: one stage.
-        manifest_digest: `sha256:...` that the manifest must have.
-        cache, verify, access: As `open_set` has them.
+        tensor_parallel_size: Ranks that share each tensor.
+        pipeline_parallel_size: Stages; default: one.
+        manifest_digest: `sha256:...` that the manifest must have; default: whatever lies there is followed.
+        cache: As `open_set` has it.
+        verify: As `open_set` has it.
+        access: As `open_set` has it.
+
+    Returns:
+        The shard, which the caller closes.
 
     Raises:
         ShardprepError: What `ShardSet.load` raises.
@@ -282,7 +310,14 @@ def prefetch(
     It is `open_set(source, ...).prefetch(Place(rank, ...))`.
 
     Args:
-        rank, pipeline_parallel_size, manifest_digest, cache, verify, access: As `load` has them.
+        source: As `load` has it, and the same for all that follow.
+        rank: pp_rank * tensor_parallel_size + tp_rank.
+        tensor_parallel_size: Ranks that share each tensor.
+        pipeline_parallel_size: Stages; default: one.
+        manifest_digest: `sha256:...` that the manifest must have; default: whatever lies there is followed.
+        cache: As `open_set` has it.
+        verify: As `open_set` has it.
+        access: As `open_set` has it.
     """
     shard_set = open_set(source, digest=manifest_digest, access=access, cache=cache, verify=verify)
     return shard_set.prefetch(Place(rank, tensor_parallel_size, pipeline_parallel_size))

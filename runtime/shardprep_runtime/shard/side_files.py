@@ -1,7 +1,14 @@
 """Bring what travels with the weights from a store into a folder: side files and the manifest, which comes last.
 
-An engine needs config.json and the tokenizer in a folder before it can be started; its ranks then bring the weights.
-A pull of parts keeps the same order in the same folder (shardprep/publish/pull.py).
+An engine needs config.json and the tokenizer in a folder before it starts; its ranks then bring the weights. A pull of
+parts keeps the same order in the same folder (shardprep/publish/pull.py):
+
+1. `prepare` proves that the folder is empty, or one of this very manifest, and marks it with the manifest's digest.
+2. Side files are fetched, several at a time. Each is written under a temporary name, synced and renamed.
+3. `finish` writes the manifest, and then removes the mark.
+
+Whoever looks at names or changes them holds `alone`, a flock on the folder; nobody holds it during a request. A crash
+leaves the mark and whole side files, and the same call goes on from there.
 """
 
 from __future__ import annotations
@@ -24,26 +31,35 @@ from .loading import SPARSE
 from .revisions import blob_key
 
 MARKER: Final = ".shardprep-pull"
-"""Holds the digest of the manifest that is being pulled, until the manifest itself is there."""
+"""Name of a file with the digest of the manifest that is being pulled; it goes when the manifest is there."""
 
 NEW: Final = f"{MARKER}-new"
-"""A small file that is being written; one at a time."""
+"""Name of a small file while it is written; one at a time, since its writer is alone in the folder."""
 
 MAP: Final = f"{SPARSE}.landed"
-"""What the name of a part's map ends in."""
+"""End of the name of the map of a part that is being pulled (landing.py)."""
 
 SIDE_BY_SIDE: Final = 4
 """Side files that are fetched at a time, beside the parts."""
 
 MAX_SIDE_FILE: Final = 2**30
-"""A larger side file is refused before it is fetched: they are read whole."""
+"""Bytes of the largest side file; larger ones are refused before they are fetched, since they are held in memory."""
 
 
 def bring_side_files(store: Store, raw: bytes, manifest: Manifest, destination: Path) -> Path:
-    """Bring the side files and the manifest `raw` from a store into `destination`; gives that.
+    """Bring side files and the manifest from a store into a folder.
 
     Several processes may do so at once, and ranks may be pulled into the same folder. What is there of this very
     manifest is kept.
+
+    Args:
+        store: Has the side files.
+        raw: The manifest's exact bytes.
+        manifest: The same, parsed.
+        destination: The folder; it is made where it is missing.
+
+    Returns:
+        The folder.
 
     Raises:
         InputError: Before anything is written, for a folder that holds something else.
@@ -64,7 +80,12 @@ def bring_side_files(store: Store, raw: bytes, manifest: Manifest, destination: 
 
 
 def finish(destination: Path, raw: bytes) -> None:
-    """Write the manifest: all that it promises to be in this folder has come."""
+    """Write the manifest, once everything else is in the folder.
+
+    Args:
+        destination: The folder.
+        raw: The manifest's exact bytes.
+    """
     sync_folder(destination)
     with alone(destination):
         # last: a folder that has a manifest is complete
@@ -74,11 +95,12 @@ def finish(destination: Path, raw: bytes) -> None:
 
 
 def make_folder(destination: Path) -> None:
+    """Make a folder where it is missing. Raises InputError for something else of that name, WriteError otherwise."""
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(
-            f"{quote(destination)}: exists and is no folder; choose another destination"
+            f"{quote(destination)}: exists and is not a folder; choose another destination"
         ) from None
     except OSError as error:
         raise WriteError(f"{quote(destination)}: cannot be written: {error.strerror}") from None
@@ -86,7 +108,7 @@ def make_folder(destination: Path) -> None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Others who pull into the folder wait until this is done: it looks at names, and makes or changes them."""
+    """Make others who pull into the folder wait: whoever looks at its names or changes them is alone."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with suppress(OSError):  # a file system without such locks: two pulls at once may fetch a block twice
@@ -97,7 +119,17 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def prepare(destination: Path, digest: str, manifest: Manifest) -> None:
-    """Prove that the folder is empty, or one that a pull of this very manifest has begun or finished."""
+    """Prove that a folder is empty, or that a pull of this very manifest has begun or finished in it; mark an empty
+    one.
+
+    Args:
+        destination: The folder. The caller is alone in it.
+        digest: `sha256:...` of the manifest.
+        manifest: The manifest.
+
+    Raises:
+        InputError: For a folder that holds something else.
+    """
     there = {entry.name for entry in destination.iterdir()} - {NEW}
     found = None
     if manifests.FILE_NAME in there:
@@ -125,7 +157,12 @@ def prepare(destination: Path, digest: str, manifest: Manifest) -> None:
 
 
 def is_here(folder: Path, side: SideFile) -> bool:
-    """Whether the very side file lies in the folder."""
+    """Whether a side file lies in a folder with the manifest's size and digest.
+
+    Args:
+        folder: The folder.
+        side: What the manifest says of the file.
+    """
     path = folder / side.path
     return (
         path.is_file()
@@ -135,7 +172,19 @@ def is_here(folder: Path, side: SideFile) -> bool:
 
 
 def fetch_side_file(store: Store, side: SideFile) -> bytes:
-    """A side file's bytes. Raises IntegrityError where the store's is not what it should be."""
+    """Fetch a side file.
+
+    Args:
+        store: Has it under its digest.
+        side: What the manifest says of it.
+
+    Returns:
+        Its bytes, which match its digest.
+
+    Raises:
+        IntegrityError: Where it comes with wrong bytes, TRIES times.
+        ManifestError: For one of more than MAX_SIDE_FILE bytes.
+    """
     if side.size > MAX_SIDE_FILE:
         raise ManifestError(
             f"{quote(side.path)}: a side file of {side.size} bytes; expected at most {MAX_SIDE_FILE}"
@@ -152,7 +201,15 @@ def fetch_side_file(store: Store, side: SideFile) -> bytes:
 
 
 def write_small(path: Path, data: bytes) -> None:
-    """Write a small file whole: a temporary name, fsync, rename. The caller is alone in the folder."""
+    """Write a small file whole: under a temporary name, then fsync and rename.
+
+    Args:
+        path: Where it goes; its folder is made where it is missing. The caller is `alone` there.
+        data: All of its bytes.
+
+    Raises:
+        WriteError: Where it cannot be written.
+    """
     temporary = path.with_name(NEW)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,17 +20,22 @@ IOV_MAX: Final = 1024
 """Buffers that one preadv takes (POSIX's and Linux's limit)."""
 
 WIDE: Final = 16 * 2**10
-"""Unwanted bytes between rows that are worth a read of its own for each row, rather than being read and dropped."""
+"""Where this many unwanted bytes lie between rows, each row is read by itself; fewer are read along and dropped."""
 
 SMALL: Final = 64 * 2**10
-"""Copies below this many bytes are not worth pages of their own."""
+"""Bytes of a copy from which on it gets pages of its own."""
 
 Located = Sequence[tuple[OpenPart, PieceSpan]]
-"""Where the piece of each take of a TensorView lies, in their order."""
+"""Where the piece of each take of a TensorView lies, in the order of its takes."""
 
 
 def is_mapped(view: TensorView, located: Located) -> bool:
-    """Whether the tensor can be handed out as it lies in its part: one run of bytes, aligned for its dtype."""
+    """Whether a tensor can be handed out as it lies in its part: one run of bytes, aligned for its dtype.
+
+    Args:
+        view: The tensor as the worker holds it.
+        located: Where its pieces lie.
+    """
     if len(located) != 1 or view.stripes[0].count != 1:
         return False
     start = located[0][1].span.start + view.stripes[0].start
@@ -38,7 +43,15 @@ def is_mapped(view: TensorView, located: Located) -> bool:
 
 
 def memory_of(view: TensorView, located: Located) -> memoryview:
-    """The tensor's packed bytes: of the mapping itself where `is_mapped`, else of memory of its own."""
+    """A tensor's packed bytes: those of the mapping where `is_mapped`, else a copy in memory of its own.
+
+    Args:
+        view: The tensor as the worker holds it.
+        located: Where its pieces lie. Their bytes have arrived.
+
+    Raises:
+        FormatError: Where a part's file has become shorter.
+    """
     if view.nbytes == 0:
         return memoryview(bytearray())
     if is_mapped(view, located):
@@ -47,7 +60,7 @@ def memory_of(view: TensorView, located: Located) -> memoryview:
         return memoryview(part.map)[piece.span.start + start : piece.span.start + stop]
     joined = _allocate(view.nbytes)
     row = sum(stripes.width for stripes in view.stripes)
-    at = 0  # of the take within a row
+    at = 0  # where the take begins within a row of the joined tensor
     for (part, piece), stripes in zip(located, view.stripes, strict=True):
         _scatter(part, piece.span.start, stripes, joined, at=at, row=row)
         at += stripes.width
@@ -55,7 +68,7 @@ def memory_of(view: TensorView, located: Located) -> memoryview:
 
 
 def _allocate(size: int) -> memoryview:
-    """Zeroed memory of this process alone: Python's default would share it with children after a fork."""
+    """Zeroed memory of this process alone. An mmap is shared with forked children unless it is private."""
     if size < SMALL:
         return memoryview(bytearray(size))
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
@@ -90,7 +103,15 @@ def _scatter(part: OpenPart, offset: int, stripes: Stripes, into: memoryview, *,
 
 
 def tensor_of(view: TensorView, memory: memoryview) -> torch.Tensor:
-    """A torch tensor over `memory`, which it keeps alive; no byte is copied or touched."""
+    """Make a torch tensor; no byte is copied or touched.
+
+    Args:
+        view: The tensor as the worker holds it: its dtype and shape.
+        memory: Its packed bytes, which the tensor keeps alive.
+
+    Raises:
+        UnsupportedError: Where this torch does not have the dtype.
+    """
     import torch
 
     shape = view.shape
@@ -100,7 +121,7 @@ def tensor_of(view: TensorView, memory: memoryview) -> torch.Tensor:
         raise UnsupportedError(
             f"{quote(view.name)}: torch {torch.__version__} has no dtype for {view.form.dtype}; use memory() instead"
         )
-    if view.form.dtype == "F4":  # torch counts pairs
+    if view.form.dtype == "F4":  # torch counts pairs of elements, a byte each
         shape = (*shape[:-1], shape[-1] // 2)
     if not len(memory):
         return torch.empty(shape, dtype=dtype)
