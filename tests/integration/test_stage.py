@@ -325,7 +325,7 @@ def test_inputs_that_do_not_fit_are_refused(
 def test_a_sequence_keeps_its_batch(made: Callable[..., Path]) -> None:
     (stage,) = stages_of(made("llama"), [[0, 4]])
     stage.step("a", PROMPT, 0)
-    with pytest.raises(InputError, match="a: a batch of 1, it was begun with one of 2"):
+    with pytest.raises(InputError, match="a: a batch of 1, but the sequence began with one of 2"):
         stage.step("a", PROMPT[:1], 5)
     stage.step("a", PROMPT, 5)
 

@@ -301,7 +301,7 @@ def test_a_rank_that_asks_for_another_ranks_bytes_is_refused(
 def test_nobody_leaves_a_state_without_having_looked(case: Callable[[str], Case], ranks: Ranks) -> None:
     _, shards, expected = case("llama")
     job: dict[str, Any] = {"source": str(shards), "config": str(shards), "dtype": "float32"}
-    refused(ranks.run("state", how_loaded="unchecked", **job), "nobody looked", "state.check")
+    refused(ranks.run("state", how_loaded="unchecked", **job), "nobody checked", "state.check")
     assert_same(ranks.run("state", how_loaded="checked", **job), expected)
     more: dict[str, Any] = {"changes": {"num_hidden_layers": 5}, **job}
     refused(ranks.run("state", how_loaded="checked", **more), "the checkpoint lacks model.layers.4.")

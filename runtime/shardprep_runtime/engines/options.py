@@ -1,4 +1,4 @@
-"""Find the shard set that an engine's model folder means, and read what its user says of how it is to be loaded."""
+"""Find the shard set that an engine's model folder means, and read how its user wants it loaded."""
 
 from __future__ import annotations
 
@@ -20,29 +20,42 @@ CONFIG: Final = "config.json"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What an engine's options may say (vLLM's `--model-loader-extra-config`): the words of shard/options.py, and these."""
+    """What an engine's options may say, in vLLM `--model-loader-extra-config`.
+
+    They are the words of shard/options.py, which `shard_set` holds, and these.
+    """
 
     shard_set: ShardSet = ShardSet("")  # noqa: RUF009 - frozen, and has no state
-    """The store that has the parts; an empty source: they are in the model's folder."""
+    """Where the parts are, and how they are read. An empty source means the model's folder."""
     drafts: bool = True
     """Whether an ordinary checkpoint may be loaded beside the shard set: the draft model of speculative decoding."""
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
-    """Options from the JSON that vLLM was given. Raises InputError for what is not known, or of another type."""
+    """Read options from the JSON that vLLM was given. Raises InputError for unknown words and values of other types."""
     return words.read_options(Options, given, what="--model-loader-extra-config")
 
 
 def find_shard_set(
     folder: Path, options: Options, *, is_draft: bool = False
 ) -> tuple[ShardSet, Manifest] | None:
-    """The shard set that a model's folder means, pinned to its manifest, and that; None: no shard set.
+    """Find the shard set that a model's folder means.
 
-    The manifest in the folder says which it is, wherever the parts are. Without one there the `uri` of the options does,
-    unless this is a draft model, and config.json in the folder must be that shard set's.
+    The manifest in the folder says which set it is, wherever the parts are. Without one, the `uri` of the options says
+    it, unless this is a draft model. config.json in the folder must be that set's.
+
+    Args:
+        folder: The model's folder.
+        options: What the user said.
+        is_draft: Whether this is the draft model of speculative decoding: it is not what digest and `uri` speak of.
+
+    Returns:
+        The set, pinned to its manifest, and the manifest; None for an ordinary checkpoint.
 
     Raises:
-        ManifestError, InputError: For a manifest, a config or a URI that does not fit.
+        ManifestError: For a manifest or a config.json that does not fit.
+        InputError: For a `uri` that is not one.
+        StoreError: Where the store cannot be read.
     """
     wanted = options.shard_set
     if (folder / manifests.FILE_NAME).is_file():
@@ -61,11 +74,11 @@ def find_shard_set(
 
 
 def _check_config(folder: Path, manifest: Manifest) -> None:
-    """Raises ManifestError where the model that vLLM has built is not the shard set's, by its config.json."""
+    """Raises ManifestError unless config.json in the folder, which vLLM has built the model of, is the shard set's."""
     expected = next((side for side in manifest.side_files if side.path == CONFIG), None)
     if expected is None:
         raise ManifestError(
-            f"the shard set has no {CONFIG}: nothing says that its weights are those of {quote(folder)}"
+            f"the shard set has no {CONFIG}, so nothing says that its weights are those of {quote(folder)}"
         )
     try:
         found = manifests.digest_of((folder / CONFIG).read_bytes())
@@ -73,6 +86,6 @@ def _check_config(folder: Path, manifest: Manifest) -> None:
         raise ManifestError(f"{quote(folder / CONFIG)}: cannot be read: {error.strerror}") from None
     if found != expected.digest:
         raise ManifestError(
-            f"{quote(folder / CONFIG)}: {found}, but the shard set's is {expected.digest}: another model's, or an "
-            f"edited one. Fetch it with `shardprep pull --no-weights`, and change values with vLLM's --hf-overrides"
+            f"{quote(folder / CONFIG)}: {found}, but the shard set's is {expected.digest}: it is another "
+            f"model's, or was edited. Fetch it with `shardprep pull --no-weights`, and change values with vLLM's --hf-overrides"
         )

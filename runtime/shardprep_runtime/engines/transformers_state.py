@@ -5,9 +5,11 @@
             AutoModelForCausalLM, config=config, distributed_config=DistributedConfig(tp_size=8)
         )
 
-A state is a mapping that `from_pretrained(None, config=..., state_dict=state)` takes: its slices have full shapes, of
-which only the rank's block is there. transformers fills what it finds no weight for with random numbers and logs a
-warning: `TransformersState.from_pretrained` raises, and so does leaving the `with` of a state that nobody checked.
+A state is a mapping that `from_pretrained(None, config=..., state_dict=state)` takes. Its slices have full shapes, of
+which only the rank's block is there.
+
+Where transformers finds no weight, it takes random numbers and logs a warning. `TransformersState.from_pretrained`
+raises there. So does leaving the `with` of a state that nobody checked.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ..shard.shard_set import ShardSet, open_set
 from .shardview import ShardSlice, shard_slices
 
 WHOLE: Final = ("gptq", "awq")
-"""Quantizations whose linears transformers does not cut: it leaves them whole on every tensor rank."""
+"""Quantizations whose linears transformers leaves whole on every tensor rank."""
 
 
 class TransformersState(Mapping[str, ShardSlice]):
@@ -38,19 +40,28 @@ class TransformersState(Mapping[str, ShardSlice]):
     """
 
     def __init__(self, shard: Shard) -> None:
+        """Take a shard over, which `close` closes."""
         self.shard = shard
         self._slices = shard_slices(shard)
         self._asked = self._checked = False
 
     def from_pretrained(self, model_class: Any, **options: Any) -> Any:
-        """The model, from this state and no other weights.
+        """Build a model from this state and no other weights.
 
-        `model_class` is transformers' (`AutoModelForCausalLM`, `LlamaForCausalLM`), `options` are those of its
-        `from_pretrained`: `config`, and where there are several ranks `distributed_config`. Raises LayoutError where
-        the model and the checkpoint differ in a name or a shape, or where transformers cuts otherwise than the view.
+        Args:
+            model_class: A class of transformers, such as `AutoModelForCausalLM` or `LlamaForCausalLM`.
+            **options: Those of its `from_pretrained`: `config`, and `distributed_config` where there are several ranks.
+
+        Returns:
+            The model; with `output_loading_info=True` the model and what transformers says of its loading.
+
+        Raises:
+            LayoutError: Where model and checkpoint differ in a name or a shape, or transformers cuts otherwise than the
+                view.
+            InputError: For a `state_dict`, which is this state.
         """
         if "state_dict" in options:
-            raise InputError("state_dict: it is this state; leave it out")
+            raise InputError("state_dict is this very state; leave it out")
         wants_info = options.pop("output_loading_info", False)
         # a shape that differs is refused by `check`, which names it
         options |= {"state_dict": self, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -59,7 +70,7 @@ class TransformersState(Mapping[str, ShardSlice]):
         return (model, found) if wants_info else model
 
     def check(self, found: Mapping[str, Collection[Any]]) -> None:
-        """`check_loaded`; after it the `with` of this state may end."""
+        """Call `check_loaded` on what transformers said of the loading; after it the `with` of this state may end."""
         self._checked = True
         check_loaded(found)
 
@@ -76,7 +87,7 @@ class TransformersState(Mapping[str, ShardSlice]):
 
     # ------------------------------------------------------------------------------------------------- bookkeeping
     def close(self) -> None:
-        """Close the shard. What was not read yet can no longer be."""
+        """Close the shard. Tensors that were not read can no longer be had."""
         self.shard.close()
 
     def __enter__(self) -> TransformersState:
@@ -86,15 +97,19 @@ class TransformersState(Mapping[str, ShardSlice]):
         self.close()
         if kind is None and self._asked and not self._checked:
             raise LayoutError(
-                "nobody looked whether each weight of the model was found; load it with state.from_pretrained, or "
+                "nobody checked whether each weight of the model was found; load it with state.from_pretrained, or "
                 "pass output_loading_info=True and give what it returns to state.check"
             )
 
 
 def check_loaded(found: Mapping[str, Collection[Any]]) -> None:
-    """Raise LayoutError unless every weight of the model was found, and every tensor of the checkpoint was used.
+    """Prove that every weight of a model was found, and that every tensor of the checkpoint was used.
 
-    `found` is what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+    Args:
+        found: What `from_pretrained(..., output_loading_info=True)` returns beside the model.
+
+    Raises:
+        LayoutError: Names what is missing, unused, or of another shape.
     """
     wrong = [
         f"{what} {_some(names)}"
@@ -119,19 +134,24 @@ def transformers_state(
     tensor_parallel_size: int | None = None,
     pipeline_parallel_size: int = 1,
 ) -> TransformersState:
-    """The state of a rank, for transformers' own loader.
+    """Load a rank's shard for transformers' own loader.
 
         with transformers_state(open_set("s3://bucket/llama-70b", digest="sha256:...")) as state:
             model = state.from_pretrained(AutoModelForCausalLM, config=config)
 
     Args:
-        source: A folder, a URI, or what `open_set` gives. Or a shard that was loaded, or is being fetched since before
-            the imports (`Place(..., engine="transformers")`): the place is then its own.
+        source: A folder, a URI, or what `open_set` gives. Or a shard, or the prefetch of one, of
+            `Place(..., engine="transformers")`: the other arguments are then ignored, and the state takes it over.
         rank: pp_rank * tensor_parallel_size + tp_rank; default: torch.distributed's, else RANK, else 0.
         tensor_parallel_size: Default: the processes of torch.distributed, if it is initialized, else WORLD_SIZE, else
             1, divided by the pipeline stages.
+        pipeline_parallel_size: Pipeline stages.
+
+    Returns:
+        The state, which the caller closes.
 
     Raises:
+        LayoutError: Where the processes do not fit the grid, or the shard was cut for another engine.
         UnsupportedError: For GPTQ and AWQ on several tensor ranks.
         ShardprepError: What `ShardSet.load` raises.
     """
@@ -143,7 +163,7 @@ def transformers_state(
     if tensor_parallel_size is None:
         tensor_parallel_size, rest = divmod(size, pipeline_parallel_size)
         if rest:
-            raise LayoutError(f"{size} processes cannot be {pipeline_parallel_size} stages of one size")
+            raise LayoutError(f"{size} processes cannot be {pipeline_parallel_size} stages of equal size")
     if rank is None:
         if tensor_parallel_size * pipeline_parallel_size not in (1, size):
             raise LayoutError(
@@ -158,7 +178,7 @@ def transformers_state(
 
 
 def _state_of(shard: Shard) -> TransformersState:
-    """The state of a shard, which it closes where it refuses."""
+    """The state of a shard, which is closed where it is refused."""
     grid, quantization = shard.view.grid, shard.manifest.quantization
     wrong: LayoutError | UnsupportedError | None = None
     if quantization is not None and quantization.method in WHOLE and grid.tensor_parallel_size > 1:
@@ -177,7 +197,7 @@ def _state_of(shard: Shard) -> TransformersState:
 
 
 def _place() -> tuple[int, int]:
-    """Rank and number of the processes that this one belongs to."""
+    """This process's rank, and the number of processes that it is one of."""
     distributed = sys.modules.get("torch.distributed")  # where nobody has imported it, it is not initialized
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -185,7 +205,7 @@ def _place() -> tuple[int, int]:
 
 
 def _concrete(model_class: Any, config: object) -> Any:
-    """The model's own class where an auto class is given: that one fails without a path (transformers 5.23)."""
+    """The model's own class where an auto class is given, which fails without a path (transformers 5.23)."""
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is None:
         return model_class

@@ -1,8 +1,8 @@
 """Load a rank of vLLM from a shard set: what belongs to it and nothing else, through vLLM's own weight loaders.
 
-They are given tensors of the checkpoint's names and shapes of which this rank's blocks alone are there
-(shardtensor.py), so what they make of them is what they would make of the checkpoint, or an error. Imports vLLM:
-nothing imports this module but the entry point that vLLM calls (vllm_plugin.py).
+vLLM's loaders are given tensors with the checkpoint's names and shapes, of which only this rank's blocks are there
+(shardtensor.py). So they make of them what they would make of the checkpoint, or raise. This module imports vLLM: only
+the entry point that vLLM calls imports it (vllm_plugin.py).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 WEIGHTS: Final = ("weight", "qweight", "qzeros", "scales", "weight_packed", "weight_scale")
-"""What the names of parameters end in that a checkpoint always has values for."""
+"""Ends of the names of parameters that every checkpoint has values for."""
 
 logger = logging.getLogger("vllm.shardprep")
 
 
 class ShardprepLoader(BaseModelLoader):
-    """`--load-format shardprep`. The model is a folder: a shard set's, or one with its side files (`uri`)."""
+    """Loads `--load-format shardprep`. The model is a shard set's folder, or one with its side files (`uri`)."""
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -47,10 +47,18 @@ class ShardprepLoader(BaseModelLoader):
         self.options = read_options(extra if isinstance(extra, Mapping) else {})
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Nothing: a rank fetches its own when it loads."""
+        """Do nothing: a rank fetches its own bytes when it loads."""
 
     def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
-        """Fill `model`, which is this rank's. Raises ShardprepError, and then nothing of the model may be used."""
+        """Fill this rank's model.
+
+        Args:
+            model: The module that vLLM has built for this rank.
+            model_config: What vLLM knows of the model.
+
+        Raises:
+            ShardprepError: And then nothing of the model may be used.
+        """
         folder = Path(getattr(model_config, "model_weights", "") or model_config.model)
         found = find_shard_set(folder, self.options, is_draft=_is_draft(model_config))
         if found is None:
@@ -93,20 +101,20 @@ class ShardprepLoader(BaseModelLoader):
         """Load an ordinary checkpoint as vLLM itself would."""
         if not self.options.drafts:
             raise ManifestError(
-                f"{quote(model_config.model)}: no shard set, and ordinary checkpoints were not allowed (drafts)"
+                f"{quote(model_config.model)}: not a shard set, and `drafts` forbids ordinary checkpoints"
             )
         logger.info(
-            "shardprep: %s is no shard set; vLLM's own loader loads it, unverified", model_config.model
+            "shardprep: %s is not a shard set; vLLM's own loader loads it, unverified", model_config.model
         )
         _default(self.load_config).load_weights(model, model_config)
 
     def _check_filled(
         self, model: torch.nn.Module, model_config: ModelConfig, loaded: set[str] | None
     ) -> None:
-        """Raises where a parameter that holds weights has got nothing."""
+        """Raises LayoutError where a parameter that holds weights has got nothing."""
         if loaded is None:  # a model that does not say
             return
-        # vLLM's own check leaves out every module that is post-processed, so all linears, and quantized models
+        # vLLM's own check leaves out quantized models, and every module that is post-processed: all linears
         missing = sorted(
             name
             for name, parameter in model.named_parameters()
@@ -131,7 +139,7 @@ def _default(load_config: LoadConfig) -> DefaultModelLoader:
 
 
 def _is_draft(model_config: ModelConfig) -> bool:
-    """Whether this is the draft model of speculative decoding, which is loaded beside the model that is served."""
+    """Whether this is the draft model of speculative decoding, which is loaded beside the served one."""
     config = _vllm_config()
     speculative = config.speculative_config if config is not None else None
     return speculative is not None and getattr(speculative, "draft_model_config", None) is model_config
@@ -155,8 +163,8 @@ def _place(model_config: ModelConfig, manifest: Manifest) -> tuple[int, Grid]:
     parallel = config.parallel_config
     if parallel.enable_expert_parallel and tensor.world_size > 1 and not manifest.experts:
         raise LayoutError(
-            "this shard set knows of no experts that ranks could share whole (those of this architecture are cut, each "
-            "of them); run without --enable-expert-parallel"
+            "each expert of this shard set is cut, so ranks cannot have whole ones; run without "
+            "--enable-expert-parallel"
         )
     if parallel.enable_expert_parallel and tensor.world_size > 1:
         group = get_ep_group()
@@ -181,7 +189,7 @@ def _place(model_config: ModelConfig, manifest: Manifest) -> tuple[int, Grid]:
 
 
 def _stages(model_config: ModelConfig, manifest: Manifest) -> Stages:
-    """The layers of each stage, as vLLM deals them out. What follows the last belongs to the last stage."""
+    """The layers [start, stop) of each stage, as vLLM deals them out. The last stage has what follows too."""
     size = get_pp_group().world_size
     if size == 1:
         return ((0, manifest.layers),)

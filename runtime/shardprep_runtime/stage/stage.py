@@ -3,8 +3,9 @@
     with build_stage("s3://bucket/llama-70b", pp_rank=1, pipeline_parallel_size=2) as stage:
         hidden = stage.step("a", hidden, past=0)
 
-Any causal language model that transformers builds of one list of layers; the others are refused, with the reason.
-torch and transformers are imported when a stage is built.
+It serves any causal language model that transformers builds of one list of layers. Others are refused, with the reason.
+torch and transformers are imported when a stage is built. In shapes, B is the batch, L positions of a step, H the
+hidden size and V the vocabulary.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ if TYPE_CHECKING:
     from .relay import Built
 
 Keep = Literal["last", "all"]
-"""For which positions of a step the last stage computes logits."""
+"""Which positions of a step the last stage computes logits for: the last one, or all."""
 
 MAX_SEQUENCES: Final = 64
-"""Of which a stage keeps caches."""
+"""How many sequences a stage keeps caches of, unless it is told otherwise."""
 
 
 class Stage:
-    """Layers [start, stop) of a model, and what goes before or after them where it is the first or last stage.
+    """Layers [start, stop) of a model. The first stage has the embedding too, the last one the norm and the head.
 
-    Safe to use from several threads, which wait for each other.
+    Safe to use from several threads, which wait for each other. `build_stage` and `stage_of` make it; `close` frees it.
     """
 
     def __init__(
@@ -58,13 +59,23 @@ class Stage:
         device: torch.device,
         max_sequences: int,
     ) -> None:
+        """Wrap a module that was built.
+
+        Args:
+            built: The module, and how it is run.
+            shard: What it was built from; stays the caller's to close.
+            config: The whole model's.
+            manifest_digest: `sha256:...` of the set's manifest.
+            device: Where the module is.
+            max_sequences: How many sequences' caches are kept.
+        """
         self.pp_rank = shard.view.pp_rank
         self.pipeline_parallel_size = shard.view.grid.pipeline_parallel_size
         self.layers = shard.view.layers
         self.is_first = self.pp_rank == 0
         self.is_last = self.pp_rank == self.pipeline_parallel_size - 1
         self.config = config
-        """Of the whole model."""
+        """The configuration of the whole model, not of its layers here alone."""
         self.hidden_size = built.hidden_size
         text: Any = config.get_text_config(decoder=True)
         self.vocab_size: int = text.vocab_size
@@ -77,9 +88,9 @@ class Stage:
         self.manifest: Manifest = shard.manifest
         self.manifest_digest = manifest_digest
         self.bytes_fetched = shard.bytes_fetched
-        """Of the tensors, those that this process brought from a store."""
+        """Bytes of tensors that this process brought from a store."""
         self.nbytes = _nbytes(built.module)
-        """Of the tensors that the stage holds, tied ones once."""
+        """Bytes of the tensors that the stage holds; tied ones count once."""
         self._built: Built | None = built
         self._max_sequences = max_sequences
         self._caches: OrderedDict[str, StageCache] = OrderedDict()
@@ -87,10 +98,10 @@ class Stage:
 
     @property
     def can_crop(self) -> bool:
-        """Whether a sequence can forget its last step: always so, or never, for one architecture.
+        """Whether a sequence can forget its last positions. It depends on the architecture alone.
 
-        Where not (linear attention keeps no past states), a step that begins before the end of what is cached raises
-        CacheLostError.
+        Linear attention, say, cannot: it does not keep past states. A step that begins before the end of what is cached
+        raises CacheLostError there.
         """
         from .kv_cache import can_crop_layer
 
@@ -98,23 +109,25 @@ class Stage:
 
     @property
     def sequences(self) -> Mapping[str, int]:
-        """Positions that are cached, by sequence; the least recently used first."""
+        """Sequence -> how many positions of it are cached; the least recently used first."""
         with self._lock:
             return {name: cache.positions for name, cache in self._caches.items()}
 
     def step(self, sequence: str, inputs: torch.Tensor, past: int, keep: Keep = "last") -> torch.Tensor:
         """Run positions [past, past + L) of a sequence through the stage, and cache their keys and values.
 
-        Gives hidden states [B, L, H], or logits [B, 1 or L, V] in the last stage, on the stage's device.
-
         Args:
-            inputs: Ids of tokens, [B, L] int64, in the first stage; in others hidden states, [B, L, H], of `dtype` or,
-                as some models keep them, float32: whatever the stage before gave.
-            past: Positions before them. 0 begins anew; fewer than are cached: the rest is forgotten.
-            keep: For which positions the last stage computes logits.
+            sequence: The sequence's name, which the caller chooses.
+            inputs: The first stage takes ids of tokens, [B, L] int64. Others take what the stage before gave: hidden
+                states, [B, L, H], of `dtype`, or float32 where a model keeps them so.
+            past: Positions before these. 0 begins the sequence anew. Where more are cached, the rest is forgotten.
+            keep: Which positions the last stage computes logits for.
+
+        Returns:
+            Hidden states [B, L, H], or logits [B, 1 or L, V] from the last stage, on the stage's device.
 
         Raises:
-            InputError: For inputs that do not fit.
+            InputError: For inputs that do not fit, or a stage that was closed.
             UnsupportedError: For a model whose caches are not known here.
             CacheLostError: Where less than `past` is cached, or what is cached beyond cannot be forgotten.
         """
@@ -138,7 +151,17 @@ class Stage:
             return found
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Hidden states, or logits of the last stage, of all positions. Caches nothing; gradients can flow back."""
+        """Run whole sequences through the stage. Caches nothing; gradients can flow back.
+
+        Args:
+            inputs: As `step` takes them, from position 0 on.
+
+        Returns:
+            Hidden states [B, L, H], or logits [B, L, V] from the last stage.
+
+        Raises:
+            InputError: For inputs that do not fit, or a stage that was closed.
+        """
         with self._lock:
             return self._run(self._open(), self._checked(inputs, 0), "all", None)
 
@@ -148,20 +171,22 @@ class Stage:
             self._caches.pop(sequence, None)
 
     def swap_caches(self, caches: OrderedDict[str, StageCache]) -> OrderedDict[str, StageCache]:
-        """Take what another stage of the same layers had cached, and give what this one has: for layers that are built
-        anew for each step."""
+        """Take the caches of another stage of the same layers, and give away this one's.
+
+        It is for layers that are built anew for each step.
+        """
         with self._lock:
             found, self._caches = self._caches, caches
             return found
 
     def close(self) -> None:
-        """Let go of the caches and of the model, whose tensors are freed at once: `module` cannot be used any more."""
+        """Forget the caches, and free the model's tensors at once: `module` can no longer be used."""
         import torch
 
         with self._lock:
             self._caches.clear()
             if self._built is not None:
-                # the module refers to itself, so Python alone would find it some time later
+                # the module refers to itself: Python alone would free it some time later
                 for tensor in (*self.module.parameters(), *self.module.buffers()):
                     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
                     local.data = torch.empty(0, dtype=local.dtype, device=local.device)
@@ -190,7 +215,7 @@ class Stage:
         return StageCache(self._open().module.config, *self.layers, batch)
 
     def _checked(self, inputs: torch.Tensor, past: int) -> torch.Tensor:
-        """The inputs on the stage's device. Raises InputError."""
+        """The inputs, moved to the stage's device. Raises InputError for those that do not fit."""
         import torch
 
         dims, dtypes = (2, [torch.int64]) if self.is_first else (3, [self.dtype, torch.float32])
@@ -216,7 +241,7 @@ class Stage:
         return inputs.to(self.device)
 
     def _cache_of(self, sequence: str, past: int, batch: int) -> StageCache:
-        """The sequence's cache, as long as `past`; it counts as used now."""
+        """The sequence's cache, cut to `past` positions; it becomes the most recently used."""
         if past == 0:
             self._caches.pop(sequence, None)
             while len(self._caches) >= self._max_sequences:
@@ -226,7 +251,9 @@ class Stage:
         if cache is None:
             raise CacheLostError(f"{quote(sequence)}: no such sequence here; send it from its beginning")
         if cache.batch != batch:
-            raise InputError(f"{quote(sequence)}: a batch of {batch}, it was begun with one of {cache.batch}")
+            raise InputError(
+                f"{quote(sequence)}: a batch of {batch}, but the sequence began with one of {cache.batch}"
+            )
         try:
             cache.begin(past)
         except CacheLostError as error:
@@ -256,17 +283,24 @@ def build_stage(
     max_sequences: int = MAX_SEQUENCES,
     trainable: bool = False,
 ) -> Stage:
-    """Build a pipeline stage of the shard set at `source`; nothing outside of the stage gets memory.
+    """Build a pipeline stage of a shard set; nothing outside of the stage gets memory.
 
         with build_stage("s3://bucket/llama-70b", pp_rank=0, pipeline_parallel_size=2) as stage:
             hidden = stage.step("a", torch.tensor([[1, 15043]]), past=0)  # [1, 2, H]
 
     Args:
         source: A folder, a URI, or what `open_set` gives.
+        pp_rank: Which stage, from 0.
+        pipeline_parallel_size: How many stages; default: as many as `stages`, else one.
         stages: Layers [start, stop) of each stage; default: those of the split, else even ones.
-        dtype: dtype of the weights, cast as they load; default: the checkpoint's, whose tensors then stay mapped.
+        device: Where the weights go.
+        dtype: Type that the weights are cast to as they load; default: the checkpoint's, whose tensors then stay
+            mapped.
         max_sequences: How many sequences' caches are kept; the least recently used are forgotten.
         trainable: Copy the weights, and keep gradients for them.
+
+    Returns:
+        The stage, which the caller closes.
 
     Raises:
         UnsupportedError: For a model that cannot be split so.
@@ -298,13 +332,20 @@ def stage_of(
     trainable: bool = False,
     manifest_digest: str | None = None,
 ) -> Stage:
-    """Build the stage whose shard was loaded, or is being fetched, at a `Place.of_stage`; it stays the caller's to close.
+    """Build the stage of a shard that was loaded, or is being fetched, at a `Place.of_stage`.
 
     Args:
+        source: The shard, which stays the caller's to close, or the prefetch of it.
         folder: A folder with the set's config.json.
-        mesh: The stage's tensor ranks, one dim, where there are several.
-        manifest_digest: The digest of the manifest, where the caller knows it.
-        dtype, max_sequences, trainable: As `build_stage` has them.
+        device: Where the weights go.
+        dtype: As `build_stage` has it.
+        mesh: The stage's tensor ranks, in one dim; None where there is one rank.
+        max_sequences: As `build_stage` has it.
+        trainable: As `build_stage` has it.
+        manifest_digest: `sha256:...` of the manifest, where the caller knows it.
+
+    Returns:
+        The stage, which the caller closes.
 
     Raises:
         UnsupportedError, LayoutError: As `build_stage` does.
@@ -315,7 +356,7 @@ def stage_of(
         raise InputError(f"max_sequences must be at least 1, not {max_sequences}")
     if grid.expert_parallel_size > 1:
         raise UnsupportedError(
-            "a stage shares no experts among its tensor ranks: leave expert_parallel_size out"
+            "a stage does not share experts among its tensor ranks: leave expert_parallel_size out"
         )
     if grid.tensor_parallel_size > 1 and view.engine != TRANSFORMERS:
         raise LayoutError(
@@ -330,7 +371,7 @@ def stage_of(
     sizes = 1 if mesh is None else mesh.size()
     if sizes != grid.tensor_parallel_size or (mesh is not None and mesh.ndim != 1):
         raise LayoutError(
-            f"{grid.tensor_parallel_size} tensor ranks need a mesh of one dim and so many processes; this one has {sizes}"
+            f"{grid.tensor_parallel_size} tensor ranks need a mesh of one dim and as many processes; this one has {sizes}"
         )
     import torch
 
@@ -364,7 +405,7 @@ def _cuts(shard: Shard) -> list[int]:
 
 
 def _digest(shard: Shard, folder: Path) -> str:
-    """Of the manifest, by its file where that lies in the folder."""
+    """The manifest's digest, by its file where that lies in the folder."""
     file = folder / manifests.FILE_NAME
     return manifests.digest_of(file.read_bytes() if file.is_file() else dump_manifest(shard.manifest))
 
