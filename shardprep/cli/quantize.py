@@ -194,7 +194,7 @@ def command(
     from shardprep.quantize.checks import Evaluation
     from shardprep.quantize.engine import Engine
     from shardprep.quantize.recipe import Recipe
-    from shardprep.quantize.run import quantize
+    from shardprep.quantize.run import Way, quantize
 
     recipe = Recipe(
         method=method,
@@ -219,12 +219,14 @@ def command(
             source,
             destination,
             recipe,
-            engine=Engine(engine, engine_python) if engine_python is not None else Engine(engine),
-            evaluation=Evaluation(evaluate, evaluate_tokens, max_kl, no_evaluate),
-            work=work,
-            max_part_bytes=max_part_size,
-            dry_run=dry_run,
-            trial=trial,
+            Way(
+                engine=Engine(engine, engine_python) if engine_python is not None else Engine(engine),
+                evaluation=Evaluation(evaluate, evaluate_tokens, max_kl, no_evaluate),
+                work=work,
+                max_part_bytes=max_part_size,
+                dry_run=dry_run,
+                trial=trial,
+            ),
             access=access,
             conduct=conduct,
             watch=watch,

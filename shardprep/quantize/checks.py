@@ -56,21 +56,7 @@ def foretell(model: Model, recipe: Recipe, length: int, *, staged: bool) -> Fore
     """What it will take. Raises LayoutError where the sizes do not fit groups, or the ranks that were asked for."""
     for each in recipe.skip:
         _check_skip(model, recipe, each)
-    found = forecast(
-        model,
-        method=recipe.method,
-        bits=recipe.bits,
-        group=recipe.group,
-        symmetric=bool(recipe.symmetric),
-        act_order=recipe.act_order,
-        skip=recipe.skip,
-        samples=recipe.samples,
-        length=length,
-        batch=recipe.batch_size,
-        device=recipe.device,
-        tensor_parallel_size=recipe.tensor_parallel_size or 1,
-        staged=staged,
-    )
+    found = forecast(model, recipe, length=length, staged=staged)
     if found.kept:
         name = found.kept[0]
         shape = model.packed.tensors[name][1]

@@ -2,7 +2,7 @@
 
 Bytes of the result are exact. Work is counted, and divided by what this machine does of each kind of it in a third of a
 second; by how much more GPTQModel takes was fitted (`EFFORT`), so that the time is an order of magnitude, given as a
-range. Memory follows from what GPTQModel 7.6 holds at a time (`_memory`).
+range (`effort`). Memory follows from what GPTQModel 7.6 holds at a time (`_memory`).
 
 Measured with GPTQModel 7.6.0 and torch 2.13 on 2 cores of a Xeon with AMX that others used too, hence in CPU seconds;
 random Llamas in bfloat16, groups of 128, of hidden x intermediate size and layers:
@@ -20,41 +20,31 @@ models of many GiB.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from shardprep_runtime.errors import InputError, quote
 from shardprep_runtime.format import dtypes
 from shardprep_runtime.format.cut import allows
 
-from ..layout.packed import PackedModel, fields_of, pack
+from ..layout.packed import PackedModel, pack
 from ..layout.pad import share_evenly
-from ..layout.rules import text_config
 from ..model.describe import QUANTIZERS, Model
-
-if TYPE_CHECKING:
-    import torch
-
-GRID: Final = 20
-"""Scales that AWQ tries for each group of linears."""
-
-CLIPS: Final = 11
-"""Products that AWQ computes for each linear whose weights it clips: one as it is, and ten clipped."""
-
-CLIP_TOKENS: Final = 512
-"""Tokens on which it does, at least; up to twice as many."""
-
-UNCLIPPED: Final = ("q_", "k_", "query", "key", "Wqkv")
-"""Parts of the names of linears that AWQ does not clip."""
-
-BLOCK: Final = 128
-"""Columns that GPTQ works through at a time."""
-
-PASSES: Final = {"gptq": 5, "awq": 5}
-"""Times that a layer runs over all tokens: once for each group of linears that have one input, and once as quantized."""
+from .effort import (
+    CLIP_TOKENS,
+    SPREAD,
+    Linear,
+    Rates,
+    Work,
+    hidden_of,
+    inputs_of,
+    linears_of,
+    measure,
+    most,
+    work_of,
+)
+from .recipe import Recipe
 
 VLLM_GROUPS: Final = (None, 32, 64, 128)
 """Group sizes of GPTQ that vLLM 0.32 takes; None: a scale for each row."""
@@ -63,62 +53,11 @@ AWQ_PACK: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
-    """What a device does in a second."""
-
-    matmul: float
-    """Floating point operations of a matrix product in the model's dtype."""
-    matmul32: float
-    """The same in float32."""
-    products: float
-    """Numbers in the model's dtype that are multiplied and summed, one by one."""
-    columns: float
-    """Columns of 512 weights that GPTQ rounds and whose errors it spreads over 64 others, one by one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What there is to do, of each kind that `Rates` has."""
-
-    matmul: int
-    matmul32: int
-    products: int
-    columns: int
-
-    def seconds(self, rates: Rates, method: str) -> float:
-        """How long it takes a device."""
-        effort = EFFORT[method]
-        return (
-            effort.matmul * self.matmul / rates.matmul
-            + effort.matmul32 * self.matmul32 / rates.matmul32
-            + effort.products * self.products / rates.products
-            + effort.columns * self.columns / rates.columns
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """By how much GPTQModel takes longer for each kind of work than the rates would have it."""
-
-    matmul: float = 1.0
-    matmul32: float = 1.0
-    products: float = 1.0
-    columns: float = 1.0
-
-
-EFFORT: Final = {"gptq": Effort(1.6, 1.6, 1.0, 6.0), "awq": Effort(1.6, 1.6, 3.3, 1.0)}
-"""Fitted to CPU seconds of three runs of GPTQ (10, 21 and 24 s) and one of AWQ (113 s)."""
-
-SPREAD: Final = 2.5
-"""The time lies within this factor of what was computed, either way."""
-
-
-@dataclass(frozen=True, slots=True)
 class Disk:
     """Bytes that are written."""
 
     staged: int
-    """The source as a folder of safetensors, where it is none."""
+    """A copy of the source as a folder of safetensors, where it does not lie in one."""
     journal: int
     """What a killed run resumes from: hidden states, and the layers that are done."""
     result: int
@@ -141,9 +80,9 @@ class Forecast:
     tokens: int
     layers: int
     nbytes: int
-    """Of the tensors as they are."""
+    """Bytes of the tensors as they are."""
     result: int
-    """Of those that it will have."""
+    """Bytes of those that the result will have."""
     quantized: int
     """Linears that are quantized."""
     kept: tuple[str, ...]
@@ -189,53 +128,40 @@ class Forecast:
 
 
 def forecast(
-    model: Model,
-    *,
-    method: str,
-    bits: int = 4,
-    group: int | None = 128,
-    symmetric: bool = True,
-    act_order: bool = False,
-    skip: Sequence[str] = (),
-    samples: int = 128,
-    length: int = 2048,
-    batch: int = 8,
-    device: str = "cpu",
-    tensor_parallel_size: int = 1,
-    staged: bool = True,
-    rates: Rates | None = None,
+    model: Model, recipe: Recipe, *, length: int, staged: bool = True, rates: Rates | None = None
 ) -> Forecast:
-    """What quantizing `model` will take.
-
-    Reads nothing. Raises InputError where the model is quantized already, or the method is not known.
+    """Say what quantizing a model will take. Reads nothing.
 
     Args:
-        group: Numbers of a row that share a scale; None: all of them.
-        skip: Names of linears that stay as they are, as `pack` takes them.
-        samples: Sequences of calibration text.
-        length: Tokens of each sequence.
-        batch: Sequences that are run together.
-        device: "cpu", or a torch device on which the layers are quantized one by one.
-        staged: Whether the source has to be copied first: it is no folder of safetensors, or it is padded.
+        model: The model as it is.
+        recipe: As `settle` gives it.
+        length: Tokens of each sequence of calibration.
+        staged: Whether the source has to be copied first: it is not a folder of safetensors, or it is padded.
         rates: What the device does in a second; None: measured now, in a third of a second.
+
+    Raises:
+        InputError: Where the model is quantized already, or the method is not known.
     """
+    method, size = recipe.method, recipe.tensor_parallel_size or 1
     if model.quantization is not None:
         raise InputError(f"the checkpoint is quantized already, by {quote(model.quantization)}")
     if method not in QUANTIZERS:
         raise InputError(f"{quote(method)}: known are {', '.join(QUANTIZERS)}")
     tensors = model.packed.tensors
-    packed = pack(model.layout, tensors, method=method, bits=bits, group=group, skip=skip)
-    linears = list(_linears(model, packed, method, bits, group))
-    tokens = samples * length
+    packed = pack(
+        model.layout, tensors, method=method, bits=recipe.bits, group=recipe.group, skip=recipe.skip
+    )
+    linears = list(linears_of(model, packed, recipe))
+    tokens = recipe.samples * length
     width = max((dtypes.BITS[tensors[each.name][0]] // 8 for each in linears), default=2)
-    work = _work(linears, method, tokens, length, _attention(model))
+    work = work_of(model, linears, recipe, length)
     result = sum(dtypes.nbytes(dtype, shape) for dtype, shape in packed.tensors.values())
-    hidden = tokens * _hidden(model, linears) * width
-    host, on_device = _memory(model, linears, method, hidden, width, batch * length, tokens, device)
+    hidden = tokens * hidden_of(model, linears) * width
+    host, on_device = _memory(model, linears, recipe, length, hidden, width)
     if rates is None:
-        rates = measure(device, width)
+        rates = measure(recipe.device, width)
     seconds = work.seconds(rates, method)
-    problems, pad = _alignment(packed, tensor_parallel_size)
+    problems, pad = _alignment(packed, size)
     layers_packed = result - sum(
         dtypes.nbytes(*packed.tensors[name])
         for name, placed in packed.layout.tensors.items()
@@ -243,10 +169,10 @@ def forecast(
     )
     return Forecast(
         method=method,
-        bits=bits,
-        group=group,
-        device=device,
-        tensor_parallel_size=tensor_parallel_size,
+        bits=recipe.bits,
+        group=recipe.group,
+        device=recipe.device,
+        tensor_parallel_size=size,
         tokens=tokens,
         layers=model.layout.layers,
         nbytes=model.nbytes,
@@ -261,124 +187,8 @@ def forecast(
         seconds=(seconds / SPREAD, seconds * SPREAD),
         problems=tuple(problems),
         pad_to=pad,
-        warnings=tuple(_warnings(packed, method, bits, group, symmetric, act_order, tensor_parallel_size)),
+        warnings=tuple(_warnings(packed, recipe)),
     )
-
-
-# -------------------------------------------------------------------------------------------------------------- work
-
-
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    """One linear that is quantized, or all experts of a layer in one tensor."""
-
-    name: str
-    layer: int
-    out: int
-    inner: int
-    """Numbers of a row: its inputs."""
-    count: int
-    """Experts in the tensor; else 1."""
-    share: float
-    """Of all tokens, those that it sees."""
-    dim: int
-    """Along which ranks share it: 0 outputs, 1 inputs, -1 not at all."""
-
-    @property
-    def numbers(self) -> int:
-        return self.out * self.inner * self.count
-
-
-def _linears(
-    model: Model, packed: PackedModel, method: str, bits: int, group: int | None
-) -> Iterator[_Linear]:
-    text = text_config(model.config)
-    chosen = next((text[key] for key in CHOSEN if type(text.get(key)) is int), 1)
-    share = min(1.0, chosen / model.layout.experts) if model.layout.experts else 1.0
-    weight = fields_of(method, bits=bits, group=group)[0]
-    for name, placed in model.layout.tensors.items():
-        stem = name.removesuffix(".weight") + weight.suffix
-        if name in packed.tensors or stem not in packed.tensors:
-            continue
-        *lead, first, second = packed.tensors[stem][1]
-        sizes = {dim: size * step for (dim, step), size in zip(weight.dims, (first, second), strict=True)}
-        is_expert = placed.expert is not None or placed.layout.experts
-        dim = placed.layout.dim
-        assert isinstance(placed.layer, int)  # no other linears are quantized
-        yield _Linear(
-            name,
-            placed.layer,
-            sizes[-2],
-            sizes[-1],
-            prod(lead),
-            share if is_expert else 1.0,
-            -1 if dim is None else dim - len(lead),
-        )
-
-
-CHOSEN: Final = (
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-    "experts_per_token",
-)
-"""Keys that say how many experts see a token."""
-
-
-def _attention(model: Model) -> int:
-    """Numbers of the queries of one token: what scores are computed with."""
-    text = text_config(model.config)
-    heads = next((text[key] for key in ("num_attention_heads", "n_head") if type(text.get(key)) is int), 0)
-    hidden = next((text[key] for key in ("hidden_size", "n_embd") if type(text.get(key)) is int), 0)
-    own = text.get("head_dim")
-    return heads * own if type(own) is int else hidden
-
-
-def _hidden(model: Model, linears: Sequence[_Linear]) -> int:
-    text = text_config(model.config)
-    found = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if type(text.get(key)) is int), 0)
-    return found or min((each.inner for each in linears), default=0)
-
-
-def _work(linears: Sequence[_Linear], method: str, tokens: int, length: int, attention: int) -> Work:
-    forward = sum(2 * each.numbers * tokens * each.share for each in linears)
-    layers = {each.layer for each in linears}
-    scores = len(layers) * 4 * tokens * length * attention
-    inputs = _inputs(linears)
-    if method == "gptq":
-        hessians = sum(2 * tokens * share * inner**2 * count for inner, count, share in inputs)
-        # a factor, its inverse, and a factor of that
-        inverses = sum(2 * inner**3 * count for inner, count, _ in inputs)
-        updates = sum(each.numbers * each.inner for each in linears)
-        columns = sum(each.inner * each.count for each in linears)
-        touched = sum(each.numbers for each in linears) * BLOCK // 2
-        return Work(
-            matmul=int((forward + scores) * PASSES[method]),
-            matmul32=int(hessians + inverses + updates),
-            products=touched,
-            columns=columns,
-        )
-    clipped = [each for each in linears if not any(part in each.name for part in UNCLIPPED)]
-    sample = tokens // max(1, tokens // CLIP_TOKENS)
-    return Work(
-        matmul=int((forward + scores) * (PASSES[method] + GRID + 1)),
-        matmul32=0,
-        products=sum(each.numbers for each in clipped) * CLIPS * sample
-        + sum(each.numbers for each in linears) * GRID * 12,
-        columns=0,
-    )
-
-
-def _inputs(linears: Sequence[_Linear]) -> list[tuple[int, int, float]]:
-    """(width, count, share of tokens) of each input that a Hessian is of; linears beside each other have one."""
-    found: dict[tuple[int, str, int, bool], tuple[int, int, float]] = {}
-    for each in linears:
-        module = each.name.removesuffix(".weight").rpartition(".")[0]
-        # what is cut along its inputs has another input than what is cut along its outputs
-        found[each.layer, module, each.inner, each.dim == 1] = each.inner, each.count, each.share
-    return list(found.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -397,24 +207,18 @@ WORKERS: Final = 2
 
 
 def _memory(
-    model: Model,
-    linears: Sequence[_Linear],
-    method: str,
-    hidden: int,
-    width: int,
-    batch_tokens: int,
-    tokens: int,
-    device: str,
+    model: Model, linears: Sequence[Linear], recipe: Recipe, length: int, hidden: int, width: int
 ) -> tuple[int, int]:
     """Bytes at the most, of this machine and of another device.
 
-    GPTQModel holds one layer, the hidden states before and behind it on the host, and the embeddings. While it works
+    `hidden` is the bytes of the hidden states of all tokens, `width` those of a number. GPTQModel holds one layer, the hidden states before and behind it on the host, and the embeddings. While it works
     on a layer, for GPTQ: a float32 Hessian of each input of a group of linears (and a copy, and its inverse, of those
     that are being worked on), and float32 copies of the weights, of the quantized ones and of the losses. For AWQ: the
     inputs of all linears of the layer, a float32 copy of a group's weights, and products of 256 rows with the tokens
     on which clipping is tried.
     """
-    layer = _most(linears, lambda own: sum(each.numbers for each in own)) * width
+    tokens = recipe.samples * length
+    layer = most(linears, lambda own: sum(each.numbers for each in own)) * width
     outside = sum(
         dtypes.nbytes(*form)
         for name, form in model.packed.tensors.items()
@@ -423,87 +227,20 @@ def _memory(
     widest = max((each.inner for each in linears), default=0)
     largest = max((each.out * each.inner for each in linears), default=0)
     beside = max((each.out for each in linears), default=0)
-    activations = batch_tokens * (3 * beside + 4 * widest) * max(width, 4)
+    activations = recipe.batch_size * length * (3 * beside + 4 * widest) * max(width, 4)
     host = PROCESS + outside + HIDDEN_COPIES * hidden
-    if method == "gptq":
-        hessians = _most(linears, lambda own: sum(w * w * n for w, n, _ in _inputs(own))) * 4
+    if recipe.method == "gptq":
+        hessians = most(linears, lambda own: sum(w * w * n for w, n, _ in inputs_of(own))) * 4
         working = hessians + 3 * 4 * widest**2 + WORKERS * 6 * 4 * largest
         on_device = layer + working + activations
     else:
-        held = _most(linears, lambda own: sum(w * int(tokens * s) * n for w, n, s in _inputs(own))) * width
+        held = most(linears, lambda own: sum(w * int(tokens * s) * n for w, n, s in inputs_of(own))) * width
         sample = tokens // max(1, tokens // CLIP_TOKENS)
         host += 2 * held
         on_device = layer + activations + 6 * largest * 4 + 256 * sample * widest * width
-    if device == "cpu":
+    if recipe.device == "cpu":
         return host + on_device, 0
     return host + layer, CONTEXT + on_device
-
-
-def _most(linears: Sequence[_Linear], of: Callable[[Sequence[_Linear]], float]) -> int:
-    """The most that `of` gives for the linears of any layer."""
-    layers: dict[int, list[_Linear]] = {}
-    for each in linears:
-        layers.setdefault(each.layer, []).append(each)
-    return max((int(of(own)) for own in layers.values()), default=0)
-
-
-# -------------------------------------------------------------------------------------------------------------- rates
-
-
-def measure(device: str, width: int) -> Rates:
-    """What `device` does in a second, of numbers of `width` bytes; takes about 0.3 s. Needs torch."""
-    import torch
-
-    dtype = torch.float32 if width > 2 else torch.bfloat16
-    on = torch.device(device)
-
-    def rate(amount: float, what: Callable[[], object]) -> float:
-        """The best of a few: another process may have had the machine meanwhile."""
-        best = 0.0
-        stop = time.perf_counter() + 0.07
-        while best == 0.0 or time.perf_counter() < stop:
-            began = time.perf_counter()
-            what()
-            if on.type == "cuda":
-                torch.cuda.synchronize(on)
-            best = max(best, amount / (time.perf_counter() - began))
-        return best
-
-    size, sample = (512, 64) if on.type == "cpu" else (4096, 1024)
-    a, b = torch.ones(size, size, device=on, dtype=dtype), torch.ones(size, size, device=on)
-    x = torch.ones(1, sample, 8, 128, device=on, dtype=dtype)
-    w = torch.ones(64, 1, 8, 128, device=on, dtype=dtype)
-    column = _Column(on)
-    with torch.inference_mode():
-        for each in (lambda: a @ a, lambda: b.T @ b, lambda: (x * w).sum(-1), column):
-            each()  # kernels are made at first use
-        return Rates(
-            matmul=rate(2 * size**3, lambda: a @ a),
-            matmul32=rate(2 * size**3, lambda: b.T @ b),
-            products=rate(w.numel() * sample, lambda: (x * w).sum(-1)),
-            columns=rate(1, column),
-        )
-
-
-class _Column:
-    """What GPTQ does with one column of 512 weights."""
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self.weights = torch.ones(512, BLOCK, device=device)
-        self.rounded, self.errors = torch.ones_like(self.weights), torch.ones_like(self.weights)
-        self.factor = torch.ones(BLOCK, BLOCK, device=device)
-        self.scale, self.zero = torch.ones(512, 1, device=device), torch.ones(512, 1, device=device)
-
-    def __call__(self) -> None:
-        own, at = self.weights, BLOCK // 2
-        rounded = own[:, at].unsqueeze(1).div(self.scale).round().add(self.zero).clamp(0, 15)
-        rounded = rounded.sub(self.zero).mul(self.scale).flatten()
-        self.rounded[:, at] = rounded
-        error = (own[:, at] - rounded).div(self.factor[at, at])
-        self.errors[:, at] = error.square()
-        own[:, at:] -= error.unsqueeze(1) * self.factor[at, at:].unsqueeze(0)
 
 
 # ---------------------------------------------------------------------------------------------------------- alignment
@@ -523,7 +260,7 @@ def _alignment(packed: PackedModel, size: int) -> tuple[list[str], int | None]:
         sizes = [each for each in range(1, 65) if allows(own, each)]
         works = ", ".join(map(str, sizes))
         share = f"{grain.size} / {size} = {grain.size / size:g}"
-        line = f"{quote(grain.weight)}: {share} is no multiple of {grain.multiple}, in which its quantization comes; sizes that work: {works}"
+        line = f"{quote(grain.weight)}: {share} is not a multiple of {grain.multiple}, in which its quantization comes; sizes that work: {works}"
         if all(segment.uneven for segment in grain.layout.segments):  # an MLP's: heads cannot be padded
             pads.append(share_evenly(grain.size, grain.multiple, size))
             line += f"; padded to {pads[-1]} it works (--pad-to-tp {size})"
@@ -537,29 +274,22 @@ def _alignment(packed: PackedModel, size: int) -> tuple[list[str], int | None]:
     return list(found.values()), max(pads, default=None)
 
 
-def _warnings(
-    packed: PackedModel,
-    method: str,
-    bits: int,
-    group: int | None,
-    symmetric: bool,
-    act_order: bool,
-    size: int,
-) -> Iterator[str]:
+def _warnings(packed: PackedModel, recipe: Recipe) -> Iterator[str]:
     """What vLLM 0.32 does not take of the result."""
-    if method == "awq":
+    bits, group = recipe.bits, recipe.group
+    if recipe.method == "awq":
         if bits != 4:
             yield f"vLLM takes AWQ of 4 bits, not of {bits}"
         if group is not None:
-            yield from _awq_shares(packed, group, size)
+            yield from _awq_shares(packed, group, recipe.tensor_parallel_size or 1)
         return
     if bits not in (4, 8):
         yield f"vLLM takes GPTQ of 4 and 8 bits, not of {bits}"
-    if not symmetric:
+    if recipe.symmetric is False:
         yield "vLLM takes symmetric GPTQ alone (sym)"
     if group not in VLLM_GROUPS:
         yield f"vLLM takes GPTQ in groups of 32, 64 or 128, or one a row, not of {group}"
-    if act_order and group is not None:
+    if recipe.act_order and group is not None:
         yield "vLLM refuses GPTQ with desc_act and groups"
 
 
@@ -576,9 +306,9 @@ def _awq_shares(packed: PackedModel, group: int, size: int) -> Iterator[str]:
             continue
         seen.add(key)
         if dim == 0 and (inner % size or (inner // size) % group):
-            yield f"vLLM refuses {quote(name)} at {size} tensor ranks: {inner} / {size} inputs are no multiple of {group}"
+            yield f"vLLM refuses {quote(name)} at {size} tensor ranks: {inner} / {size} inputs are not a multiple of {group}"
         if dim == 1 and (out % size or (out // size) % AWQ_PACK):
-            yield f"vLLM refuses {quote(name)} at {size} tensor ranks: {out} / {size} outputs are no multiple of {AWQ_PACK}"
+            yield f"vLLM refuses {quote(name)} at {size} tensor ranks: {out} / {size} outputs are not a multiple of {AWQ_PACK}"
 
 
 # ---------------------------------------------------------------------------------------------------------- rendering

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,24 @@ from .work import SUFFIX, Work
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """By what a recipe is carried out, and what is checked, measured and written."""
+
+    engine: Engine = field(default_factory=lambda: Engine("gptqmodel"))
+    """By default GPTQModel, in this interpreter."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    work: Path | None = None
+    """The folder for what lies there meanwhile; beside the destination, with `.quantizing` behind its name, if None. It is
+    removed at the end."""
+    max_part_bytes: int = DEFAULT_PART_BYTES
+    dry_run: bool = False
+    """Check everything, forecast, write nothing."""
+    trial: bool | None = None
+    """Whether the engine first quantizes a small random model of this architecture; if None, it does in a dry run and where
+    the work may take more than ten minutes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """Who is told how far a run is."""
 
@@ -68,34 +86,34 @@ def quantize(
     source: Path | str,
     destination: Path,
     recipe: Recipe,
+    way: Way | None = None,
     *,
-    engine: Engine | None = None,
-    evaluation: Evaluation | None = None,
-    work: Path | None = None,
-    max_part_bytes: int = DEFAULT_PART_BYTES,
-    dry_run: bool = False,
-    trial: bool | None = None,
     access: Access | None = None,
     conduct: Conduct | None = None,
     watch: Watch | None = None,
 ) -> QuantizeReport:
-    """Quantize the checkpoint at `source`, a path or a URI, into `destination`, a new or empty folder.
+    """Quantize a checkpoint.
 
     Args:
-        engine: GPTQModel in this interpreter if None.
-        work: The folder for what lies there meanwhile; beside the destination, with `.quantizing` behind its name, if
-            None. It is removed at the end.
-        dry_run: Check everything, forecast, write nothing.
-        trial: Whether the engine first quantizes a small random model of this architecture; if None, it does in a dry
-            run and where the work may take more than ten minutes.
+        source: A path or a URI.
+        destination: A new or empty folder.
+        recipe: How.
+        way: By what engine, and so on; by default GPTQModel in this interpreter.
+        access: How a store is reached, where the source is in one.
+        conduct: How files are written, and who is warned.
+        watch: Who is told how far it is.
+
+    Returns:
+        What was done, or in a dry run would be.
 
     Raises:
         InputError: For what cannot be quantized so, before the work begins.
         EngineError: Where the engine fails.
-        ProblemError: Where the result is not what was asked for or worse than `evaluation.max_kl`: nothing stands in
-            the destination then, and the same call goes on where it was.
+        ProblemError: Where the result is not what was asked for or worse than `max_kl` of the evaluation: nothing
+            stands in the destination then, and the same call goes on where it was.
     """
-    engine, evaluation = engine or Engine("gptqmodel"), evaluation or Evaluation()
+    way = way or Way()
+    engine, evaluation = way.engine, way.evaluation
     conduct, watch = conduct or Conduct(), watch or Watch()
     with ExitStack() as stack:
         opened = stack.enter_context(open_source(source, access))
@@ -130,11 +148,11 @@ def quantize(
             heldout = draw_heldout(evaluation, calibration, beside, length, recipe.column)
             check_measurable(index, heldout, recipe.device)
         names = names_of(index)
-        work = (work or destination.with_name(destination.name + SUFFIX)).absolute()
+        work = (way.work or destination.with_name(destination.name + SUFFIX)).absolute()
         check_room(destination, work, expected)
         job = job_of(recipe, beside, work, engine)
         checked = engine.check(replace(job, work=str(beside)))
-        if trial if trial is not None else dry_run or expected.seconds[1] > WORTH:
+        if way.trial if way.trial is not None else way.dry_run or expected.seconds[1] > WORTH:
             watch.stage("trying the engine on a small random model")
             try_out(index.config, beside, replace(job, work=str(beside)), engine, scheme)
         report = QuantizeReport(
@@ -161,7 +179,7 @@ def quantize(
                 )
             ),
         )
-        if dry_run:
+        if way.dry_run:
             return report
         mark = fingerprint(index, recipe, report, engine)
         held = stack.enter_context(Work(work, mark, warn=conduct.warn))
@@ -192,7 +210,7 @@ def quantize(
                 "it without quantizing again"
             )
         watch.stage("writing")
-        plan = plan_convert(made_index, max_part_bytes=max_part_bytes, aliases=made_index.aliases)
+        plan = plan_convert(made_index, max_part_bytes=way.max_part_bytes, aliases=made_index.aliases)
         config = configured(index.config, made_index, found, job.dtype)
         write_checkpoint(
             plan,
@@ -230,7 +248,10 @@ def job_of(recipe: Recipe, source: Path, work: Path, engine: Engine) -> Job:
 
 
 def fingerprint(index: Index, recipe: Recipe, report: QuantizeReport, engine: Engine) -> str:
-    """What decides the result: the source as indexed, the recipe, the tokens, the versions of what computes."""
+    """A digest of what decides the result.
+
+    That is the source as indexed, the recipe, the tokens that `report` tells of, and the versions of what computes.
+    """
     digest = hashlib.sha256(__version__.encode())
     for file in index.files:
         digest.update(repr((file.path, file.size, file.version, file.digest)).encode())

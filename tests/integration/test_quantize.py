@@ -32,7 +32,7 @@ from shardprep.quantize.packing import dequantized
 from shardprep.quantize.quality import Quality, measure
 from shardprep.quantize.recipe import Recipe
 from shardprep.quantize.report import QuantizeReport
-from shardprep.quantize.run import quantize
+from shardprep.quantize.run import Way, quantize
 from shardprep.quantize.trial import SIZES
 from shardprep.source import open_source, read_checkpoint
 from shardprep.split import split
@@ -134,7 +134,7 @@ def test_an_engine_that_is_not_installed_is_named_with_what_to_install(tmp_path:
             CHECKPOINT,
             tmp_path / "out",
             Recipe("gptq", group_size=32, **SMALL),
-            engine=Engine("gptqmodel", python),
+            Way(engine=Engine("gptqmodel", python)),
         )
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.quantizing").exists()
 
@@ -163,7 +163,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Quantized by the engine, measured on text that it has not seen."""
     folder = tmp_path_factory.mktemp("made") / request.param
     recipe = Recipe(request.param, group_size=32, tensor_parallel_size=4, **SMALL)
-    return folder, quantize(CHECKPOINT, folder, recipe, evaluation=Evaluation(HELDOUT, tokens=4096))
+    return folder, quantize(CHECKPOINT, folder, recipe, Way(evaluation=Evaluation(HELDOUT, tokens=4096)))
 
 
 def quality(folder: Path, report: QuantizeReport) -> Quality:
@@ -268,7 +268,7 @@ def test_padding_lets_more_ranks_share_it_and_changes_nothing(tmp_path: Path) ->
     config = small_models.llama_config(intermediate=160, heads=8, kv_heads=8, head_dim=16, vocab=2048)
     source = with_tokenizer(tmp_path / "odd", config)
     recipe = Recipe("gptq", group_size=32, tensor_parallel_size=4, pad_to_tp=4, **SMALL)
-    report = quantize(source, tmp_path / "padded", recipe, evaluation=Evaluation(skip=True))
+    report = quantize(source, tmp_path / "padded", recipe, Way(evaluation=Evaluation(skip=True)))
     assert report.padding.sizes == {"intermediate_size": (160, 256)}
     made = dequantized(load_file(tmp_path / "padded" / "model.safetensors"), report.scheme)
     down = made["model.layers.0.mlp.down_proj.weight"]
@@ -283,7 +283,7 @@ def test_what_is_skipped_stays_as_it_was(safe: Path, tmp_path: Path) -> None:
         "gptq", group_size=32, skip=("mlp.down_proj", "re:.*layers\\.0\\.self_attn\\.q_proj"), **SMALL
     )
     # a store, from which it is staged first
-    report = quantize(f"file://{safe}", tmp_path / "out", recipe, evaluation=Evaluation(skip=True))
+    report = quantize(f"file://{safe}", tmp_path / "out", recipe, Way(evaluation=Evaluation(skip=True)))
     assert not report.resumes and report.quality is None
     before, after = load_file(safe / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     kept = [name for name in after if name.endswith("down_proj.weight")]
@@ -320,7 +320,7 @@ def test_linears_have_the_names_that_the_source_gave_them(
     """And hold what belongs there: with the parts of experts or fused linears exchanged the model would be another."""
     source = random_model(tmp_path / "source", model_type, vocab_size=2048)
     recipe = Recipe("gptq", group_size=32, tensor_parallel_size=2, **SMALL)
-    report = quantize(source, tmp_path / "out", recipe, evaluation=Evaluation(skip=True))
+    report = quantize(source, tmp_path / "out", recipe, Way(evaluation=Evaluation(skip=True)))
     with open_source(source) as before, open_source(tmp_path / "out") as after:
         stems = {name.rpartition(".")[0] for name in read_checkpoint(before).tensors}
         assert {name.rpartition(".")[0] for name in read_checkpoint(after).tensors} == stems
@@ -433,7 +433,7 @@ def test_a_result_that_is_too_bad_is_not_published(
     recipe = Recipe("gptq", group_size=32, **SMALL)
     seen: list[str] = []
     with pytest.raises(ProblemError, match=r"above --max-kl 1e-09; nothing was written"):
-        quantize(safe, tmp_path / "out", recipe, evaluation=Evaluation(max_kl=1e-9))
+        quantize(safe, tmp_path / "out", recipe, Way(evaluation=Evaluation(max_kl=1e-9)))
     assert not (tmp_path / "out").exists()
     told = json.loads((tmp_path / "out.quantizing" / "quantization_report.json").read_text())
     assert told["summary"]["kl"] > 1e-9

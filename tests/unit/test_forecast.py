@@ -14,7 +14,9 @@ import header_checkpoints as published
 from shardprep.layout.packed import pack
 from shardprep.layout.pad import pad_to
 from shardprep.model.describe import Model, model_of, read_model
-from shardprep.quantize.forecast import Forecast, Rates, forecast, measure
+from shardprep.quantize.effort import Rates, measure
+from shardprep.quantize.forecast import Forecast, forecast
+from shardprep.quantize.recipe import Recipe
 from shardprep.source import open_source, read_checkpoint
 from shardprep_runtime.errors import InputError
 from shardprep_runtime.format import dtypes
@@ -37,8 +39,11 @@ def model(folder: Path, config: Mapping[str, Any] = CONFIG) -> Model:
     return read_model(published.write(folder / "in", config, published.llama_tensors(config)))
 
 
-def told(given: Model, method: str = "gptq", **options: Any) -> Forecast:
-    return forecast(given, **{"method": method, "rates": RATES, "samples": 32, "length": 512, **options})
+def told(
+    given: Model, method: str = "gptq", *, length: int = 512, staged: bool = True, **options: Any
+) -> Forecast:
+    recipe = Recipe(method, **{"samples": 32, **options})
+    return forecast(given, recipe, length=length, staged=staged, rates=RATES)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -47,7 +52,7 @@ def test_the_result_has_the_bytes_that_its_layout_says(
     method: str, group: int | None, tmp_path: Path
 ) -> None:
     given = model(tmp_path)
-    found = told(given, method, group=group, skip=["o_proj"])
+    found = told(given, method, group_size=group or -1, skip=("o_proj",))
     packed = pack(given.layout, given.packed.tensors, method=method, group=group, skip=["o_proj"])
     assert found.result == sum(dtypes.nbytes(dtype, shape) for dtype, shape in packed.tensors.values())
     assert found.nbytes == given.nbytes
@@ -131,7 +136,7 @@ def test_qwen_72b_cannot_be_shared_by_8_and_is_told_what_would(tmp_path: Path) -
     found = told(given, tensor_parallel_size=8)
     assert found.pad_to == 29696
     assert found.problems == (
-        "model.layers.0.mlp.down_proj.weight: 29568 / 8 = 3696 is no multiple of 128, in which its quantization "
+        "model.layers.0.mlp.down_proj.weight: 29568 / 8 = 3696 is not a multiple of 128, in which its quantization "
         "comes; sizes that work: 1, 3, 7, 11, 21, 33; padded to 29696 it works (--pad-to-tp 8)",
     )
     assert told(given, tensor_parallel_size=1).problems == ()
@@ -147,9 +152,9 @@ def test_heads_that_cannot_be_shared_are_not_padded(tmp_path: Path) -> None:
     found = told(given, tensor_parallel_size=16)
     assert any("8 units cannot be shared by 16 ranks" in each or "o_proj" in each for each in found.problems)
     few = model(tmp_path / "few", CONFIG | {"intermediate_size": 2048, "num_attention_heads": 16})
-    found = told(few, tensor_parallel_size=16, group=128)
+    found = told(few, tensor_parallel_size=16, group_size=128)
     (problem,) = [each for each in found.problems if "o_proj" in each]
-    assert "1024 / 16 = 64 is no multiple of 128" in problem
+    assert "1024 / 16 = 64 is not a multiple of 128" in problem
     assert "--pad-to-tp" not in problem
 
 
@@ -158,7 +163,7 @@ def test_heads_that_cannot_be_shared_are_not_padded(tmp_path: Path) -> None:
     [
         ({"symmetric": False}, "symmetric GPTQ alone"),
         ({"act_order": True}, "refuses GPTQ with desc_act and groups"),
-        ({"group": 16}, "groups of 32, 64 or 128, or one a row, not of 16"),
+        ({"group_size": 16}, "groups of 32, 64 or 128, or one a row, not of 16"),
         ({"bits": 2}, "4 and 8 bits, not of 2"),
     ],
 )
@@ -167,16 +172,16 @@ def test_what_vllm_refuses_is_a_warning(options: dict[str, Any], words: str, tmp
     (warning,) = told(given, **options).warnings
     assert warning.startswith("vLLM ")
     assert words in warning
-    assert told(given, group=None, act_order=True).warnings == ()
+    assert told(given, group_size=-1, act_order=True).warnings == ()
 
 
 def test_vllm_needs_whole_groups_of_awq_on_each_rank(tmp_path: Path) -> None:
     given = model(tmp_path)
     found = told(given, "awq", tensor_parallel_size=4)
     assert found.warnings == (
-        "vLLM refuses model.layers.0.mlp.down_proj.qweight at 4 tensor ranks: 1408 / 4 inputs are no multiple of 128",
+        "vLLM refuses model.layers.0.mlp.down_proj.qweight at 4 tensor ranks: 1408 / 4 inputs are not a multiple of 128",
     )
-    assert told(given, "awq", tensor_parallel_size=4, group=32).warnings == ()
+    assert told(given, "awq", tensor_parallel_size=4, group_size=32).warnings == ()
 
 
 def test_it_is_told_in_lines_and_as_json(tmp_path: Path) -> None:
