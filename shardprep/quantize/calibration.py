@@ -103,7 +103,7 @@ class Passage:
 
     document: int
     number: int
-    """Of the document's pieces."""
+    """Which of the document's pieces it is."""
     text: str
 
     def follows(self, other: Passage) -> bool:
@@ -122,15 +122,20 @@ def read_calibration(
 ) -> Tokens:
     """Draw `samples` sequences of `length` tokens from a text; the same for the same text, tokenizer and seed.
 
-    A text that is too short gives fewer sequences, and a note. Raises InputError for one that is no use, or cannot be
-    read; UnsupportedError where the library that reads it is not installed.
+    A text that is too short gives fewer sequences, and a note.
 
     Args:
         where: A .txt, .jsonl or .parquet file, a folder of such, hf://datasets/org/name[@revision][:config][/split], or
             None: a small text of our own, for trying.
         tokenizer: A folder with a tokenizer's files.
+        samples: Sequences, at least 2.
         length: In tokens; the first is the one that the tokenizer begins texts with, where it does.
+        seed: Any number; it draws passages and windows.
         column: Of a JSON line or a table, a text or a list of messages.
+
+    Raises:
+        InputError: For a text that cannot be read, or is not worth calibrating with.
+        UnsupportedError: Where the library that reads it is not installed.
     """
     if samples < LEAST_SEQUENCES or samples * length < LEAST_TOKENS:
         raise InputError(
@@ -182,10 +187,14 @@ def read_heldout(
 ) -> Tokens:
     """Cut a text into sequences of `length` tokens, in order; the last may be shorter, but not than 2.
 
-    Other parameters and errors as for `read_calibration`.
+    Raises what `read_calibration` does.
 
     Args:
+        where: As `read_calibration` takes it.
+        tokenizer: A folder with a tokenizer's files.
+        length: In tokens.
         limit: Tokens that are kept at most, from the start; None: all of what is read.
+        column: Of a JSON line or a table, a text or a list of messages.
     """
     reader = Reader(load_tokenizer(tokenizer))
     body = length - len(reader.prefix)
@@ -215,7 +224,15 @@ def read_heldout(
 
 
 def write_tokens(tokens: Tokens, path: Path) -> None:
-    """Write JSON lines, a list of ids for each sequence. The file is whole or not there. Raises WriteError."""
+    """Write JSON lines, a list of ids for each sequence. The file is whole or not there.
+
+    Args:
+        tokens: Whose `digest` is that of the bytes that are written.
+        path: The file, in a folder that is there.
+
+    Raises:
+        WriteError: Where it cannot be written.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(unfinished, "wb") as file:
@@ -273,7 +290,12 @@ class Reader:
         self.unknown = None if unknown == end else unknown  # GPT-2's is its end of text
 
     def tokenize(self, passages: Iterable[Passage], *, most: int | None = None) -> array[int]:
-        """One stream of ids; it may stop once it has `most`."""
+        """One stream of ids, passages that do not follow each other apart by the tokenizer's end of text.
+
+        Args:
+            passages: In the order of the text.
+            most: Ids after which it may stop.
+        """
         stream, last = array("q"), None
         for batch in _batches(passages):
             texts = [passage.text for passage in batch]
@@ -346,7 +368,7 @@ def _batches(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 def _examine(sequences: Sequence[Sequence[int]], unknown: int | None, name: str) -> list[str]:
-    """What is doubtful about the tokens. Raises InputError where they are no use."""
+    """What is doubtful about the tokens. Raises InputError where they are not worth computing with."""
     counts = Counter(chain.from_iterable(sequences))
     total = counts.total()
     strange = counts[unknown] / total if unknown is not None else 0.0

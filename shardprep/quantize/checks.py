@@ -49,11 +49,22 @@ def check_empty(destination: Path) -> None:
                 f"{quote(destination)}: holds {quote(there[0])}; nothing is overwritten: choose an empty or new folder"
             )
     elif destination.exists() or destination.is_symlink():
-        raise InputError(f"{quote(destination)}: exists and is no folder; choose another destination")
+        raise InputError(f"{quote(destination)}: exists and is not a folder; choose another destination")
 
 
 def foretell(model: Model, recipe: Recipe, length: int, *, staged: bool) -> Forecast:
-    """What it will take. Raises LayoutError where the sizes do not fit groups, or the ranks that were asked for."""
+    """What it will take.
+
+    Args:
+        model: The model as it is.
+        recipe: As `settle` gives it.
+        length: Tokens of a calibration sequence.
+        staged: Whether the source has to be copied first.
+
+    Raises:
+        InputError: Where a pattern of `recipe.skip` names no linear.
+        LayoutError: Where the sizes do not fit groups, or the ranks that were asked for.
+    """
     for each in recipe.skip:
         _check_skip(model, recipe, each)
     found = forecast(model, recipe, length=length, staged=staged)
@@ -90,7 +101,15 @@ def _last_word(name: str) -> str:
 
 
 def sequence_length(recipe: Recipe, index: Index) -> int:
-    """Tokens of a calibration sequence. Raises InputError for more than the model takes."""
+    """Tokens of a calibration sequence.
+
+    Args:
+        recipe: Which may say how many.
+        index: The checkpoint, whose config.json says how many the model takes.
+
+    Raises:
+        InputError: For more than the model takes.
+    """
     config = text_config(index.config)
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(longest, int) or longest < 1:
@@ -105,14 +124,31 @@ def sequence_length(recipe: Recipe, index: Index) -> int:
 def draw_heldout(
     evaluation: Evaluation, calibration: Tokens, tokenizer: Path, length: int, column: str
 ) -> Tokens:
-    """The text on which the result is measured; a part of the calibration where there is no other."""
+    """The text on which the result is measured; a part of the calibration where no other is given.
+
+    Args:
+        evaluation: What text, and how much of it.
+        calibration: The tokens that were drawn for calibration.
+        tokenizer: A folder with a tokenizer's files.
+        length: Tokens of a sequence.
+        column: Of a JSON line or a table.
+    """
     if evaluation.text is None:
         return replace(calibration, sequences=calibration.sequences[:SEQUENCES_MEASURED])
     return read_heldout(evaluation.text, tokenizer, length=length, limit=evaluation.tokens, column=column)
 
 
 def check_measurable(index: Index, heldout: Tokens, device: str) -> None:
-    """Refuse before the work what could not be measured after it. Raises InputError with the way around."""
+    """Refuse before the work what could not be measured after it.
+
+    Args:
+        index: The checkpoint that is to be quantized.
+        heldout: The tokens on which it will be measured.
+        device: On which.
+
+    Raises:
+        InputError: With the way around.
+    """
     from .walk import Walk, check_kind
 
     try:
@@ -132,7 +168,12 @@ def plain_folder(index: Index) -> Path | None:
 
 
 def copy_small(index: Index, into: Path) -> None:
-    """Copy the side files, where a tokenizer and an engine's check find them; its config.json is the index's."""
+    """Copy the side files, where a tokenizer and an engine's check find them; its config.json is the index's.
+
+    Args:
+        index: The checkpoint whose they are.
+        into: A folder that is there.
+    """
     for name in index.side_files:
         path = into / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +184,16 @@ def copy_small(index: Index, into: Path) -> None:
 
 
 def check_room(destination: Path, work: Path, expected: Forecast) -> None:
-    """Raises ProblemError where the disks have no room for what will lie there at the same time."""
+    """See that the disks have room for what will lie there at the same time.
+
+    Args:
+        destination: Where the result will stand.
+        work: The folder for what lies there meanwhile; what an earlier run left in it counts as there.
+        expected: What will be written.
+
+    Raises:
+        InputError: Where they have not.
+    """
     needs: Counter[Path] = Counter()
     needs[_existing(destination)] += expected.disk.result
     # what the engine makes is copied into the destination, and removed after that

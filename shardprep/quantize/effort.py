@@ -62,7 +62,12 @@ class Work:
     columns: int
 
     def seconds(self, rates: Rates, method: str) -> float:
-        """How long it takes a device."""
+        """How long it takes a device.
+
+        Args:
+            rates: What the device does in a second.
+            method: `gptq` or `awq`.
+        """
         effort = EFFORT[method]
         return (
             effort.matmul * self.matmul / rates.matmul
@@ -101,18 +106,24 @@ class Linear:
     count: int
     """Experts in the tensor; else 1."""
     share: float
-    """Of all tokens, those that it sees."""
+    """Which part of all tokens it sees."""
     dim: int
     """Along which ranks share it: 0 outputs, 1 inputs, -1 not at all."""
 
     @property
     def numbers(self) -> int:
-        """Of the weights of all of its experts."""
+        """Weights, all experts together."""
         return self.out * self.inner * self.count
 
 
 def linears_of(model: Model, packed: PackedModel, recipe: Recipe) -> Iterator[Linear]:
-    """The linears that are quantized: those that `packed` has otherwise than `model`."""
+    """The linears that are quantized.
+
+    Args:
+        model: The model as it is.
+        packed: The model as it will be.
+        recipe: What leads from the one to the other.
+    """
     text = text_config(model.config)
     chosen = next((text[key] for key in CHOSEN if type(text.get(key)) is int), 1)
     share = min(1.0, chosen / model.layout.experts) if model.layout.experts else 1.0
@@ -158,14 +169,26 @@ def _attention(model: Model) -> int:
 
 
 def hidden_of(model: Model, linears: Sequence[Linear]) -> int:
-    """Numbers of the hidden state of one token."""
+    """Numbers of the hidden state of one token.
+
+    Args:
+        model: Whose config.json says it, mostly.
+        linears: Of which the narrowest takes hidden states, where it does not.
+    """
     text = text_config(model.config)
     found = next((text[key] for key in ("hidden_size", "n_embd", "d_model") if type(text.get(key)) is int), 0)
     return found or min((each.inner for each in linears), default=0)
 
 
 def work_of(model: Model, linears: Sequence[Linear], recipe: Recipe, length: int) -> Work:
-    """What an engine computes for them on `recipe.samples` sequences of `length` tokens."""
+    """What an engine computes.
+
+    Args:
+        model: The model as it is.
+        linears: Those that are quantized.
+        recipe: How, and with how many sequences.
+        length: Tokens of each sequence.
+    """
     method, tokens = recipe.method, recipe.samples * length
     forward = sum(2 * each.numbers * tokens * each.share for each in linears)
     layers = {each.layer for each in linears}
@@ -206,7 +229,12 @@ def inputs_of(linears: Sequence[Linear]) -> list[tuple[int, int, float]]:
 
 
 def most(linears: Sequence[Linear], of: Callable[[Sequence[Linear]], float]) -> int:
-    """The most that `of` gives for the linears of any layer."""
+    """The most that `of` gives for the linears of any layer.
+
+    Args:
+        linears: Of all layers.
+        of: A number for those of one layer.
+    """
     layers: dict[int, list[Linear]] = {}
     for each in linears:
         layers.setdefault(each.layer, []).append(each)
@@ -214,14 +242,24 @@ def most(linears: Sequence[Linear], of: Callable[[Sequence[Linear]], float]) -> 
 
 
 def measure(device: str, width: int) -> Rates:
-    """What `device` does in a second, of numbers of `width` bytes; takes about 0.3 s. Needs torch."""
+    """What a device does in a second; takes about 0.3 s. Needs torch.
+
+    Args:
+        device: As torch names it.
+        width: Bytes of a number of the model.
+    """
     import torch
 
     dtype = torch.float32 if width > 2 else torch.bfloat16
     on = torch.device(device)
 
     def rate(amount: float, what: Callable[[], object]) -> float:
-        """The best of a few: another process may have had the machine meanwhile."""
+        """The best of a few: another process may have had the machine meanwhile.
+
+        Args:
+            amount: What is done each time.
+            what: Does it.
+        """
         best = 0.0
         stop = time.perf_counter() + 0.07
         while best == 0.0 or time.perf_counter() < stop:

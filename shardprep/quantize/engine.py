@@ -71,8 +71,16 @@ class Engine:
     def run(
         self, job: Job, hear: Callable[[Mapping[str, Any]], None], *, inherits: Sequence[int] = ()
     ) -> None:
-        """Quantize; each event is given to `hear`. The process `inherits` these descriptors: locks that are to be held
-        while it lives. Raises EngineError where it fails."""
+        """Quantize.
+
+        Args:
+            job: What to do, and where.
+            hear: Given each event of the engine.
+            inherits: Descriptors that the process inherits: locks that are to be held while it lives.
+
+        Raises:
+            EngineError: Where it fails.
+        """
         for event in self._events("run", job, Path(job.work, "engine.log"), inherits):
             hear(event)
 
@@ -130,7 +138,12 @@ class Engine:
 
 
 def ended(code: int, log: Path) -> str:
-    """How a process ended that said nothing, by its exit code and the last line of its log."""
+    """How a process ended that said nothing.
+
+    Args:
+        code: Its exit code; a negative one is a signal.
+        log: What it wrote, of which the last line is told.
+    """
     if code == -9:
         return "it was killed, most likely because memory ran out"
     lines = log.read_bytes()[-16384:].decode("utf-8", "replace").split("\n")

@@ -200,7 +200,7 @@ CONTEXT: Final = 600 * 2**20
 """Bytes that a CUDA process takes of its device before it does anything; as others report, not measured here."""
 
 HIDDEN_COPIES: Final = 5
-"""Of the hidden states of all tokens: a layer's inputs, its outputs, and a journal's copy while it is written."""
+"""How often the hidden states of all tokens are held: a layer's inputs, its outputs, and a journal's copy while it is written."""
 
 WORKERS: Final = 2
 """Linears that are quantized at the same time."""

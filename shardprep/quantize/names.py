@@ -32,7 +32,13 @@ class Names:
 
 
 def rename_as_source(made: Index, source: Index, names_of_source: Names) -> Index:
-    """The index of what was made, with the source's names. Those that neither has stay as they are."""
+    """The index of what was made, with the source's names. Those that neither has stay as they are.
+
+    Args:
+        made: What an engine wrote.
+        source: The checkpoint that was quantized.
+        names_of_source: As `names_of` gives them.
+    """
     known = names_of_source.modules
     names = {name: _renamed(name, known) for name in made.tensors}
     tensors = {new: replace(made.tensors[name], name=new) for name, new in names.items()}

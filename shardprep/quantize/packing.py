@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Of the eight numbers of a word, AutoAWQ's gemm packing: which one lies at each place, the lowest bits first."""
+"""Which of the eight numbers of a word lies at each place, the lowest bits first: AutoAWQ's gemm packing."""
 
 PACKED: Final = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 """Method -> the field that holds the numbers."""
@@ -29,11 +29,19 @@ FIELDS: Final = (
 def dequantize(
     fields: Tensors, scheme: Scheme, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:  # out x in
-    """The weight that `fields` stand for, by their suffixes (`qweight`): whole ones, or a tensor rank's view of them.
+    """The weight that fields stand for, out x in: (number - zero point) * scale.
 
-    (number - zero point) * scale, which float32, the `dtype` if None, holds exactly for scales of 16 bits. The
-    g_idx of a view counts groups of the whole weight: where inputs lie in runs (no act-order) its scales are those of
+    The g_idx of a view counts groups of the whole weight: where inputs lie in runs (no act-order) its scales are those of
     the groups that occur, which are counted anew; with act-order every rank has all of the scales.
+
+    Args:
+        fields: By their suffixes (`qweight`): whole ones, or a tensor rank's view of them.
+        scheme: How they are packed.
+        dtype: Of the weight; None: float32, which holds it exactly for scales of 16 bits.
+
+    Raises:
+        UnsupportedError: Where the field with the numbers is not among them.
+        FormatError: Where they do not belong together.
     """
     import torch
 
@@ -59,7 +67,12 @@ def dequantize(
 
 
 def dequantized(tensors: Tensors, scheme: Scheme) -> dict[str, torch.Tensor]:
-    """The state dict with every quantized linear replaced by its `.weight`, in float32, and all else as it is."""
+    """The state dict with every quantized linear replaced by its `.weight`, in float32, and all else as it is.
+
+    Args:
+        tensors: By the names that a checkpoint has.
+        scheme: How the quantized ones are packed.
+    """
     linears: dict[str, dict[str, torch.Tensor]] = {}
     found: dict[str, torch.Tensor] = {}
     for name in tensors:
@@ -94,7 +107,7 @@ def _dequantize_compressed(fields: Tensors, scheme: Scheme) -> torch.Tensor:
 def _groups(
     index: torch.Tensor | None, number: torch.Tensor, dim: int, groups: int, scheme: Scheme
 ) -> torch.Tensor:
-    """Of each input (along `dim` of the numbers) its row of the scales that are at hand."""
+    """For each input (along `dim` of the numbers) its row of the scales that are at hand."""
     import torch
 
     inputs, device = number.shape[dim], number.device
@@ -122,7 +135,7 @@ def _ones(bits: int) -> int:
 
 
 def _shifts(bits: int, order: tuple[int, ...] | None) -> list[int]:
-    """Of each number of a word how far it lies above the lowest bit."""
+    """How far each number of a word lies above the lowest bit."""
     places = range(32 // bits) if order is None else (order.index(i) for i in range(len(order)))
     return [place * bits for place in places]
 

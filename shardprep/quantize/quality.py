@@ -42,9 +42,9 @@ class LayerQuality:
 
     layer: int
     error: float
-    """Of this layer alone: both are given the original's hidden states."""
+    """What this layer alone adds: both are given the original's hidden states."""
     drift: float
-    """Of all up to this one: each is given those of its own model."""
+    """What all up to this one add: each is given those of its own model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,23 @@ def measure(
 ) -> Quality:
     """Compare a quantized checkpoint with the one that it was made of, on text that neither was calibrated with.
 
-    Memory holds a layer of each model, and hidden states while they are not many. Raises UnsupportedError for models
-    that cannot be run one layer at a time, InputError for checkpoints or tokens that do not belong together,
-    IntegrityError where a model computes what is no number.
+    Memory holds a layer of each model, and hidden states while they are not many.
 
     Args:
+        original: The checkpoint as it was.
+        quantized: What was made of it.
         sequences: Ids of tokens; each sequence is a context of its own, and all of its tokens but the first are
             predicted.
+        device: Where both compute, as torch names it.
         progress: Told the steps that are done and how many there are: one for each layer and one for the head.
+
+    Returns:
+        What the quantized one is worth beside the original.
+
+    Raises:
+        UnsupportedError: For models that cannot be run one layer at a time.
+        InputError: For checkpoints or tokens that do not belong together.
+        IntegrityError: Where a model computes infinity or NaN.
     """
     from .walk import Walk, check_kind
 

@@ -63,7 +63,15 @@ class Recipe:
 
 
 def settle(recipe: Recipe, index: Index) -> tuple[Recipe, Scheme]:
-    """The recipe without open questions. Raises InputError for what no engine could do."""
+    """The recipe without open questions, and the scheme that it leads to.
+
+    Args:
+        recipe: As the user gave it.
+        index: The checkpoint that is to be quantized.
+
+    Raises:
+        InputError: For what no engine could do.
+    """
     if not index.config:
         raise InputError(
             f"{index.folder.where()}: no config.json, which says what architecture the tensors belong to"

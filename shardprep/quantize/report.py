@@ -58,7 +58,12 @@ def about(heldout: Tokens, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def as_told(report: QuantizeReport, made: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of quantization_report.json: facts alone that a second run finds again, so no times."""
+    """The content of quantization_report.json: facts alone that a second run finds again, so no times.
+
+    Args:
+        report: Of the run.
+        made: What the engine told of its work, with the losses of linears.
+    """
     scheme, quality = report.scheme, report.quality
     summary: dict[str, Any] = {
         "method": scheme.method,

@@ -31,8 +31,17 @@ class Made:
 
 
 def check_made(made: Index, source: Index, asked: Scheme, *, without: Collection[str] = ()) -> Made:
-    """What was made, if it is all of what was asked for, but for what no engine keeps. Raises ProblemError for anything
-    else."""
+    """What was made, if it is all of what was asked for, but for what no engine keeps.
+
+    Args:
+        made: What an engine wrote, under the source's names.
+        source: The checkpoint that was quantized.
+        asked: How it should be quantized.
+        without: Tensors of the source that no engine keeps.
+
+    Raises:
+        ProblemError: For anything else.
+    """
     where = made.folder.where()
     scheme = scheme_of(made)
     if scheme is None:
@@ -80,7 +89,7 @@ def _path(name: str) -> str:
 
 
 def _check_scales(made: Index) -> None:
-    """Raises ProblemError where a scale is no finite number: a weight that overflowed while it was quantized."""
+    """Raises ProblemError where a scale is infinite or NaN: a weight that overflowed while it was quantized."""
     import numpy as np
 
     with Sources(made) as sources:
@@ -97,7 +106,14 @@ def _check_scales(made: Index) -> None:
 
 
 def configured(config: Mapping[str, Any], made: Index, found: Made, dtype: str) -> dict[str, Any]:
-    """The source's config.json with how it is quantized, and explicit lists of what is and what is not."""
+    """The source's config.json with how it is quantized, and explicit lists of what is and what is not.
+
+    Args:
+        config: The source's.
+        made: What an engine wrote, whose config.json says how.
+        found: As `check_made` gives it.
+        dtype: Of what is not quantized.
+    """
     how = {
         key: value
         for key, value in made.config["quantization_config"].items()

@@ -250,7 +250,11 @@ def job_of(recipe: Recipe, source: Path, work: Path, engine: Engine) -> Job:
 def fingerprint(index: Index, recipe: Recipe, report: QuantizeReport, engine: Engine) -> str:
     """A digest of what decides the result.
 
-    That is the source as indexed, the recipe, the tokens that `report` tells of, and the versions of what computes.
+    Args:
+        index: The source, whose files it names by their versions.
+        recipe: All of it but the ranks, which decide nothing.
+        report: Where the digest of the tokens stands, and the versions of what computes.
+        engine: By its name.
     """
     digest = hashlib.sha256(__version__.encode())
     for file in index.files:

@@ -132,7 +132,12 @@ _DATASET: Final = re.compile(
 
 
 def missing(library: str, what: str) -> UnsupportedError:
-    """The refusal of what needs a library that is not installed."""
+    """The refusal of what needs a library that is not installed.
+
+    Args:
+        library: As pip names it.
+        what: What needs it.
+    """
     return UnsupportedError(f"{what} needs {library}: pip install 'shardprep[quantize]'")
 
 

@@ -22,7 +22,7 @@ from .names import names_of, rename_as_source
 from .result import check_made
 
 SIZES: Final = Sizes(heads=8, kv_heads=4, head_dim=32, intermediate=320, expert=64, layers=2, vocabulary=288)
-"""Of which every linear divides into groups of 32."""
+"""Every linear of such a model divides into groups of 32."""
 
 GROUP: Final = 32
 SEQUENCES, TOKENS = 8, 64
@@ -32,7 +32,14 @@ WORTH: Final = 600.0
 
 
 def try_out(config: Mapping[str, Any], tokenizer: Path, job: Job, engine: Engine, scheme: Scheme) -> None:
-    """Quantize a small random model of `config` as `job` says, into folders beside `tokenizer`, and check what was made.
+    """Quantize a small random model of an architecture, and check what was made.
+
+    Args:
+        config: The architecture.
+        tokenizer: A folder with a tokenizer's files, in which the trial lies in a folder of its own.
+        job: What is to be done, but for its folders and sizes.
+        engine: Which is tried.
+        scheme: What it should make.
 
     Raises:
         UnsupportedError: Where the engine cannot, or makes something else than was asked for.

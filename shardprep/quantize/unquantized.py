@@ -67,7 +67,12 @@ class Unquantized:
         return dequantize(fields, self._scheme)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Some rows of a stored tensor, in ascending order. All of it is read, so that its checksum is checked."""
+        """Some rows of a stored tensor. All of it is read, so that its checksum is checked.
+
+        Args:
+            name: As for `stored`, which gives it.
+            rows: Their numbers, ascending.
+        """
         tensor = self._fields[name][""]
         row = tensor.nbytes // max(tensor.shape[0], 1)
         memory = torch.empty(len(rows), row, dtype=torch.uint8)

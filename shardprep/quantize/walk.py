@@ -142,7 +142,14 @@ class Walk:
         self._tensors.check_unchanged()
 
     def logits(self, ids: torch.Tensor, given: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The logits at positions [start, stop), of what the last layer handed on: texts x positions x vocabulary."""
+        """The logits at positions [start, stop): texts x positions x vocabulary.
+
+        Args:
+            ids: The tokens, texts x tokens.
+            given: What the last layer handed on.
+            start: The first position.
+            stop: The end of the positions, exclusive.
+        """
         keep = torch.arange(start, stop, device=self.device)
         return self._forward((self.layers, self.layers), ids, given, keep)
 
@@ -274,7 +281,13 @@ class Walk:
 
 
 def walk(index: Index, ids: torch.Tensor, *, device: str = "cpu") -> torch.Tensor:
-    """The logits of `ids` (texts x tokens), computed one layer at a time."""
+    """The logits of a text, computed one layer at a time: texts x tokens x vocabulary.
+
+    Args:
+        index: As `Walk` takes it.
+        ids: The tokens, texts x tokens.
+        device: As `Walk` takes it.
+    """
     with Walk(index, ids.flatten().tolist(), device=device) as model:
         hidden = model.embed(ids)
         for layer in range(model.layers):

@@ -93,7 +93,12 @@ class Work:
         return found if isinstance(found, dict) else None
 
     def write(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Write a small file, whole and on disk before it has its name."""
+        """Write a small file, whole and on disk before it has its name.
+
+        Args:
+            name: Within the folder.
+            facts: Its content, as JSON.
+        """
         path = self.folder / f".{name}.unfinished"
         with open(path, "wb") as file:
             file.write(json.dumps(facts).encode())

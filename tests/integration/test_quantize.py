@@ -334,7 +334,7 @@ def test_linears_have_the_names_that_the_source_gave_them(
 @pytest.mark.slow
 def test_a_dry_run_tries_the_engine_and_writes_nothing(tmp_path: Path) -> None:
     recipe = Recipe("gptq", group_size=32, tensor_parallel_size=4, **SMALL)
-    report = quantize(CHECKPOINT, tmp_path / "out", recipe, dry_run=True)
+    report = quantize(CHECKPOINT, tmp_path / "out", recipe, Way(dry_run=True))
     assert report.forecast.quantized == 42 and report.resumes and not report.files
     assert list(tmp_path.iterdir()) == []
 
@@ -347,7 +347,7 @@ def test_what_the_engine_cannot_do_shows_before_the_work(tmp_path: Path) -> None
     with pytest.raises(
         UnsupportedError, match="a small random phi3 could not be quantized so: engine gptqmodel"
     ):
-        quantize(source, tmp_path / "out", recipe, trial=True)
+        quantize(source, tmp_path / "out", recipe, Way(trial=True))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -438,7 +438,11 @@ def test_a_result_that_is_too_bad_is_not_published(
     told = json.loads((tmp_path / "out.quantizing" / "quantization_report.json").read_text())
     assert told["summary"]["kl"] > 1e-9
     report = quantize(
-        safe, tmp_path / "out", recipe, evaluation=Evaluation(max_kl=1.0), watch=run.Watch(stage=seen.append)
+        safe,
+        tmp_path / "out",
+        recipe,
+        Way(evaluation=Evaluation(max_kl=1.0)),
+        watch=run.Watch(stage=seen.append),
     )
     assert seen == ["measuring", "writing"]
     assert list(Path().iterdir()) == []

@@ -93,7 +93,12 @@ class StageCache:
 
 
 def cache_name(model: PreTrainedModel, parameters: Container[str]) -> str | None:
-    """What the model's forward calls the cache that it takes; None: it takes none that transformers makes generically."""
+    """What the model's forward calls the cache that it takes; None: it takes none that transformers makes generically.
+
+    Args:
+        model: Whose forward it is.
+        parameters: Names of that forward's parameters.
+    """
     known: Any = getattr(model, "_supports_default_dynamic_cache", None)
     if known is None or not known():
         return None

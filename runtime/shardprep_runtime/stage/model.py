@@ -66,7 +66,21 @@ def build_model(
     mesh: Any = None,
     trainable: bool = False,
 ) -> Built:
-    """The module of the stage that `shard` holds. Raises LayoutError where a weight would be missing or left over."""
+    """The module of the stage that a shard holds.
+
+    Args:
+        config: Of the whole model.
+        shard: Whose view says which layers are the stage's.
+        cuts: The layers in front of which the model is cut, as far as this stage is concerned.
+        dtype: Of the weights.
+        device: Where they lie.
+        mesh: Of the stage's tensor ranks, where there are several.
+        trainable: Copy the weights, and keep gradients for them.
+
+    Raises:
+        LayoutError: Where a weight would be missing or left over.
+        UnsupportedError: Where transformers cannot build the model, or it cannot be cut so.
+    """
     start, stop = shard.view.layers
     with quiet(), torch.random.fork_rng(devices=[]):
         model, quantizer = _bare(config, dtype, device)
@@ -152,7 +166,15 @@ def _bare(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) ->
 
 
 def find_layers(model: PreTrainedModel, count: int) -> list[str]:
-    """Where in the model a list of so many modules is. Raises UnsupportedError where there is none."""
+    """Where in the model lists of modules are that may be its layers.
+
+    Args:
+        model: As transformers builds it.
+        count: How many modules a list must have.
+
+    Raises:
+        UnsupportedError: Where no list has so many.
+    """
     found = [
         path
         for path, module in model.named_modules()

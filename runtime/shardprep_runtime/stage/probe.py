@@ -62,9 +62,9 @@ class Observed:
     """What a stage gave for the inputs of the probe."""
 
     rows: Mapping[Place, Rows]
-    """Of the embedding (of the first stage), each layer by its number in the model, and the head (of the last)."""
+    """What the embedding (of the first stage), each layer by its number in the model, and the head (of the last) gave."""
     precision: str
-    """Of the arithmetic, as torch names dtypes."""
+    """That of the arithmetic, as torch names dtypes."""
     digest: str
     """`sha256:...` of all bits that came out: the same as long as neither the weights in memory nor threads and device
     change, where the kernels are deterministic. Not to be compared between workers."""
@@ -79,7 +79,7 @@ class Checked:
     proven: bool | None
     """True: it gave what the manifest says. None: the manifest says nothing."""
     seconds: float
-    """Of the forward."""
+    """How long the forward took."""
 
 
 # ------------------------------------------------------------------------------------------------------ the inputs
@@ -243,19 +243,29 @@ def difference(rows: Rows, recorded: Rows, precision: str) -> float:
 
     Rounding may route a position to other experts: in float32 rarely, so that the worst position but one counts; in
     coarser arithmetic often enough that their median does.
+
+    Args:
+        rows: What came out.
+        recorded: What the manifest has.
+        precision: Of the arithmetic, as in `UNIT`.
     """
     each = sorted(_apart(own, other) for own, other in zip(rows, recorded, strict=True))
     return each[-2] if UNIT[precision] < 1e-6 else statistics.median(each)
 
 
 def _apart(own: Sequence[float], recorded: Sequence[float]) -> float:
-    """Of one position. Signs are random, so the mean square of projections is about the mean square of the output."""
+    """How far one position is from the recorded one. Signs are random, so the mean square of projections is about the mean square of the output."""
     error = sqrt(sum((a - b) ** 2 for a, b in zip(own[1:], recorded[1:], strict=True)) / (len(own) - 1))
     return error / recorded[0] if recorded[0] else inf if error else 0.0
 
 
 def tolerance(response: Response, precision: str) -> float:
-    """What may differ: some of it anywhere, and as much more as rounding was seen to change this output."""
+    """What may differ: some of it anywhere, and as much more as rounding was seen to change this output.
+
+    Args:
+        response: As recorded.
+        precision: Of the arithmetic, as in `UNIT`.
+    """
     return FLOOR[precision] + MARGIN * response.noise * UNIT[precision] / UNIT["bfloat16"]
 
 
@@ -281,7 +291,15 @@ def _named(place: Place) -> str:
 
 
 def responses(exact: Observed, coarse: Observed) -> dict[Place, Response]:
-    """What to record of a stage that was observed in float32 and in bfloat16."""
+    """What to record of a stage.
+
+    Args:
+        exact: What it gave in float32.
+        coarse: What it gave in bfloat16.
+
+    Raises:
+        IntegrityError: Where numbers are too large to be compared with.
+    """
     found = {}
     for place, rows in exact.rows.items():
         noise = difference(coarse.rows[place], rows, coarse.precision)

@@ -36,7 +36,7 @@ class Built:
     cache_name: str | None
     """What the forward calls its cache; None: it takes none that is known."""
     parameters: frozenset[str]
-    """Of the model's forward."""
+    """Names of what the model's forward takes."""
 
 
 class Relay:
@@ -54,7 +54,12 @@ class Relay:
         """Whether the stage's own layers have begun."""
 
     def run(self, forward: Callable[[], Any], given: torch.Tensor | None) -> Any:
-        """What the forward gives: the model's output, or, where another stage follows, hidden states."""
+        """What the forward gives: the model's output, or, where another stage follows, hidden states.
+
+        Args:
+            forward: Calls the model.
+            given: Hidden states of the stage before; None in the first.
+        """
         self.given, self.begun = given, False
         try:
             return forward()
@@ -64,12 +69,23 @@ class Relay:
             self.given = None
 
     def enter(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A hook in front of the stage's first layer."""
+        """A hook in front of the stage's first layer.
+
+        Args:
+            args: What the forward calls it with, by place.
+            kwargs: And by name.
+        """
         self.begun = True
         return None if self.given is None else with_hidden(args, kwargs, self.given)
 
     def stand_in(self, number: int, args: Any, kwargs: Any) -> Any:
-        """Be layer `number`, which is not of this stage: hand on what it is given, or end the forward."""
+        """Be a layer that is not of this stage: hand on what it is given, or end the forward.
+
+        Args:
+            number: The layer's.
+            args: What the forward calls it with, by place.
+            kwargs: And by name.
+        """
         hidden = hidden_of(args, kwargs)
         if number == self.stop:
             raise Reached(hidden)
@@ -78,7 +94,11 @@ class Relay:
         return hidden if self.returns == 0 else (hidden, *[None] * (self.returns - 1))
 
     def leave(self, _: nn.Module, __: Any, output: Any) -> NoReturn:
-        """A hook behind the model's last layer, where what follows the layers is a stage of its own."""
+        """A hook behind the model's last layer, where what follows the layers is a stage of its own.
+
+        Args:
+            output: What the layer returned.
+        """
         raise Reached(output if isinstance(output, torch.Tensor) else output[0])
 
 

@@ -128,7 +128,13 @@ class Copied:
 
 
 def find_elsewhere(model: PreTrainedModel, shard: Shard, names: Names) -> set[str]:
-    """The model's parameters outside of its layers that other stages have tensors for, and those tied to them."""
+    """The model's parameters outside of its layers that other stages have tensors for, and those tied to them.
+
+    Args:
+        model: The whole one.
+        shard: What this stage has.
+        names: Which parameters a tensor goes into.
+    """
     found: set[str] = set()
     for name, entry in shard.manifest.tensors.items():
         if not isinstance(entry.layer, int) and name not in shard.view.tensors:
@@ -140,7 +146,15 @@ def find_elsewhere(model: PreTrainedModel, shard: Shard, names: Names) -> set[st
 def replace_absent(
     model: PreTrainedModel, layers: str, relay: Relay, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put stand-ins for the modules outside of the layers that found no tensors: they are another stage's."""
+    """Put stand-ins for the modules outside of the layers that found no tensors: they are another stage's.
+
+    Args:
+        model: Which is changed.
+        layers: Where in it the list of layers is.
+        relay: Which knows whether the stage's layers have begun.
+        dtype: Of what the stand-ins give.
+        device: Where that lies.
+    """
     gone: tuple[str, ...] = ()
     for path, module in list(model.named_modules()):
         if path.startswith((f"{layers}.", *gone)) or f"{layers}.".startswith(f"{path}.") or not path:
@@ -156,7 +170,16 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def check_whole(model: PreTrainedModel, is_others: Callable[[str], bool]) -> None:
-    """Raises LayoutError where a parameter that is left has no tensor, UnsupportedError where another stage has it."""
+    """See that every parameter that is left has a tensor.
+
+    Args:
+        model: With its stand-ins.
+        is_others: Whether a parameter is in a layer of another stage, or belongs to one.
+
+    Raises:
+        LayoutError: Where one has none.
+        UnsupportedError: Where only another stage has it.
+    """
     lacking = sorted(
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
@@ -181,7 +204,13 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def fill_buffers(model: PreTrainedModel, is_others: Callable[[str], bool], device: torch.device) -> None:
-    """Compute the buffers that no checkpoint holds, as from_pretrained does; not those of other stages."""
+    """Compute the buffers that no checkpoint holds, as from_pretrained does; not those of other stages.
+
+    Args:
+        model: Which is changed.
+        is_others: Whether a buffer is another stage's.
+        device: Where they are to lie.
+    """
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is None or is_others(f"{path}.{name}" if path else name):
