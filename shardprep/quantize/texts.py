@@ -6,6 +6,7 @@ Nothing is kept of it on the disk, and a file that lies here is read without the
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
@@ -30,7 +31,7 @@ from ..source.hub import explained
 HUB: Final = "hf://datasets/"
 KINDS: Final[Mapping[str, Mapping[str, Any]]] = {
     ".txt": {"path": "text", "keep_linebreaks": True, "encoding": "utf-8-sig"},
-    ".jsonl": {"path": "json"},
+    ".jsonl": {"path": "text", "encoding": "utf-8-sig"},  # "json" refuses objects that are not all alike
     ".parquet": {"path": "parquet", "batch_size": 64},  # what a page says of its size may be a lie
 }
 """Suffix -> what `datasets` is told of such a file."""
@@ -40,7 +41,7 @@ READ: Final = 2**30
 READ_HUB: Final = 2**26
 """Characters that are fetched from a hub at most."""
 ROWS: Final = 64
-"""Rows that are held at a time, each a document; of plain text 16 times as many lines."""
+"""Lines of JSON that are held at a time; of plain text 16 times as many."""
 
 
 class Tokenizer(Protocol):
@@ -187,53 +188,71 @@ def _texts(
     document = 0
     for where, options in parts:
         document += 1
-        is_plain = options["path"] == "text"
-        for number, value in enumerate(_values(where, options, column), start=1):
-            document += not is_plain
-            yield Text(document, _text_of(value, f"{quote(where)}: row {number}", tokenizer))
+        for place, value in _values(where, options, column):
+            document += place != ""
+            yield Text(document, _text_of(value, f"{quote(where)}{place}", tokenizer))
 
 
-def _values(where: str, options: Mapping[str, Any], column: str) -> Iterator[Any]:
-    """What each row has in the column, or the next lines of a plain text."""
+def _values(where: str, options: Mapping[str, Any], column: str) -> Iterator[tuple[str, Any]]:
+    """What each row or line has in the column, and which it is; or, without a place, the next lines of a plain text."""
+    suffix = options["data_files"].suffix if "data_files" in options else ""
     with tempfile.TemporaryDirectory(prefix="shardprep-") as folder, _read_as(where, options):
         import datasets
 
         own = {**options, "cache_dir": folder, "streaming": True}  # where it leaves a lock, and nothing else
         if "data_files" in own:
             os.close(open_regular(own["data_files"]))
-            link = Path(folder, "text").with_suffix(own["data_files"].suffix)
+            link = Path(folder, "text").with_suffix(suffix)
             link.symlink_to(own["data_files"].resolve())  # another name may be a pattern to it, or a URL
             own["data_files"] = str(link)
-        try:
-            rows = datasets.load_dataset(**own)
-        except StopIteration:  # there is not one line
-            return
-        if options["path"] == "text":
+        rows = datasets.load_dataset(**own)
+        if suffix == ".txt":
             for batch in rows.iter(batch_size=16 * ROWS):
                 lines = "".join(batch["text"])
                 if "\0" in lines:
                     raise FormatError(
                         f"{quote(where)}: holds NUL characters: UTF-16 or no text; save it as UTF-8"
                     )
-                yield lines
+                yield "", lines
             return
-        names = rows.column_names or list(next(iter(rows), {}))
-        chosen = [name for name in dict.fromkeys((column, MESSAGES)) if name in names]
-        if not chosen:
-            shown = ", ".join(map(quote, names[:8])) + (", ..." if len(names) > 8 else "")
-            raise InputError(
-                f"{quote(where)}: no {quote(column)} and no {MESSAGES}; found {shown or 'nothing'}; name the one with "
-                "the text"
-            )
-        for batch in rows.select_columns(chosen).iter(batch_size=ROWS):
-            for each in zip(*(batch[name] for name in chosen), strict=True):
-                yield next((value for value in each if value is not None), None)
+        if suffix == ".jsonl":
+            lines_of = (line for batch in rows.iter(batch_size=ROWS) for line in batch["text"])
+            for number, line in enumerate(lines_of, start=1):
+                if line.strip():
+                    place = f": line {number}"
+                    record = _record(line, f"{quote(where)}{place}")
+                    yield place, record[_chosen(list(record), column, f"{quote(where)}{place}")]
+            return
+        name = _chosen(rows.column_names or list(next(iter(rows), {})), column, quote(where))
+        for number, row in enumerate(rows.select_columns([name]), start=1):
+            yield f": row {number}", row[name]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not JSON ({words(error)}); expected one object a line") from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{where}: expected an object, found {_kind(found)}")
+    return found
+
+
+def _chosen(names: Sequence[str], column: str, where: str) -> str:
+    """The column with the text. Raises InputError where there is none."""
+    for wanted in (column, MESSAGES):
+        if wanted in names:
+            return wanted
+    shown = ", ".join(map(quote, names[:8])) + (", ..." if len(names) > 8 else "")
+    raise InputError(
+        f"{where}: no {quote(column)} and no {MESSAGES}; found {shown or 'nothing'}; name the one with the text"
+    )
 
 
 def _text_of(value: object, where: str, tokenizer: Tokenizer) -> str:
     """What a row says. Raises InputError where it is neither a text nor a conversation."""
     if value is None or isinstance(value, str):
-        return value or ""
+        return _sound(value or "")
     if not isinstance(value, list):
         raise InputError(f"{where}: {_kind(value)}; expected a text or a list of messages")
     messages = []
@@ -255,11 +274,16 @@ def _text_of(value: object, where: str, tokenizer: Tokenizer) -> str:
     if not messages:
         return ""
     if not tokenizer.chat_template:
-        return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return _sound("\n\n".join(f"{message['role']}: {message['content']}" for message in messages))
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return _sound(str(tokenizer.apply_chat_template(messages, tokenize=False)))
     except Exception as error:  # noqa: BLE001 - a template may raise whatever Jinja can
         raise InputError(f"{where}: refused by the tokenizer's chat template: {words(error)}") from None
+
+
+def _sound(text: str) -> str:
+    """The text without halves of characters, which JSON can hold and no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _kind(value: object) -> str:
@@ -303,7 +327,11 @@ def _read_as(uri: str, options: Mapping[str, Any]) -> Iterator[None]:
         raise InputError(f"{where}: no files in it that can be read as a data set") from None
     except UnicodeDecodeError:
         raise FormatError(f"{where}: not UTF-8; save it as UTF-8") from None
-    except (ValueError, RuntimeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+    except (
+        *(StopIteration, TypeError, ValueError, RuntimeError),  # of no rows, and of later ones that it casts
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         said = re.sub(r"\w+://\S+", "URL", words(error))
         if file is None:
             raise InputError(f"{where}: cannot be read as a data set ({said})") from None

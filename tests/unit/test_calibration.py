@@ -291,7 +291,23 @@ def test_without_a_template_a_conversation_is_told_by_its_roles(tmp_path: Path) 
     assert decode(sequence) == f"<s>user: {PROSE[:3000]}\n\nassistant: {PROSE[3000:6000]}"
 
 
-def test_marks_of_byte_order_and_ends_of_lines_change_nothing(text: Path, tmp_path: Path) -> None:
+def test_objects_of_a_file_need_not_be_alike(words: Path, tmp_path: Path) -> None:
+    path, own = tmp_path / "t.jsonl", [None, 1, 1.5, "x", ["x"], {"a": 1}, {"a": "1", "b": 2}]
+    lines = [
+        {"text": " ".join(f"w{number}" for number in range(at * 200, at * 200 + 200)), "own": own[at % 7]}
+        for at in range(14)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"text": "w9", "late": 1}]))
+    (found,) = read_heldout(path, words, length=5000).sequences
+    assert [token for token in found if token != 1] == [*range(2, 2802), 11]
+
+
+def test_halves_of_characters_marks_of_byte_order_and_ends_of_lines_do_no_harm(
+    text: Path, tmp_path: Path
+) -> None:
+    halves = tmp_path / "t.jsonl"
+    halves.write_text('{"text": "\\ud83d ' + PROSE.replace("\\", "/").replace('"', "'") + '"}')
+    assert len(calibrate(halves).sequences) == 8
     marked = tmp_path / "marked.txt"
     marked.write_text(PROSE, encoding="utf-8-sig")
     assert calibrate(marked).digest == calibrate(text).digest
@@ -490,16 +506,17 @@ def test_an_empty_text_for_evaluation_is_refused(tmp_path: Path) -> None:
         ("t.txt", b"abc\xffdef", "not UTF-8; save it as UTF-8"),
         ("t.txt", "wide".encode("utf-16-le"), "holds NUL characters: UTF-16 or no text"),
         ("t.csv", b"a,b", "expected a .txt, .jsonl or .parquet file"),
-        ("t.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read as jsonl (JSON parse error"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": ', "line 2: not JSON (Expecting value"),
         ("t.jsonl", b'{"text": "\xff"}', "not UTF-8"),
-        ("t.jsonl", b"[" * 100_000, "cannot be read as jsonl ("),
+        ("t.jsonl", b"[" * 100_000, "line 1: not JSON ("),
+        ("t.jsonl", b'["text"]', "line 1: expected an object, found a list"),
         (
             "t.jsonl",
             b'{"body": "a", "id": 3}',
-            "no text and no messages; found body, id; name the one",
+            "line 1: no text and no messages; found body, id; name the one",
         ),
-        ("t.jsonl", b"{}", "no text and no messages; found nothing"),
-        ("t.jsonl", b'\n\n{"text": 3}', "row 1: a value of type int; expected a text or a list of messages"),
+        ("t.jsonl", b"{}", "line 1: no text and no messages; found nothing"),
+        ("t.jsonl", b'\n\n{"text": 3}', "line 3: a value of type int; expected a text or a list of messages"),
         ("t.jsonl", b'{"text": ["a"]}', 'message 0 is not {"role": a text, "content": a text}; found a text'),
         ("t.jsonl", b'{"messages": [{"from": "x", "value": "y"}]}', "found an object with from, value"),
         (
