@@ -27,16 +27,19 @@ DEFAULT_PART_BYTES = 5 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What convert did."""
+    """What convert wrote."""
 
     destination: Path
     tensors: int
+    """Number of tensors, tied ones once."""
     nbytes: int
     """Bytes of tensor data."""
     files: tuple[tuple[str, int], ...]
     """(name, size) of each weight file."""
     aliases: dict[str, str]
+    """Other names of tied tensors -> the name that is stored."""
     left_out: tuple[LeftOut, ...]
+    """Contents of the source that are not weights, each with the reason."""
 
 
 def convert(
@@ -49,14 +52,23 @@ def convert(
     access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> ConvertReport:
-    """Convert the checkpoint at `source`, a path or a URI, into `destination`, a new or empty folder.
+    """Convert a checkpoint into safetensors files in the Hugging Face layout.
+
+        report = convert("llama-70b", Path("llama-70b-safetensors"), dtype="BF16")
+        print(report.tensors, report.nbytes)
 
     Args:
-        dtype: One of F64, F32, F16, BF16: cast every floating-point tensor of these kinds; None: keep.
+        source: A path or a URI, as `open_source` takes it.
+        destination: A new or empty folder.
+        max_part_bytes: Bytes of tensor data in a file at most, unless one tensor is larger.
+        dtype: F64, F32, F16 or BF16: cast every tensor of these four dtypes to it; None: keep.
+        include_code: Copy *.py files too.
+        access: Endpoint, profile and the like of a store.
+        conduct: Threads, and who is told of the progress.
 
     Raises:
-        InputError: Before anything is written; WriteError, IntegrityError or SourceError later, in which case nothing
-            stands under a final name and the same call resumes.
+        InputError: Before anything is written.
+        WriteError, IntegrityError, SourceError: Later; no file then has its final name, and the same call resumes.
     """
     with open_source(source, access) as opened:
         index = settle_aliases(read_checkpoint(opened, include_code=include_code))
@@ -83,9 +95,17 @@ def write_checkpoint(
     beside: Index | None = None,
     written: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Carry out a plan of whole tensors. `prove` is called with the folder of the finished files before they get
-    their final names, and raises where they are not what they should be. Side files are those of `beside`, if it is
-    given, and what was `written` here."""
+    """Carry out a plan of whole tensors, and write the side files and index.json beside them.
+
+    Args:
+        plan: What `plan_convert` gives.
+        index: The checkpoint that the plan was made from.
+        destination: A new or empty folder.
+        dtype: The dtype that tensors are cast to; None: they are kept.
+        prove: Called with the folder of the finished files before they get their final names; raises where one is wrong.
+        beside: The checkpoint whose side files are copied; default: `index`.
+        written: Name -> bytes of further files.
+    """
     beside = beside or index
     parts = [part.path for part in plan.parts]
     last = INDEX_NAME if len(parts) > 1 else parts.pop()
@@ -97,13 +117,17 @@ def write_checkpoint(
         carry_out(plan, index, staging, conduct)
         if last == INDEX_NAME:
             staging.write(INDEX_NAME, _index_json(plan))
-        if not staging.published:  # else an earlier run was killed while renaming, all proved
+        if not staging.published:  # else an earlier run had proved all, and was killed while it renamed
             prove(staging.folder)
         staging.publish()
 
 
 def report(plan: Plan, index: Index, destination: Path) -> ConvertReport:
-    """What carrying out `plan` has written."""
+    """Report what carrying out `plan` has written.
+
+    Args:
+        index: The checkpoint that the plan was made from.
+    """
     return ConvertReport(
         destination=destination,
         tensors=len(plan.moves),

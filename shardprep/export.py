@@ -21,10 +21,10 @@ from .write.side_files import check_side_file
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExportReport(ConvertReport):
-    """What export did."""
+    """What export wrote and proved."""
 
     blocks: int
-    """Digests of blocks, all of them equal in the exported files and in the parts."""
+    """Number of blocks whose digests are equal in the exported files and in the parts: all of them."""
 
 
 def export(
@@ -34,10 +34,23 @@ def export(
     max_part_bytes: int = DEFAULT_PART_BYTES,
     conduct: Conduct | None = None,
 ) -> ExportReport:
-    """Write the checkpoint that the shard set at `source` was split from: the very files that convert writes.
+    """Write the checkpoint that a shard set was split from: the same files that `convert` writes.
 
-    Before a file gets its final name, all are read again, cut as the shard set is, and the digest of every block
-    is compared with the one in the parts. Raises IntegrityError naming the first that differs.
+    Before a file gets its final name, all are read again and cut as the shard set is. The digest of every block is
+    compared with the one in the parts.
+
+        report = export(Path("llama-70b-tp8"), Path("restored"))
+        print(report.blocks, "blocks proved")
+
+    Args:
+        source: The folder of a shard set.
+        destination: A new or empty folder.
+        max_part_bytes: Bytes of tensor data in a file at most, unless one tensor is larger.
+        conduct: Threads, and who is told of the progress.
+
+    Raises:
+        IntegrityError: For the first block that differs.
+        InputError, WriteError: As `convert` raises them.
     """
     index, manifest = read_shard_set(source)
     for side in manifest.side_files:
@@ -58,16 +71,16 @@ def export(
 
 
 def _prove(source: Path, manifest: Manifest, folder: Path, files: list[str], *, workers: int | None) -> int:
-    """Compare the digests of the written files with those of the parts; the number of blocks compared."""
+    """Compare the digests of the written files with those of the parts, and count the blocks compared."""
     written = read_weights(LocalFolder(folder), "safetensors", files)
-    cuts: dict[int, tuple[cut.Piece, ...]] = {}  # by a form's identity: what is alike is cut once
+    cuts: dict[int, tuple[cut.Piece, ...]] = {}  # by a form's identity: tensors that are alike are cut once
     moves = []
     for name, entry in manifest.tensors.items():
         form = entry.form
         if id(form) not in cuts:
             cuts[id(form)] = cut.pieces(form.layout, form.shape, manifest.grain)
         own = tuple(PlannedPiece(name, form, piece, 0, 0) for piece in cuts[id(form)])
-        if own:  # an empty tensor has none
+        if own:  # an empty tensor has no pieces
             moves.append(Move(written.tensors[name], form.dtype, form.layout.dim or 0, own))
     pieces = tuple(piece for move in moves for piece in move.pieces)
     found = digest_pieces(

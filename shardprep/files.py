@@ -1,4 +1,4 @@
-"""Say what reading needs of a checkpoint's files, wherever they lie, and read those of a folder on this machine."""
+"""Define how the files of a checkpoint are read, wherever they lie, and read those of a folder on this machine."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from typing import Final, Protocol
 from shardprep_runtime.errors import FormatError, SourceError, quote
 
 PARTIAL: Final = ".shardprep-partial"
-"""Folder within a destination where what is being written lies until it is whole."""
+"""Folder within a destination that holds unfinished files until all are whole."""
 
 JOURNAL: Final = ".journal.json"  # with a dot: no side file of a checkpoint has such a name
-"""File in `PARTIAL` that says what is being written, and what is there already."""
+"""File in `PARTIAL` that identifies the run that writes there, and lists the files that it will write."""
 
 
 class Stretch(Protocol):
     """Bytes that are read front to back by one thread."""
 
     def read_into(self, into: memoryview, offset: int) -> None:
-        """Fill `into` with the bytes from `offset` on, counted from the start of the file.
+        """Fill `into` with the bytes from `offset` on.
+
+        Args:
+            into: Where the bytes go; its length says how many.
+            offset: First byte, counted from the start of the file.
 
         Raises:
-            SourceError: Where the file ends before, or is no longer the one that was opened.
+            SourceError: Where the file ends earlier, or has changed since it was opened.
         """
 
 
@@ -34,35 +38,44 @@ class File(Stretch, Protocol):
 
     @property
     def name(self) -> str:
-        """Relative to its folder."""
+        """The file's name, relative to its folder."""
 
     @property
     def where(self) -> str:
-        """How a message names it."""
+        """The file as error messages name it."""
 
     @property
     def size(self) -> int:
-        """In bytes, when it was opened."""
+        """Bytes of the file when it was opened."""
 
     @property
     def version(self) -> str:
-        """Differs once the file is another: when it was changed, or an ETag."""
+        """Changes when the file does: its time of modification, or the ETag of an object."""
 
     @property
     def fd(self) -> int | None:
-        """Of a file on this machine, which the kernel can map and copy."""
+        """The descriptor of a file on this machine, which the kernel can map and copy; None for any other."""
 
     def stretch(self, start: int, stop: int) -> Stretch:
-        """To read bytes [start, stop) front to back in small steps, without fetching any beyond them."""
+        """Open a stretch of the file, to be read front to back in small steps. Nothing beyond it is fetched.
+
+        Args:
+            start: First byte.
+            stop: One past the last byte.
+        """
 
     def hint(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Small ranges, bytes [start, stop), that are read soon: a file far away fetches them together."""
+        """Announce small ranges that will be read soon, so that a file in a store fetches them together.
+
+        Args:
+            ranges: Bytes [start, stop) of each.
+        """
 
     def is_unchanged(self) -> bool:
         """Whether the file is still the one that was opened."""
 
     def close(self) -> None:
-        """It is read no more."""
+        """Close the file; no stretch of it may be read any more."""
 
     def __enter__(self) -> File: ...
 
@@ -72,21 +85,21 @@ class File(Stretch, Protocol):
 
 
 class Folder(Protocol):
-    """The files of a checkpoint: those that lie in one folder, not in folders of it."""
+    """The files of a checkpoint: those in one folder, without its subfolders."""
 
     @property
     def path(self) -> Path | None:
-        """Of a folder on this machine."""
+        """The path of a folder on this machine; None for any other."""
 
     @property
     def workers(self) -> int | None:
-        """How many threads read it best; None: as many as suit this machine."""
+        """The number of threads that read it best; None: as many as suit this machine."""
 
     def where(self, name: str = "") -> str:
-        """How a message names a file of it, or itself."""
+        """Name the folder, or a file in it, for an error message."""
 
     def names(self) -> list[str]:
-        """Of all that lies in it and is not hidden, sorted."""
+        """List the names of everything in the folder that is not hidden, sorted."""
 
     def has(self, name: str) -> bool:
         """Whether anything has this name."""
@@ -95,14 +108,25 @@ class Folder(Protocol):
         """Whether a file has this name."""
 
     def open(self, name: str) -> File:
-        """Open a file. Raises FormatError where it cannot be."""
+        """Open a file of the folder.
+
+        Raises:
+            FormatError: Where there is no such file, or it cannot be opened.
+        """
 
     def close(self) -> None:
-        """It is used no more."""
+        """Close the folder, and with it what it holds open."""
 
 
 def read_at(file: File, count: int, offset: int) -> bytes:
-    """Exactly `count` bytes from `offset`. Raises FormatError where the file is too short for them."""
+    """Read exactly `count` bytes.
+
+    Args:
+        offset: First byte, counted from the start of the file.
+
+    Raises:
+        FormatError: Where the file is too short.
+    """
     if offset + count > file.size:
         left = max(0, file.size - offset)
         raise FormatError(f"{file.where}: truncated: {count} bytes expected at {offset}, {left} found")
@@ -113,7 +137,11 @@ def read_at(file: File, count: int, offset: int) -> bytes:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file. Raises FormatError for anything else; a FIFO does not hang it."""
+    """Open a regular file and give its descriptor.
+
+    Raises:
+        FormatError: For anything else. A FIFO is refused too, and does not make this wait.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
@@ -195,5 +223,9 @@ class LocalFolder:
 
 
 def ended(file: File, at: int) -> SourceError:
-    """The error of a file that ends at byte `at`, before what was indexed does."""
+    """Make the error of a file that is shorter than it was when it was indexed.
+
+    Args:
+        at: The byte at which it ends.
+    """
     return SourceError(f"{file.where}: ends at byte {at}; it changed while it was read")

@@ -1,6 +1,6 @@
 """Say what a checkpoint holds, without its data: each tensor's name, dtype, shape and where its bytes lie.
 
-An index is the same whatever the checkpoint was made by; everything that follows is planned from it alone.
+An index looks the same whatever tool made the checkpoint. Everything that follows is planned from it alone.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a block of a tensor lies in one source file, or that it is all zeros."""
+    """The place of a block of a tensor in one source file; or a block of zeros, which lies in no file."""
 
     file: str
-    """Path relative to the checkpoint's folder; empty: the block is zeros, and lies nowhere."""
+    """Path relative to the checkpoint's folder; empty where the block is zeros."""
     offset: int
     """Byte of the block's element (0, ..., 0), counted from the start of the file."""
     start: int = 0
     """First index of the block along the tensor's `dim`."""
     stop: int | None = None
-    """One past its last index; None: the whole tensor."""
+    """One past the last index of the block along `dim`; None where the block is the whole tensor."""
     strides: tuple[int, ...] | None = None
     """Elements from one index to the next, per dim; None: packed row-major."""
     big_endian: bool = False
     record: Record | None = None
+    """The record that holds the block's bytes, where its file has checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,12 @@ class Tensor:
 
     name: str
     dtype: str
-    """As safetensors names it."""
+    """The dtype as safetensors names it: BF16, F32, I32."""
     shape: tuple[int, ...]
     extents: tuple[Extent, ...]
-    """Its blocks in order along `dim`. One extent, the whole tensor, in every source but a shard set, unless padded."""
+    """The tensor's blocks in order along `dim`. Only a shard set or padding makes more than one."""
     dim: int = 0
+    """The dim along which the extents join."""
 
     @property
     def nbytes(self) -> int:
@@ -70,10 +72,11 @@ class SourceFile:
     """A file that holds tensor data."""
 
     path: str
-    """Relative to the checkpoint's folder."""
+    """Path relative to the checkpoint's folder."""
     size: int
+    """Bytes of the file."""
     version: str
-    """Differs once the file is another: when it was changed, or an ETag."""
+    """Changes when the file does: its time of modification, or the ETag of an object."""
     digest: str
     """`sha256:...` of what describes the data: a safetensors header, or the pickle and the directory of a zip
     (which holds the crc32 of every record)."""
@@ -89,21 +92,21 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What a checkpoint holds."""
+    """The contents of a checkpoint, without tensor data."""
 
     folder: Folder
     kind: str
     """`torch`, `safetensors` or `shard set`."""
     tensors: Mapping[str, Tensor]
-    """By name, in the order of names. A tied tensor stands here once, under the first of its names."""
+    """Name -> tensor, in the order of names. A tied tensor stands here once, under the first of its names."""
     aliases: Mapping[str, str]
     """Other names of tied tensors -> the name in `tensors`."""
     files: tuple[SourceFile, ...]
     left_out: tuple[LeftOut, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
-    """config.json, or empty where there is none."""
+    """The parsed config.json; empty where there is none."""
     edited: bool = False
-    """Whether `config` is no longer what the file says: where the side files go, it is written anew."""
+    """Whether `config` differs from the file. It is then written anew when the side files are copied."""
     side_files: tuple[str, ...] = ()
     """Files that travel with the weights (config, tokenizer, licence), relative to the folder."""
 
@@ -114,7 +117,7 @@ class Index:
 
 
 def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
-    """A sort key that puts layer 2 before layer 10."""
+    """Make a sort key that puts layer 2 before layer 10."""
     return tuple(map(_natural_word, name.split(".")))
 
 

@@ -23,37 +23,41 @@ from .source import open_source, read_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What lies at a path."""
+    """The contents of a checkpoint or a shard set."""
 
     path: Path | str
     kind: str
+    """`torch`, `safetensors` or `shard set`."""
     model_type: str | None
     tensors: tuple[Tensor, ...]
-    """In natural order of their names."""
+    """Tensors in natural order of their names: layer 2 before layer 10."""
     aliases: Mapping[str, str]
+    """Other names of tied tensors -> the name in `tensors`."""
     left_out: tuple[LeftOut, ...]
+    """Contents that are not weights, each with the reason."""
     files: tuple[SourceFile, ...]
     side_files: tuple[str, ...]
     parameters: int
-    """Numbers of the model, tied ones once; of a quantized one those that its packed tensors stand for."""
+    """Number of the model's parameters, tied ones once. Packed tensors count as the weights that they stand for."""
     nbytes: int
     by_dtype: Mapping[str, tuple[int, int]]
     """dtype -> (tensors, bytes)."""
     by_layer: Mapping[str, tuple[int, int]]
     """Layer number, or `outside the layers` -> (tensors, bytes)."""
     parts: tuple[Part, ...] = ()
-    """Of a shard set."""
+    """The parts of a shard set."""
     grain: int | None = None
+    """The tensor parallel size that a shard set was split at; None for a checkpoint."""
     experts: int = 0
-    """Routed experts of a layer, by the manifest of a shard set."""
+    """Routed experts of a layer, as the manifest of a shard set says."""
     engines: tuple[str, ...] = ()
-    """Whose way of cutting views of a shard set can follow."""
+    """Engines for which views of a shard set can be cut."""
     probe: bool = False
     """Whether the manifest of a shard set says what the model gives for fixed inputs."""
     quantization: Scheme | None = None
-    """How it is quantized; None: not at all, or in a way that is not known."""
+    """The scheme by which it is quantized; None: it is not quantized, or its scheme is unknown."""
     unknown_quantization: str | None = None
-    """What is not known about how it is quantized."""
+    """The reason why the scheme of a quantized checkpoint is unknown."""
 
     @property
     def tied(self) -> list[list[str]]:
@@ -68,7 +72,18 @@ OUTSIDE = "outside the layers"
 
 
 def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
-    """What lies at `path`, a path or a URI. Raises InputError where it is not sound."""
+    """Read what a checkpoint or a shard set holds, without tensor data.
+
+        found = inspect("s3://models/llama-70b/pytorch_model.bin")
+        print(found.kind, found.parameters)
+
+    Args:
+        path: A path or a URI, as `open_source` takes it.
+        access: Endpoint, profile and the like of a store.
+
+    Raises:
+        InputError: Where it is damaged, contradicts itself, or cannot be carried over.
+    """
     with open_source(path, access, data=False) as source:
         index = read_checkpoint(source)
         scheme, parameters, unknown = _numbers(index)
@@ -99,7 +114,7 @@ def inspect(path: Path | str, *, access: Access | None = None) -> Inspection:
 
 
 def _numbers(index: Index) -> tuple[Scheme | None, int, str | None]:
-    """How a checkpoint is quantized, the numbers of the model, and why neither can be said where they cannot."""
+    """Give the scheme of quantization, the number of parameters, and the reason where the scheme is unknown."""
     elements = sum(prod(tensor.shape) for tensor in index.tensors.values())
     try:
         scheme = scheme_of(index)
@@ -107,12 +122,12 @@ def _numbers(index: Index) -> tuple[Scheme | None, int, str | None]:
             return None, elements, None
         tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in index.tensors.items()}
         return scheme, unpack(tensors, scheme).parameters, None
-    except InputError as error:  # what it holds can be shown all the same
+    except InputError as error:  # its tensors can be listed all the same
         return None, elements, str(error)
 
 
 def layer_of(name: str) -> str:
-    """The first number in a tensor's name, which is its layer in every model we know; or that it has none."""
+    """Give the first number in a tensor's name, which is its layer in every model we know, or OUTSIDE."""
     return next((word for word in name.split(".") if word.isascii() and word.isdigit()), OUTSIDE)
 
 

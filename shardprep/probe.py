@@ -1,7 +1,7 @@
 """Record what a model gives for fixed inputs, layer by layer, while its parts wait for their manifest.
 
-What the inputs are and what is recorded, `shardprep_runtime.stage.probe` decides: it builds each layer as a worker does, from
-the parts themselves. torch and transformers are imported when that begins, and one layer is in memory at a time.
+`shardprep_runtime.stage.probe` decides what the inputs are and what is recorded. It builds each layer as a worker does,
+from the parts themselves, so that one layer is in memory at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ from .write.staging import Destination
 
 
 def check_can_probe(config: Mapping[str, Any], layers: int) -> None:
-    """Raises UnsupportedError where it is plain that a model of this config.json cannot be computed layer by layer."""
+    """Check before a split that the model can be computed layer by layer.
+
+    Args:
+        config: The parsed config.json.
+        layers: How many layers the layout rules find.
+
+    Raises:
+        UnsupportedError: Where the config shows already that it cannot, or torch or transformers is not installed.
+    """
     for module in ("torch", "transformers"):
         if importlib.util.find_spec(module) is None:
             raise UnsupportedError(
@@ -53,10 +61,17 @@ def check_can_probe(config: Mapping[str, Any], layers: int) -> None:
 
 
 def record_probe(manifest: Manifest, written: Destination, *, workers: int | None) -> Probe:
-    """What the model in the parts of `manifest` gives, which has no file yet.
+    """Compute what each layer gives for fixed inputs, before the manifest is written.
 
-    The same again on the same machine: one thread computes. Raises ProblemError where a layer cannot be computed; the
-    parts are kept.
+    One thread computes, so that the same machine gives the same numbers again.
+
+    Args:
+        manifest: Names the parts; it has no file yet.
+        written: The destination that holds the finished parts.
+        workers: Threads that read the parts.
+
+    Raises:
+        ProblemError: Where a layer cannot be computed; the parts are kept.
     """
     import torch
 
@@ -72,7 +87,7 @@ def record_probe(manifest: Manifest, written: Destination, *, workers: int | Non
             digest = manifests.digest_of(dump_manifest(manifest))
             for number in range(manifest.layers):
                 found |= _observed(manifest, written, number, Path(folder), digest, workers)
-    except (InputError, IntegrityError) as error:  # which would have the parts removed
+    except (InputError, IntegrityError) as error:  # as they are, these two would have the parts removed
         raise ProblemError(
             f"the parts are written, but the model cannot be probed: {error}; the same command without --probe ends "
             "the split with what is there"
@@ -86,7 +101,7 @@ def record_probe(manifest: Manifest, written: Destination, *, workers: int | Non
 def _observed(
     manifest: Manifest, written: Destination, number: int, folder: Path, digest: str, workers: int | None
 ) -> dict[int | str, Response]:
-    """The responses of one layer, and of the embedding or head beside it."""
+    """Compute the responses of one layer, and of the embedding or head beside it."""
     from shardprep_runtime.stage.probe import observe, responses
     from shardprep_runtime.stage.stage import stage_of
 
@@ -117,7 +132,7 @@ def _observed(
 
 
 def _bring_config(manifest: Manifest, written: Destination, folder: Path) -> None:
-    """Copy the config.json that was written to where a stage finds it."""
+    """Copy the config.json of the set into a folder, where a stage finds it."""
     side = next((side for side in manifest.side_files if side.path == CONFIG), None)
     if side is None:
         raise UnsupportedError("there is no config.json")

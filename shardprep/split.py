@@ -58,6 +58,7 @@ class SplitReport:
     grain: int
     stages: Stages | None
     tensors: int
+    """Number of tensors, tied ones once."""
     source_bytes: int
     """Bytes of the checkpoint's tensors, tied ones once."""
     stored_bytes: int
@@ -67,9 +68,9 @@ class SplitReport:
     rank_bytes: tuple[int, ...]
     """Bytes of tensors that each rank of the grain keeps in all stages together."""
     shared_bytes: int
-    """Bytes of them that every rank needs whole."""
+    """Bytes of tensors that every rank needs whole."""
     whole: tuple[tuple[str, int], ...]
-    """(names, with {layer} and {expert} for numbers; bytes) of the tensors that are not cut, the largest first."""
+    """(name, bytes) of tensors that are not cut, the largest first; {layer} and {expert} stand for numbers in a name."""
     aliases: Mapping[str, str]
     left_out: tuple[LeftOut, ...]
     probe: bool
@@ -83,16 +84,16 @@ class SplitOptions:
     """How `split` goes about it; the defaults are right for most checkpoints."""
 
     max_part_bytes: int = DEFAULT_PART_BYTES
-    """A part that reaches this size ends at the next tensor."""
+    """Bytes of a part at most, unless one piece is larger."""
     block_bytes: int = manifests.MAX_BLOCK_BYTES
-    """Bytes that each digest of a part's header is for."""
+    """Bytes of a piece that share one digest."""
     include_code: bool = False
     """Copy Python files beside the weights too, which transformers may run."""
     allow_generic: bool = False
     """Cut the rows of the linears of a model type that has no rules (see `generic_layout`)."""
     probe: bool = False
-    """Record what the model gives for fixed inputs, by which a worker proves that it serves the right stage: each layer
-    is computed once, by transformers."""
+    """Record what each layer gives for fixed inputs, so that a worker can prove its stage. Transformers computes each
+    layer once."""
     dry_run: bool = False
     """Plan and check everything, write nothing."""
     revision: str | None = None
@@ -112,14 +113,24 @@ def split(
     access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> SplitReport:
-    """Cut the checkpoint at `source`, a path or a URI, pickle or safetensors, at the grain `tensor_parallel_size`.
+    """Cut a checkpoint, pickle or safetensors, into a shard set. Every source byte is read once.
 
-    Into a folder, which must be new or empty, or, at a URI, into a store without a full copy on this machine.
-    Every source byte is read once. Raises InputError before anything is written; WriteError, IntegrityError or
-    SourceError later, in which case nothing stands under a final name and the same call resumes.
+        report = split("llama-70b", "llama-70b-tp8", tensor_parallel_size=8)
+        print(report.manifest_digest)  # pin this where the set is loaded
 
     Args:
-        stages: Layers [start, stop) of each pipeline stage; parts end there too. Other stages can be viewed as well.
+        source: A path or a URI, as `open_source` takes it.
+        destination: A new or empty folder; or the URI of a store, which needs no full copy on this machine.
+        tensor_parallel_size: The grain: workers may load at this size and at every size that divides it.
+        pipeline_parallel_size: Make parts end where this many even stages do.
+        stages: The same for given stages: layers [start, stop) of each. Workers may still load any other stages.
+        options: How the parts are made, and where they go.
+        access: Endpoint, profile and the like of stores.
+        conduct: Threads, and who is told of the progress.
+
+    Raises:
+        InputError: Before anything is written.
+        WriteError, IntegrityError, SourceError: Later; no file then has its final name, and the same call resumes.
     """
     with open_source(source, access) as opened:
         with uncollected():
@@ -189,22 +200,25 @@ def split(
             if options.probe:
                 manifest = replace(manifest, probe=record_probe(manifest, staging, workers=conduct.workers))
             raw = dump_manifest(manifest)
-            parse_manifest(raw)  # what no reader would take must not be published
+            parse_manifest(raw)  # a manifest that readers would refuse must not be published
             staging.complete(manifests.FILE_NAME, raw)
     digest = manifests.digest_of(raw)
     return _report(plan, index, layout, destination, tensor_parallel_size, chosen, options.probe, digest)
 
 
 def _spelled(index: Index, scheme: Scheme | None) -> Index:
-    """The index with a config.json that says how it is quantized, also where only an older tool's file beside it did,
-    and lists what is: parts lie apart from it, and an engine cannot look into them."""
+    """Complete the quantization_config of config.json, and give the index with it.
+
+    Older tools wrote it into a file beside config.json. And it lists what is quantized, since an engine cannot look into
+    the parts of a shard set to find out.
+    """
     if scheme is None:
         return index
     legacy = read_legacy(index)
     how = index.config.get("quantization_config")
     if legacy is not None:
         how = spell(scheme, legacy=legacy, head="lm_head.qweight" in index.tensors)
-    if not isinstance(how, Mapping):  # a model that sees, whose language model's config says it
+    if not isinstance(how, Mapping):  # a model that reads images: the config of its language model says it
         return index
     listed = with_lists(how, {name: tensor.shape for name, tensor in index.tensors.items()})
     if listed == index.config.get("quantization_config"):
@@ -244,7 +258,7 @@ def _manifest(
     tensors = {}
     for move in plan.moves:
         tensor, placed = move.tensor, layout.tensors[move.tensor.name]
-        # that of the pieces is one for all tensors that are alike; an empty tensor has none
+        # the form of the pieces is one object for all tensors that are alike; an empty tensor has no pieces
         form = (
             move.pieces[0].form
             if move.pieces
@@ -288,7 +302,7 @@ def _manifest(
 
 
 def _summary(index: Index) -> Mapping[str, Any]:
-    """What the report of `shardprep quantize` beside the weights says in short; empty where there is none."""
+    """Read the summary in the report that `shardprep quantize` leaves beside the weights; empty where there is none."""
     name = manifests.QUANTIZATION_REPORT
     found = read_json(index.folder, name).get("summary", {}) if name in index.side_files else {}
     try:
@@ -328,7 +342,7 @@ def _report(
     digest: str | None,
 ) -> SplitReport:
     rank_bytes, shared_bytes = [0] * grain, 0
-    for part in plan.parts:  # whose pieces all have the same owners
+    for part in plan.parts:  # all pieces of a part have the same owners
         for rank in range(*part.ranks):
             rank_bytes[rank] += part.nbytes
         if grain > 1 and part.ranks == (0, grain):

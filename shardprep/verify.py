@@ -16,14 +16,14 @@ from .write.side_files import check_side_file
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was proved."""
+    """What `verify` has read and compared."""
 
     path: Path
     manifest_digest: str
     parts: int
     pieces: int
     blocks: int
-    """Blocks whose digest was compared; 0 with `fast`."""
+    """Number of blocks whose digest was compared; 0 with `fast`."""
     nbytes: int
     """Bytes of tensor data that were digested."""
     side_files: int
@@ -32,9 +32,19 @@ class VerifyReport:
 def verify(
     path: Path, *, fast: bool = False, manifest_digest: str | None = None, workers: int | None = None
 ) -> VerifyReport:
-    """Check a shard set: structure, sizes, headers and side files; unless `fast` every block of every piece as well.
+    """Check a shard set: its structure, sizes, headers, side files, and every block of every piece.
 
-    Raises ManifestError, FormatError or IntegrityError that names the first bad part, tensor and block.
+        report = verify(Path("llama-70b-tp8"), manifest_digest="sha256:...")
+        print(report.blocks, "blocks are whole")
+
+    Args:
+        path: The folder of the set, or its manifest.
+        fast: Leave the blocks out, so that no tensor data are read.
+        manifest_digest: `sha256:...` that the manifest must have.
+        workers: Threads; default: the cores of this process, at most 8.
+
+    Raises:
+        ManifestError, FormatError, IntegrityError: Naming the first bad part, tensor and block.
     """
     file = find_manifest(path)
     raw_digest = manifests.digest_of(file.read_bytes()) if file.stat().st_size <= manifests.MAX_BYTES else ""

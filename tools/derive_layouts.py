@@ -27,7 +27,8 @@ import torch
 import transformers
 
 import golden
-from shardprep.layout.rules import evaluate, normalize
+from shardprep.layout.expressions import evaluate
+from shardprep.layout.rules import normalize
 from shardprep.model import shrink, skeleton
 from shardprep_runtime.errors import ShardprepError
 from shardprep_runtime.format.cut import chunk

@@ -1,4 +1,4 @@
-"""Add up what the workers of one grid hold and have room for: weights, KV cache, what running takes. Arithmetic only."""
+"""Add up the memory of the workers of one grid: weights, KV cache, and what running takes. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -13,91 +13,93 @@ from .kv_cache import Kept
 from .weights import Weights
 
 RUNTIME_BYTES: Final = 2**30
-"""What a process takes of a device before it does anything: context, kernels, libraries, buffers of collectives."""
+"""Bytes that a process takes of a device before it does anything: context, kernels, libraries, buffers of collectives."""
 
 CHUNK_TOKENS: Final = 2048
-"""Tokens of prompts that are worked on at a time; engines cut longer ones into chunks of about this."""
+"""Tokens of prompts that are computed at a time. Engines cut longer prompts into chunks of about this size."""
 
 HIDDEN_COPIES: Final = 8
-"""Tensors as wide as the hidden state that are alive at the widest place of a layer: residual, norms, queries, ..."""
+"""Tensors as wide as the hidden state that a layer holds at the same time at most: residual, norms, queries, ..."""
 
 INNER_COPIES: Final = 3
-"""Tensors as wide as the MLP's inside: gate, up, and their product."""
+"""Tensors as wide as the MLP's units that an MLP holds at the same time: gate, up, and their product."""
 
 LOGIT_BYTES: Final = 4
-"""Of one logit of the last token of a sequence; they are gathered and sampled in float32."""
+"""Bytes of a logit. Those of the last token of each sequence are gathered and sampled in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The widths of a model that what is computed depends on."""
+    """The widths of a model on which the memory for computing depends."""
 
     hidden: int
     inner: int
-    """Of the MLP, or of all experts that work on one token."""
+    """Units of the MLP, or of all experts together that work on one token."""
     vocabulary: int
     dtype_bytes: int
-    """Of one number that is computed."""
+    """Bytes of one number in the dtype that the model computes in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the workers are to do at the same time."""
+    """The sequences that the workers have to hold at the same time."""
 
     context: int
     """Tokens of a sequence, prompt and answer together."""
     batch: int
-    """Sequences."""
+    """Number of sequences."""
     reserve: int | None = None
-    """Bytes of each device that are for neither weights nor KV cache; None: by the formula."""
+    """Bytes of each device that neither weights nor KV cache may use; None: by the formula of `allowance`."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageFit:
-    """One stage: what each of its workers holds. All bytes are of one worker, of the fullest where they differ."""
+    """The memory of one stage. All bytes are those of one worker: the fullest, where workers differ."""
 
     layers: tuple[int, int]
-    """[start, stop)."""
+    """Layers [start, stop) of the stage."""
     memory: int
-    """Of the device."""
+    """Bytes of the device."""
     weights: int
+    """Bytes of weights."""
     rank_weights: tuple[int, ...]
     """Bytes of weights of each tensor rank."""
     kv_token: int
-    """Bytes of KV cache that one more token takes, while every window has room."""
+    """Bytes of KV cache that one more token takes, while every sliding window has room."""
     state: int
-    """Bytes of a sequence however long it is."""
+    """Bytes that each sequence takes, however long it is."""
     kv_needed: int
-    """Bytes of all sequences at full length."""
+    """Bytes that all sequences take at full length."""
     allowance: int
-    """Bytes for the process and what it computes."""
+    """Bytes for the process and for what it computes."""
     left: int
     """Bytes that are left for KV cache; negative where not even the weights fit."""
     tokens: int | None
-    """Tokens that it has room for, of as many sequences; None: any number."""
+    """Tokens of all sequences together that the worker has room for; None: any number."""
 
     @property
     def spare(self) -> int:
-        """Bytes that are left of the device when all sequences are at full length; negative: so many are missing."""
+        """Bytes of the device that are free when all sequences have full length; negative where so many are missing."""
         return self.left - self.kv_needed
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """What one token of one sequence sends between workers."""
+    """The traffic between workers for one token of one sequence."""
 
     tensor_bytes: int
-    """That each worker sends, through all layers, in all-reduces."""
+    """Bytes that each worker sends in the all-reduces of all layers."""
     tensor_steps: int
-    """Times that one waits for its neighbours meanwhile."""
+    """Times that a worker waits for its neighbours in those all-reduces."""
     pipeline_bytes: int
-    """From stage to stage, all hops together."""
+    """Bytes sent from stage to stage, all hops together."""
     hops: int
+    """Number of times that the token goes from one stage to the next."""
 
 
 @dataclass(frozen=True, slots=True)
 class GridFit:
-    """One way of dividing the model."""
+    """One way of dividing the model, with the memory of each stage."""
 
     tensor_parallel_size: int
     pipeline_parallel_size: int
@@ -105,7 +107,7 @@ class GridFit:
     stages: tuple[StageFit, ...]
     transfer: Transfer
     shard_bytes: int
-    """Weights of the worker that has most of them."""
+    """Bytes of weights of the worker that has the most."""
 
     @property
     def devices(self) -> int:
@@ -117,7 +119,7 @@ class GridFit:
 
     @property
     def spare(self) -> int:
-        """Of the fullest device."""
+        """Bytes that are free on the fullest device."""
         return min(stage.spare for stage in self.stages)
 
     @property
@@ -131,7 +133,12 @@ class GridFit:
 
 
 def allowance(shape: Shape, workload: Workload, *, ranks: int, last: bool) -> int:
-    """Bytes of a worker for its process and for what it computes: docs/planning.md has the formula."""
+    """Estimate the bytes that a worker needs for its process and for what it computes; docs/planning.md has the formula.
+
+    Args:
+        ranks: Tensor ranks of a stage.
+        last: Whether the stage is the last one, which computes logits.
+    """
     if workload.reserve is not None:
         return workload.reserve
     tokens = min(workload.context * workload.batch, CHUNK_TOKENS)
@@ -141,9 +148,15 @@ def allowance(shape: Shape, workload: Workload, *, ranks: int, last: bool) -> in
 
 
 def transfer(shape: Shape, *, layers: int, ranks: int, stages: int) -> Transfer:
-    """Two all-reduces of the hidden state a layer, in rings; the hidden state once from stage to stage."""
+    """Count the traffic of a token: two all-reduces of the hidden state in each layer, and one hop from stage to stage.
+
+    Args:
+        layers: Layers of the model.
+        ranks: Tensor ranks of each stage.
+        stages: Number of stages.
+    """
     state = shape.hidden * shape.dtype_bytes
-    # in a ring of n each sends 2 (n - 1) messages of 1/n
+    # in an all-reduce over a ring of n, each sends 2 (n - 1) messages of 1/n of the state
     return Transfer(
         tensor_bytes=2 * layers * state * 2 * (ranks - 1) // ranks,
         tensor_steps=2 * layers * 2 * (ranks - 1),
@@ -163,12 +176,18 @@ def fill(
     groups: int,
     needs: Sequence[Sequence[int]],
 ) -> GridFit | None:
-    """The grid whose stages have devices of `memory`, balanced; None where there are no such stages.
+    """Divide the model over devices so that the fullest is as empty as possible.
 
     Args:
+        weights: Bytes of weights of each layer.
+        kept: What each layer keeps of a sequence.
+        memory: Bytes of each stage's device.
         ranks: Tensor ranks of each stage.
-        groups: Of expert parallel ranks.
-        needs: Groups of layers; each stage must hold one of each group.
+        groups: Groups of expert parallel ranks.
+        needs: Groups of layers; each stage must hold at least one layer of each group.
+
+    Returns:
+        The grid; None where no such stages exist.
     """
     count = len(memory)
     beside = [weights.beside(first=i == 0, last=i == count - 1) for i in range(count)]
@@ -211,7 +230,7 @@ def fill(
 
 
 def _tokens(kept: Sequence[Kept], room: int, batch: int, ranks: int) -> int | None:
-    """Tokens that `batch` sequences of the same length may have in all in `room` bytes; None: any number."""
+    """Tokens that `batch` sequences of the same length may have together in `room` bytes; None: any number."""
     room = room // batch - sum(each.constant(ranks) for each in kept)
     if room < 0:
         return 0

@@ -1,7 +1,7 @@
 """Say what a model keeps of each sequence between two tokens, layer by layer, from its config alone. Arithmetic only.
 
-Full attention keeps keys and values of every token, a sliding window those of the last ones, multi-head latent
-attention one latent that all heads share, and what is recurrent a state of constant size.
+Full attention keeps keys and values of every token, and a sliding window those of the last tokens. Multi-head latent
+attention keeps one latent that all heads share. Recurrent layers keep a state of constant size.
 """
 
 from __future__ import annotations
@@ -15,57 +15,62 @@ from shardprep_runtime.errors import LayoutError, quote
 from ..layout.rules import text_config
 
 STATE_BYTES: Final = 4
-"""Of one number of a recurrent state, which is summed up over the whole sequence, unless the config names a dtype."""
+"""Bytes of one number of a recurrent state, unless the config names a dtype: it is summed over the whole sequence."""
 
 BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
 """Bytes of one number, by the names that configs give dtypes."""
 
 HEAD_DIM: Final = {"gemma": 256, "gemma2": 256, "gemma3_text": 256, "qwen3": 128, "qwen3_moe": 128}
-"""Of the types that have another default than hidden size / heads."""
+"""Model type -> default width of a head, where it is not hidden size / heads."""
 
 INDEX_SCALE: Final = 4
-"""Bytes of the scale of each 128 numbers of DeepSeek's index of keys, which is fp8."""
+"""Bytes of the scale that each 128 numbers of DeepSeek's fp8 index of keys share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What one layer keeps of each sequence."""
+    """The bytes that one layer keeps of each sequence."""
 
     kind: str
-    """As configs name layer types: full_attention, sliding_attention, linear_attention, ..."""
+    """The layer's type as configs name it: full_attention, sliding_attention, linear_attention, ..."""
     token: int = 0
-    """Bytes of a token: of one KV head, or of all there is where `heads` is 0."""
+    """Bytes that a token takes in one KV head, or in the whole layer where `heads` is 0."""
     heads: int = 0
     """KV heads, which tensor ranks share as they share their projections; 0: each rank keeps all (a latent)."""
     window: int | None = None
-    """Tokens that are kept at most."""
+    """Tokens that the layer keeps at most; None: all."""
     state: int = 0
-    """Bytes of a sequence, however long it is."""
+    """Bytes that a sequence takes, however long it is."""
     units: int = 1
     """Heads by which tensor ranks share the state; 1: each rank keeps all of it."""
     guessed: bool = False
-    """Whether the kind is not known, and this is what full attention would keep."""
+    """Whether the type is unknown, so that the layer is counted as full attention."""
 
     def uncut(self) -> Kept:
-        """The same where tensor ranks do not share the layer: each rank keeps all."""
+        """The same layer where tensor ranks do not share it: each rank keeps everything."""
         return replace(self, token=self.token * max(self.heads, 1), heads=0, units=1)
 
     def per_token(self, ranks: int) -> int:
-        """Bytes that one more token takes on each of `ranks` tensor ranks, while there is room in the window."""
+        """Bytes that one more token takes on each of `ranks` tensor ranks, while the window has room."""
         return self.token * (_share(self.heads, ranks) if self.heads else 1)
 
     def of_sequence(self, tokens: int, ranks: int) -> int:
-        """Bytes of a sequence of `tokens` on each of `ranks` tensor ranks."""
+        """Bytes that a sequence takes on each tensor rank.
+
+        Args:
+            tokens: Length of the sequence.
+            ranks: Number of tensor ranks.
+        """
         held = tokens if self.window is None else min(tokens, self.window)
         return self.per_token(ranks) * held + self.constant(ranks)
 
     def constant(self, ranks: int) -> int:
-        """Bytes of a sequence before its first token on each of `ranks` tensor ranks."""
+        """Bytes that a sequence takes before its first token, on each of `ranks` tensor ranks."""
         return self.state * _share(self.units, ranks) // self.units
 
 
 def _share(units: int, ranks: int) -> int:
-    """The heads that one of `ranks` tensor ranks holds: a KV head is shared once heads run out, never split."""
+    """The heads that one of `ranks` tensor ranks holds. A head is never split: ranks share it once heads run out."""
     if units % ranks == 0:
         return units // ranks
     return 1 if ranks % units == 0 else units
@@ -74,15 +79,16 @@ def _share(units: int, ranks: int) -> int:
 def read_kept(
     config: Mapping[str, Any], layers: int, *, kv_bytes: int, dtype_bytes: int, latent: bool = True
 ) -> tuple[Kept, ...]:
-    """What each of `layers` layers of the model with this config.json keeps.
+    """Read from a config.json what each layer keeps of a sequence.
 
     Args:
-        kv_bytes: Of one number of the KV cache.
-        dtype_bytes: Of one number of what else is kept in the model's dtype.
-        latent: Whether an engine keeps the latent of MLA (vLLM, SGLang) or heads made of it (transformers).
+        layers: Number of layers.
+        kv_bytes: Bytes of one number of the KV cache.
+        dtype_bytes: Bytes of one number in the model's dtype, in which other state is kept.
+        latent: Whether the engine keeps the latent of MLA (vLLM, SGLang), or the heads made from it (transformers).
 
     Raises:
-        LayoutError: Where the config lacks what is needed.
+        LayoutError: Where the config lacks a number that is needed.
     """
     reader = _Reader(text_config(config), layers, kv_bytes, dtype_bytes, latent)
     kinds = _kinds(reader)
@@ -92,7 +98,7 @@ def read_kept(
 
 
 class _Reader:
-    """The numbers of one config."""
+    """Reads from one config what its layers keep."""
 
     def __init__(
         self, config: Mapping[str, Any], layers: int, kv_bytes: int, dtype_bytes: int, latent: bool
@@ -107,7 +113,11 @@ class _Reader:
         self.model_type = str(config.get("model_type") or "")
 
     def find(self, *keys: str, of: Mapping[str, Any] | None = None) -> int | None:
-        """The first of `keys` that the config gives a number."""
+        """Give the number under the first of `keys` that the config has.
+
+        Args:
+            of: The config to look in; default: the whole one.
+        """
         for key in keys:
             found = (self.config if of is None else of).get(key)
             if found is None or found == "auto":
@@ -118,7 +128,14 @@ class _Reader:
         return None
 
     def need(self, *keys: str, of: Mapping[str, Any] | None = None) -> int:
-        """As `find`, of what must be there and more than 0."""
+        """Give the number as `find` does, and refuse a config that lacks it.
+
+        Args:
+            of: The config to look in; default: the whole one.
+
+        Raises:
+            LayoutError: Where none of the keys has a number above 0.
+        """
         found = self.find(*keys, of=of)
         if not found:
             raise LayoutError(f"config.json lacks what the KV cache depends on: {' or '.join(keys)}")
@@ -160,7 +177,7 @@ class _Reader:
         return self.guessed(kind, layer)
 
     def guessed(self, kind: str, layer: int) -> Kept:
-        """Of a kind that is not known: as full attention, which keeps most."""
+        """Count a layer of unknown type as full attention, which keeps the most."""
         return replace(self.attention(kind, layer), guessed=True)
 
     def is_mamba(self) -> bool:
@@ -180,11 +197,13 @@ class _Reader:
         return Kept(kind, (dim + values) * self.kv_bytes, kv, window)
 
     def multi_head_latent(self, kind: str, latent: int, rope: int) -> Kept:
-        twice = 2 if self.model_type == "longcat_flash" else 1  # two attentions in each of its layers
+        twice = 2 if self.model_type == "longcat_flash" else 1  # each of its layers has two attentions
         if not self.latent:
             keys = self.need("qk_nope_head_dim") + rope
             return Kept(kind, twice * (keys + self.need("v_head_dim")) * self.kv_bytes, self.heads())
-        index = self.find("index_head_dim") or 0  # DeepSeek 3.2: a key in fp8, and a scale, of each token
+        index = (
+            self.find("index_head_dim") or 0
+        )  # DeepSeek 3.2 keeps a key in fp8, and its scale, of each token
         return Kept(kind, twice * (latent + rope) * self.kv_bytes + index + -(-index // 128) * INDEX_SCALE)
 
     def heads(self) -> int:
@@ -207,12 +226,12 @@ class _Reader:
         return self.find("num_key_value_heads", "num_kv_heads", "multi_query_group_num") or heads
 
     def shared(self, layer: int) -> Kept | None:
-        """Nothing, where the last layers use the KV cache of earlier ones (Gemma 3n and 4)."""
+        """Nothing is kept by the last layers of Gemma 3n and 4, which use the KV cache of earlier ones; None elsewhere."""
         borrowed = self.find("num_kv_shared_layers") or 0
         return Kept("none") if layer >= self.layers - borrowed > 0 else None
 
     def linear(self, kind: str) -> Kept | None:
-        """A matrix per head, and the last inputs of a short convolution; None for a kind that is not known."""
+        """Linear attention keeps a matrix per head, and the last inputs of a short convolution; None for unknown types."""
         own = self.config.get("linear_attn_config")
         kimi = own if isinstance(own, Mapping) else self.config
         prefix = "" if kimi is own else "linear_"
@@ -229,7 +248,7 @@ class _Reader:
             channels = 2 * keys * key + values * value
             conv = channels * (self.need("linear_conv_kernel_dim") - 1) * self.dtype_bytes
             return Kept(kind, state=values * key * value * self.state_bytes + conv, units=keys)
-        if self.is_mamba():  # which newer configs name so
+        if self.is_mamba():  # newer configs call Mamba's layers linear attention
             return self.mamba(kind)
         if not self.model_type.startswith("minimax"):
             return None
@@ -244,7 +263,7 @@ class _Reader:
         heads = self.find("mamba_n_heads", "mamba_num_heads", "n_mamba_heads")
         if heads is None and self.model_type == "mamba2":
             heads = self.need("num_heads")
-        if heads is None:  # the first Mamba: every channel by itself
+        if heads is None:  # Mamba 1 has a state for each channel
             inner = (
                 self.find("intermediate_size") if "mamba" in self.model_type else None
             ) or expand * hidden
@@ -260,7 +279,7 @@ class _Reader:
 
 
 def _kinds(reader: _Reader) -> Sequence[str]:
-    """The kind of each layer, from the first key of the config that says so."""
+    """The type of each layer, from the first key of the config that gives it."""
     layers, config = reader.layers, reader.config
     for key in ("layer_types", "layers_block_type"):
         named = reader.list_of(key)
@@ -298,7 +317,7 @@ def _kinds(reader: _Reader) -> Sequence[str]:
 
 
 def _windows(reader: _Reader) -> Sequence[str]:
-    """Which layers have a sliding window, in configs that do not name the kind of each layer."""
+    """The layers that have a sliding window, in configs that do not name the type of each layer."""
     layers = reader.layers
     if reader.find("attention_chunk_size"):  # Llama 4
         step = reader.find("no_rope_layer_interval") or 4

@@ -1,4 +1,4 @@
-"""Say how a model can be divided so that it fits: weights, KV cache and what running takes, against devices' memory."""
+"""Say how a model can be divided so that its weights, its KV cache and what running takes fit the devices."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ from .budget import GridFit, Workload
 from .search import KV_BYTES, MOST_DEVICES, Devices, Refused, Search, gib
 
 CONTEXT: Final = 8192
-"""Tokens of a sequence unless more or fewer are asked for, or the model takes no more than fewer."""
+"""Tokens of a sequence by default; fewer where the model was made for fewer."""
 
 TRIES: Final = 24
-"""Shorter contexts that are tried for one that fits."""
+"""Number of shorter contexts that are tried when looking for one that fits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds that bytes take over the network."""
+    """Seconds that the bytes of a grid take over the network."""
 
     tensor_token: float
-    """Of the all-reduces of a token, if tensor ranks are on several hosts."""
+    """Seconds of a token's all-reduces, if tensor ranks are on several hosts."""
     pipeline_token: float
+    """Seconds that a token takes from stage to stage."""
     tensor_prefill: float
-    """Of a prompt that fills the context."""
+    """Seconds of the all-reduces of a prompt that fills the context."""
     pipeline_prefill: float
+    """Seconds that such a prompt takes from stage to stage."""
     cold_checkpoint: float
-    """Until a worker that reads the whole checkpoint has it."""
+    """Seconds until a worker has read the whole checkpoint."""
     cold_shard: float
-    """Until a worker that reads its own shard alone has it."""
+    """Seconds until a worker has read its own shard alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """Whether, and how, a model fits."""
+    """How a model fits the devices, and what would make it fit where it does not."""
 
     source: Path | str
     model_type: str
@@ -51,38 +53,42 @@ class FitReport:
     nbytes: int
     dtypes: Mapping[str, int]
     quantization: str | None
+    """The method by which the model is quantized; None where it is not."""
     quantize: bool
-    """Whether it is yet to be quantized so."""
+    """Whether the model would have to be quantized so first."""
     layers: int
     experts: int
     engine: str
     workload: Workload
     kv_dtype: str
     kv_token: int
-    """Bytes of KV cache of one token, in all layers, were it not divided."""
+    """Bytes of KV cache that one token takes in all layers together."""
     kv_sequence: int
-    """Bytes of one sequence of the whole context, state included."""
+    """Bytes that one sequence of the whole context takes, with its state."""
     state: int
-    """Bytes of one sequence that do not grow with it."""
+    """Bytes that one sequence takes, however long it is."""
     attention: Mapping[str, int]
-    """Kind of layer -> how many."""
+    """Type of layer -> number of layers."""
     devices: Devices
     grids: tuple[GridFit, ...]
-    """Those that were looked at, the fewest devices first."""
+    """All grids that were looked at, the fewest devices first."""
     refused: tuple[Refused, ...]
+    """Tensor parallel sizes that the model does not allow."""
     recommended: GridFit | None
+    """The best grid that fits; None where none does."""
     reasons: tuple[str, ...]
-    """For the recommended grid; without one, why there is none."""
+    """Sentences that say why this grid is recommended, or why none is."""
     advice: tuple[str, ...]
-    """What would make it fit, where nothing does."""
+    """Changes that would make the model fit, where no grid does; each was tried."""
     notes: tuple[str, ...]
+    """Sentences about what had to be assumed."""
     network: int | None
     """Bytes a second between hosts."""
     bandwidth: int | None
     """Bytes a second from where the weights lie to each worker."""
 
     def times(self, grid: GridFit) -> Times | None:
-        """What a grid's bytes take; None where no network was given."""
+        """Give the seconds that a grid's bytes take; None where the speed of the network is unknown."""
         network, bandwidth = self.network or self.bandwidth, self.bandwidth or self.network
         if network is None or bandwidth is None:
             return None
@@ -103,17 +109,17 @@ class FitOptions:
     kv_dtype: str = "auto"
     """dtype of the KV cache: `auto` (as the model), fp8, bf16, fp16 or fp32."""
     reserve: int | None = None
-    """Bytes of each device that are for neither weights nor KV cache; None: by a formula."""
+    """Bytes of each device that neither weights nor KV cache may use; None: by a formula."""
     quantize: str | None = None
-    """Plan for awq or gptq, 4 bits, of a model that is not quantized."""
+    """Plan for a model that is not quantized as awq or gptq would leave it, in 4 bits."""
     group_size: int = 128
     """Numbers of a row that share a scale, where `quantize` is given."""
     engine: str = TORCH
-    """Whose way of cutting to follow, where engines differ."""
+    """Engine whose cuts are planned, where engines differ: torch, transformers or vllm."""
     allow_generic: bool = False
     """Cut the rows of the linears of a model type that has no rules."""
     tensor_parallel_size: int | None = None
-    """The finest that may be recommended; None: any."""
+    """The largest tensor parallel size that may be recommended; None: any."""
 
 
 def plan_fit(
@@ -125,13 +131,22 @@ def plan_fit(
     bandwidth: int | None = None,
     access: Access | None = None,
 ) -> FitReport:
-    """How the model at `source`, a checkpoint, a shard set, a URI or a config.json, fits the devices.
+    """Find out how a model fits devices, and which grid is best. Reads headers alone, or a config.json alone.
 
-    Reads headers alone, or the config alone. Raises InputError for what cannot be planned.
+        report = plan_fit("hf://org/name", Devices((24 * 2**30,)), FitOptions(context=8192, batch=4))
+        if report.recommended:
+            print(report.recommended.tensor_parallel_size, report.recommended.bounds)
 
     Args:
+        source: A checkpoint, a shard set, a URI or a config.json.
+        devices: The devices that the model may be divided among.
+        options: What is asked for.
         network: Bytes a second between hosts.
         bandwidth: Bytes a second from where the weights lie to each worker.
+        access: Endpoint, profile and the like of a store.
+
+    Raises:
+        InputError: For a model, or for devices, that cannot be planned.
     """
     model = read_model(
         source,
@@ -192,7 +207,7 @@ def plan_fit(
 
 
 POSITIONS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""Keys of configs that say how long a sequence the model was made for."""
+"""Keys of configs for the longest sequence that the model was made for."""
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
@@ -210,7 +225,7 @@ def _named(grid: GridFit) -> str:
 
 
 def _reasons(search: Search, best: GridFit | None) -> Iterator[str]:
-    """Why this grid and no other; without one, what the nearest lacks."""
+    """Say why this grid and no other; without a grid, what the nearest one lacks."""
     if best is None:
         nearest = max(search.grids, key=lambda grid: grid.spare, default=None)
         if nearest is not None:
@@ -260,7 +275,7 @@ def _reasons(search: Search, best: GridFit | None) -> Iterator[str]:
 
 
 def _advise(search: Search, group_size: int) -> Iterator[str]:
-    """What would make it fit, each tried."""
+    """Say what would make the model fit; each change is tried before it is named."""
     memory, workload = search.devices.memory, search.workload
     found = None
     if len(memory) > 1:
@@ -284,7 +299,8 @@ def _advise(search: Search, group_size: int) -> Iterator[str]:
     least = search.again(workload=replace(workload, context=1))
     if least is not None and least.tokens is not None:
         context = least.tokens // workload.batch
-        for _ in range(TRIES):  # a longer context takes other stages, and more for what is computed
+        # by trying: another context gets other stages, and other room to compute
+        for _ in range(TRIES):
             if not context or search.again(workload=replace(workload, context=context)) is not None:
                 break
             context = context * 15 // 16

@@ -1,4 +1,4 @@
-"""Look for the ways of dividing one model among given devices: which can be, what each holds, and which is best."""
+"""Find the ways of dividing one model among given devices: which are possible, what each holds, and which is best."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shardprep_runtime.errors import InputError, LayoutError, quote
 from shardprep_runtime.format.cut import allows
 
 from ..layout import ModelLayout
-from ..layout.packed import Grain
+from ..layout.packed_linear import Grain
 from ..layout.pad import share_evenly
 from ..layout.rules import text_config
 from ..model.describe import Model
@@ -19,23 +19,23 @@ from .kv_cache import BYTES, Kept, read_kept
 from .weights import Census, Weights
 
 KV_BYTES: Final = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
-"""Of one number of the KV cache."""
+"""Name of the KV cache's dtype -> bytes of one number."""
 
 MOST_DEVICES: Final = 512
-"""Devices that are tried when any number may be used."""
+"""The largest number of devices that is tried when any number may be used."""
 
 MOST_RANKS: Final = 64
-"""Tensor ranks that are tried."""
+"""The largest tensor parallel size that is tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """What there is to run on."""
+    """The devices that a model may be divided among."""
 
     memory: tuple[int, ...]
-    """Bytes of each device, in the order of ranks, all of which are to be used; one alone: any number of such."""
+    """Bytes of each device, in the order of ranks; all are used. A single entry: any number of devices of that size."""
     per_host: int = 8
-    """Devices that reach each other without the network."""
+    """Devices of a host, which reach each other without the network."""
 
     def __post_init__(self) -> None:
         if not self.memory or min(self.memory) < 1 or self.per_host < 1:
@@ -44,12 +44,12 @@ class Devices:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A tensor parallel size that cannot be."""
+    """A tensor parallel size that the model does not allow."""
 
     tensor_parallel_size: int
     why: str
     pad_to: int | None = None
-    """Where quantization groups are in the way: the length at which they are not."""
+    """The padded length at which quantization groups would allow the size; None where padding does not help."""
 
 
 class Search:
@@ -77,7 +77,9 @@ class Search:
         self.census: Census
         self.mixed: set[int]
         self.weighed: dict[tuple[int, int], Weights | None] = {}
-        if like is not None and like.model is model:  # what depends on the model alone is worked out once
+        if (
+            like is not None and like.model is model
+        ):  # these depend on the model alone, and are slow to work out
             self.census, self.mixed, self.weighed = like.census, like.mixed, like.weighed
         else:
             self.census = Census(model.layout, model.packed.tensors)
@@ -98,7 +100,7 @@ class Search:
         self.shape = _shape(model, own_bytes)
         self.needs = list(
             model.layout.stage_needs.values()
-        )  # split refuses stages that any engine cannot run
+        )  # those of every engine: split refuses stages that one of the engines cannot run
         self.filled: dict[tuple[Any, ...], GridFit | None] = {}
 
     def again(
@@ -110,7 +112,15 @@ class Search:
         kv_dtype: str | None = None,
         most: int = MOST_DEVICES,
     ) -> GridFit | None:
-        """The best grid were something else, None where nothing fits either."""
+        """Find the best grid with something changed; what is None stays as it is.
+
+        Args:
+            kv_dtype: The dtype of the KV cache.
+            most: The largest number of devices that is tried.
+
+        Returns:
+            The best grid; None where none fits.
+        """
         other = Search(
             model or self.model,
             workload or self.workload,
@@ -125,7 +135,7 @@ class Search:
         return other.best()
 
     def best(self) -> GridFit | None:
-        """Of the grids that fit: the fewest devices, then tensor parallelism within a host before stages."""
+        """Choose a grid that fits: one with the fewest devices, then with tensor parallelism within a host before stages."""
         fitting = [grid for grid in self.grids if grid.fits and self._uses_all(grid)]
 
         def rank(grid: GridFit) -> tuple[int, bool, int, int, int]:
@@ -139,7 +149,7 @@ class Search:
         return len(self.devices.memory) in (1, grid.devices)
 
     def run(self) -> None:
-        """Look at the grids."""
+        """Look at all grids, and fill `grids` and `refused`."""
         given = len(self.devices.memory)
         for size in self._sizes():
             if self.weights(size, 1) is None:
@@ -169,7 +179,15 @@ class Search:
             yield 1
 
     def weights(self, size: int, groups: int) -> Weights | None:
-        """What each rank holds; None, and said why in `refused`, where the sizes cannot be."""
+        """Give the bytes that each rank holds.
+
+        Args:
+            size: Tensor parallel size.
+            groups: Groups of expert parallel ranks.
+
+        Returns:
+            The bytes; None, with the reason in `refused`, where the model does not allow these sizes.
+        """
         key = size, groups
         if key not in self.weighed:
             self.weighed[key] = None
@@ -187,13 +205,13 @@ class Search:
         return self.weighed[key]
 
     def _refusal(self, size: int) -> Refused | None:
-        """Why `size` tensor ranks cannot share the model's tensors; None where they can."""
+        """Say why `size` tensor ranks cannot share the model's tensors; None where they can."""
         grains = self.model.packed.grains
         unaligned: dict[tuple[int, int], Grain] = {}
         for name, entry in self.census.entries.items():  # one of each kind
             grain = grains.get(name)
             layout = entry.form.layout if grain is None else grain.layout
-            if not allows(layout, size):  # no padding of groups would help
+            if not allows(layout, size):  # padding to whole groups would not help
                 units = " + ".join(str(segment.units) for segment in layout.segments)
                 return Refused(size, f"{quote(name)}: {units} units cannot be shared by {size} ranks")
             if grain is not None and not allows(entry.form.layout, size):
@@ -207,7 +225,7 @@ class Search:
             each, rest = divmod(grain.size, size)
             share = f"{grain.size} / {size} = {each}" + (f" rest {rest}" if rest else "")
             lines.append(
-                f"{quote(grain.weight)}: {share} is no multiple of {grain.multiple}, in which its quantization comes; "
+                f"{quote(grain.weight)}: {share} is not a multiple of {grain.multiple}, in which its quantization comes; "
                 f"padded to {pads[-1]}, the next multiple of {grain.multiple} x {size}, it could be shared"
             )
         return Refused(size, "; ".join(lines), pads[0])
@@ -236,7 +254,7 @@ class Search:
                     self.grids.append(fewer)
 
     def _any_number(self, size: int, groups: int) -> None:
-        """The stages before the first that fit, those, and some more."""
+        """Try numbers of stages: those before the first number that fits, that one, and some more."""
         room = self.devices.memory[0]
         limit = min(self.most // size, self.model.layout.layers)
         weights = self.weights(size, groups)
@@ -287,7 +305,7 @@ class Search:
 
 
 def _shared_mixers(layout: ModelLayout) -> set[int]:
-    """Layers of which tensor ranks share attention or what stands in its place, and not the MLP alone."""
+    """Layers whose attention (or what replaces it) is shared by tensor ranks, and not only their MLP."""
     return {
         placed.layer
         for name, placed in layout.tensors.items()
@@ -311,7 +329,7 @@ MLPS: Final = frozenset(
         "fc2",
     )
 )
-"""Words in the names of tensors that have no part in what is kept of a sequence."""
+"""Words in the names of tensors that belong to an MLP, and so do not change what a layer keeps of a sequence."""
 
 
 def _dtype(model: Model) -> tuple[str, int]:
@@ -353,5 +371,5 @@ def _shape(model: Model, dtype_bytes: int) -> Shape:
 
 
 def gib(nbytes: int) -> str:
-    """Bytes as people read them in a sentence."""
+    """Write a number of bytes for a sentence."""
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

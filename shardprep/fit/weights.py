@@ -1,7 +1,7 @@
 """Say how many bytes of weights each worker of a grid holds, exactly, by asking for its view. Arithmetic only.
 
-Tensors of one form, and of one expert, have the same share on a rank: a view of one of each, times how many of them a
-layer has, is the view of the model.
+Tensors of the same form and the same expert have the same share on a rank. So one view of one tensor of each kind is
+enough: a layer's bytes are those of its kinds, each times the number of its tensors.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..layout import ModelLayout
 
 
 class Census:
-    """How many tensors of which kind each layer of a model has."""
+    """Counts the tensors of each kind in each layer of a model."""
 
     def __init__(self, layout: ModelLayout, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         self.layout = layout
         self.entries: dict[str, Entry] = {}
-        """One tensor of each kind."""
+        """The name of one tensor of each kind -> that tensor; the name stands for the kind."""
         forms: dict[Form, Form] = {}
         known: dict[
             tuple[str, tuple[int, ...], int, int], Form
-        ] = {}  # by identity first: to hash a form is slow
+        ] = {}  # by the layout's identity, since hashing a form is slow
         kinds: dict[tuple[int, int | None], str] = {}
         self.layers: dict[Layer, Counter[str]] = {}
-        """Layer or placement -> kind, named by a tensor of it -> how many."""
+        """Layer or placement -> kind -> number of tensors."""
         for name, placed in layout.tensors.items():
             dtype, shape = tensors[name]
             alike = dtype, shape, id(placed.layout), id(placed.engines)
@@ -49,7 +49,14 @@ class Census:
     def weigh(
         self, tensor_parallel_size: int, expert_parallel_size: int = 1, *, engine: str = manifests.TORCH
     ) -> Weights:
-        """The bytes of each tensor rank. Raises LayoutError for sizes that the layout does not allow."""
+        """Give the bytes of weights of each tensor rank.
+
+        Args:
+            engine: The engine whose cuts are weighed.
+
+        Raises:
+            LayoutError: For sizes that the layout does not allow.
+        """
         size = tensor_parallel_size
         if expert_parallel_size > 1 and self.layout.experts < expert_parallel_size:
             raise LayoutError(
@@ -101,17 +108,22 @@ class Census:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Bytes of weights of each tensor rank."""
+    """Bytes of weights of each tensor rank, by layer."""
 
     layers: tuple[tuple[int, ...], ...]
-    """Of each layer: of each rank."""
+    """For each layer: bytes of each rank."""
     outside: Mapping[str, tuple[int, ...]]
-    """Placement -> of each rank."""
+    """Placement of tensors that are not in a layer -> bytes of each rank."""
     sums: tuple[tuple[int, ...], ...]
-    """Of each rank: of all layers before a layer."""
+    """For each rank, then for each layer: bytes of all layers before it."""
 
     def beside(self, *, first: bool, last: bool) -> tuple[int, ...]:
-        """What a stage holds beside its layers, of each rank."""
+        """Bytes that each rank of a stage holds beside its layers.
+
+        Args:
+            first: Whether the stage is the first one, with the embedding.
+            last: Whether the stage is the last one, with the head.
+        """
         found = [0] * len(self.sums)
         for placement, sizes in self.outside.items():
             if placement == "every" or (first and placement != "last") or (last and placement != "first"):
@@ -119,6 +131,13 @@ class Weights:
         return tuple(found)
 
     def stage(self, start: int, stop: int, *, first: bool, last: bool) -> tuple[int, ...]:
-        """What a stage of the layers [start, stop) holds, of each rank."""
+        """Bytes that each rank of a stage holds.
+
+        Args:
+            start: First layer of the stage.
+            stop: One past its last layer.
+            first: Whether the stage is the first one, with the embedding.
+            last: Whether the stage is the last one, with the head.
+        """
         beside = self.beside(first=first, last=last)
         return tuple(own[stop] - own[start] + more for own, more in zip(self.sums, beside, strict=True))

@@ -1,94 +1,60 @@
-"""Say how the tensors of a quantized linear are cut, from how its weight is: packed numbers, scales and zero points.
-
-A rank's share must hold whole groups and whole packed words: a weight that could be cut anywhere can then be cut at
-fewer places, at which all tensors of the linear are cut together.
-"""
+"""Lay out a model that is quantized, or will be: which tensors stand for each weight, and how they are cut with it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import gcd, lcm, prod
+from math import prod
 from typing import Any, Final
 
 from shardprep_runtime.errors import FormatError, LayoutError, UnsupportedError, quote
-from shardprep_runtime.format.cut import WHOLE, Layout, Segment, allows, sizes_that_work
+from shardprep_runtime.format.cut import WHOLE, Layout, allows, sizes_that_work
 
-from .quantization import Scheme, check_method, read_scheme
+from .packed_linear import IN, OUT, Cutter, Field, Grain, fields_of_scheme
+from .quantization import Scheme, read_scheme
 from .rules import ModelLayout, Placed, derive_layout, normalize
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Name -> (dtype, shape)."""
 
 Derive = Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], ModelLayout]
-"""What derives the layout of a model that is not quantized, from its config and shapes."""
-
-OUT, IN = -2, -1
-"""Dims of a weight, out x in."""
+"""A function that derives the layout of a model that is not quantized, from its config and shapes."""
 
 ROUTERS: Final = ("gate", "router", "wg", "shared_expert_gate", "classifier", "gating")
-"""Last words of the names of linears that quantizers leave alone: a wrong expert costs more than their bytes."""
+"""Last words in the names of routers. Quantizers leave them alone: a wrong choice of expert costs more than their bytes."""
 
 IN_OUT: Final = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types whose linears of the layers lie in x out (transformers' Conv1D) until they are quantized."""
-
-BYTES: Final = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
-"""Formats of compressed-tensors that pack two numbers into a byte, not eight into a word."""
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """One of the tensors that stand for a quantized weight."""
-
-    suffix: str
-    """What its name ends in, in place of the weight's `.weight`."""
-    dtype: str
-    dims: tuple[tuple[int | None, int], ...]
-    """For each dim: which dim of the weight it follows (None: none), and how many of that one's indices make one of its own
-    (0: not said; one for all where there is one)."""
-    spread: bool = False
-    """Whether a run of inputs may need any of it: it stays whole where the weight is cut along its input."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grain:
-    """Where a quantized weight may be cut."""
-
-    weight: str
-    layout: Layout
-    """Of the weight before it was quantized."""
-    size: int
-    """Indices of the dim that is cut, or of its longest fused block."""
-    multiple: int
-    """A rank's share of them must be a multiple of this."""
-    inputs: bool
-    """Whether they are inputs of the linear, which come in groups, or outputs, which come in packed words."""
+"""Model types whose layers store linears in x out (transformers' Conv1D) until they are quantized."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedModel:
-    """A quantized model's tensors and how each is cut."""
+    """The tensors of a model, quantized or not, and how each is cut."""
 
     tensors: Shapes
     layout: ModelLayout
     parameters: int
-    """Numbers that the tensors stand for."""
+    """Number of parameters that the tensors stand for."""
     grains: Mapping[str, Grain]
-    """Tensors that are cut in groups or packed words -> where they may be."""
+    """Names of tensors that are cut in groups or packed words -> the places at which they may be cut."""
     kept: tuple[str, ...] = ()
-    """Linears that stay as they are because their sizes do not divide into groups."""
+    """Linears that are not quantized because their sizes do not divide into groups."""
     scheme: Scheme | None = None
-    """How it is quantized; None: not at all."""
+    """The scheme of quantization; None where the model is not quantized."""
 
     def check_grain(self, grain: int) -> None:
-        """Raises LayoutError, with the sizes that would work, where `grain` tensor ranks cannot share a tensor."""
+        """Check that `grain` tensor ranks can share every tensor.
+
+        Raises:
+            LayoutError: Where they cannot; it names the sizes that would work, and what would make this one work.
+        """
         for name, placed in self.layout.tensors.items():
             if allows(placed.layout, grain):
                 continue
             own = self.grains.get(name)
             if own is None or not allows(own.layout, grain):
-                self.layout.check_grain(grain)  # groups are not what is in the way
+                self.layout.check_grain(grain)  # the weight itself cannot be shared, whatever its groups are
                 continue
             sizes = sizes_that_work(list({each.layout for each in self.layout.tensors.values()}))
             raise LayoutError(
@@ -103,17 +69,19 @@ class PackedModel:
         how = "quantized in groups" if group and own.multiple % group == 0 else "packed in words"
         return (
             f"{quote(own.weight)}: {own.size} {'inputs' if own.inputs else 'outputs'}, {how} of {own.multiple}, cannot be "
-            f"shared by {grain} tensor ranks: {share} is no multiple of {own.multiple}"
+            f"shared by {grain} tensor ranks: {share} is not a multiple of {own.multiple}"
         )
 
     def _advice(self, own: Grain, grain: int) -> str:
-        """What to do about groups that would be split."""
+        """Say what to do where a cut would split groups."""
         if not own.inputs or self.scheme is None or self.scheme.group is None:
             return ""
         ways = []
-        if all(segment.units == segment.size for segment in own.layout.segments):  # no heads: an MLP's
+        if all(
+            segment.units == segment.size for segment in own.layout.segments
+        ):  # without heads: it is an MLP's
             ways.append(f"`shardprep quantize --pad-to-tp {grain}`")
-        smaller = (64, 32)  # besides 128, what engines take
+        smaller = (64, 32)  # the group sizes below 128 that engines take
         fits = [g for g in smaller if g < self.scheme.group and own.size % (grain * g) == 0]
         if fits:
             ways.append(f"`shardprep quantize --group-size {fits[0]}`")
@@ -121,54 +89,17 @@ class PackedModel:
 
 
 def fields_of(method: str, *, bits: int = 4, group: int | None = 128) -> tuple[Field, ...]:
-    """The tensors of a weight that `method` quantizes, the first of them the weight itself. `group` None: one per row.
+    """List the tensors that stand for a quantized weight; the first holds its packed numbers.
+
+    Args:
+        method: One of METHODS.
+        bits: Bits of a packed number.
+        group: Numbers of a row that share a scale; None: the whole row.
 
     Raises:
         UnsupportedError: For a method that is not known.
     """
-    return _fields(Scheme(method, bits, group))
-
-
-def _fields(scheme: Scheme) -> tuple[Field, ...]:
-    words = 8 // scheme.bits if scheme.format in BYTES else 32 // scheme.bits
-    rows = 0 if scheme.group is None else scheme.group
-    match check_method(scheme.method):
-        case "awq":
-            return (
-                Field(".qweight", "I32", ((IN, 1), (OUT, words))),
-                Field(".scales", "F16", ((IN, rows), (OUT, 1))),
-                Field(".qzeros", "I32", ((IN, rows), (OUT, words))),
-            )
-        case "gptq":
-            return (
-                Field(".qweight", "I32", ((IN, words), (OUT, 1))),
-                Field(".scales", "F16", ((IN, rows), (OUT, 1)), scheme.act_order),
-                Field(".qzeros", "I32", ((IN, rows), (OUT, words)), scheme.act_order),
-                Field(".g_idx", "I32", ((IN, 1),)),
-            )
-        case "fp8":
-            return (
-                Field(".weight", "F8_E4M3", ((OUT, 1), (IN, 1))),
-                Field(".weight_scale_inv", "F32", ((OUT, rows), (IN, rows))),
-            )
-        case "mxfp4":  # gpt-oss, whose experts are in x out
-            return (
-                Field("_blocks", "U8", ((IN, 1), (OUT, 32), (None, 16))),
-                Field("_scales", "U8", ((IN, 1), (OUT, 32))),
-            )
-        case "compressed-tensors":
-            packed = "U8" if scheme.format in BYTES else "I32"
-            return (
-                Field(".weight_packed", packed, ((OUT, 1), (IN, words))),
-                Field(".weight_scale", "BF16", ((OUT, 1), (IN, rows)), scheme.act_order),
-                Field(".weight_shape", "I64", ((None, 2),)),
-                Field(".weight_zero_point", "I32", ((OUT, words), (IN, rows)), scheme.act_order),
-                Field(".weight_g_idx", "I32", ((IN, 1),)),
-            )
-    return (  # ModelOpt's
-        Field(".weight", "U8", ((OUT, 1), (IN, 2 if scheme.bits == 4 else 1))),
-        Field(".weight_scale", "F8_E4M3", ((OUT, 1), (IN, rows))),
-    )
+    return fields_of_scheme(Scheme(method, bits, group))
 
 
 # ------------------------------------------------------------------------------------- a model that will be quantized
@@ -185,22 +116,27 @@ def pack(
     symmetric: bool | None = None,
     act_order: bool = False,
 ) -> PackedModel:
-    """The model as `method` would leave it: the linears of its layers packed, all else as it is.
+    """Lay out a model as `method` would leave it: the linears of its layers are packed, all else stays as it is.
 
     Args:
+        layout: The layout of the model before.
+        tensors: The tensors of the model before.
+        method: One of METHODS.
+        bits: Bits of a packed number.
         group: Numbers of a row that share a scale; None: all of them.
-        skip: Parts of the names of linears that stay as they are, or patterns behind `re:`.
-        symmetric: None: as the method is used, AWQ with zero points and the others without.
+        skip: Linears that stay as they are: parts of their names, or patterns after `re:`.
+        symmetric: Whether there are no zero points; None: as the method is used, AWQ with them and the others without.
+        act_order: Whether inputs belong to groups by a permutation (`g_idx`).
     """
     if symmetric is None:
         symmetric = method != "awq"
     scheme = Scheme(method, bits, group, symmetric, act_order, kept=tuple(skip))
-    fields = [field for field in _fields(scheme) if field.suffix not in _lacking(scheme)]
+    fields = [field for field in fields_of_scheme(scheme) if field.suffix not in _lacking(scheme)]
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     placed: dict[str, Placed] = {}
     grains: dict[str, Grain] = {}
     kept = []
-    cutter = _Cutter({field.suffix: field for field in fields}, scheme)
+    cutter = Cutter({field.suffix: field for field in fields}, scheme)
     for name, (dtype, shape) in tensors.items():
         own = layout.tensors[name]
         base = None
@@ -218,7 +154,7 @@ def pack(
         stem = name.removesuffix(".weight")
         sizes = {suffix: size for suffix, size in made.items() if size is not None}
         for suffix, size in sizes.items():
-            # compressed-tensors leaves scales in the dtype that the weight had
+            # compressed-tensors stores scales in the dtype that the weight had
             found[stem + suffix] = dtype if suffix == ".weight_scale" else cutter.fields[suffix].dtype, size
         cutter.place(name, own, base[0], base[1], sizes, placed, grains)
     return PackedModel(
@@ -232,18 +168,18 @@ def pack(
 
 
 def _lacking(scheme: Scheme) -> tuple[str, ...]:
-    """Tensors of compressed-tensors that only some schemes write."""
+    """The suffixes that compressed-tensors does not write for this scheme."""
     zeros = (".weight_zero_point",) if scheme.symmetric else ()
     return zeros if scheme.act_order else (*zeros, ".weight_g_idx")
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Whether a quantizer's list of what it leaves alone means this tensor."""
+    """Whether an entry of a quantizer's list of linears that it leaves alone means this tensor."""
     if pattern.startswith("re:"):
         try:
             return re.match(pattern.removeprefix("re:"), name.removesuffix(".weight")) is not None
         except re.error:
-            raise LayoutError(f"config.json: {quote(pattern)} is no pattern") from None
+            raise LayoutError(f"config.json: {quote(pattern)} is not a pattern") from None
     words = [".*" if word == "*" else re.escape(word) for word in re.split(r"(\*)", pattern)]
     return re.search(rf"(^|\.){''.join(words)}(\.|$)", name) is not None
 
@@ -260,7 +196,7 @@ def _is_linear(name: str, placed: Placed, shape: tuple[int, ...]) -> bool:
 def _upright(
     name: str, placed: Placed, shape: tuple[int, ...], model_type: str
 ) -> tuple[Layout, tuple[int, ...]]:
-    """Layout and shape of a weight as out x in: fused experts lie either way, which shows in how they are cut."""
+    """Give layout and shape of a weight as out x in. Fused experts are stored either way; how they are cut tells which."""
     layout = placed.layout
     if model_type in IN_OUT and len(shape) == 2:
         return _flipped(layout), (shape[1], shape[0])
@@ -270,7 +206,7 @@ def _upright(
 
 
 def _flipped(layout: Layout) -> Layout:
-    """The layout of a matrix that is stored transposed."""
+    """The layout of a matrix that is transposed."""
     return layout if layout.dim is None else replace(layout, dim=1 - layout.dim)
 
 
@@ -283,7 +219,7 @@ def _size(field: Field, base: tuple[int, ...]) -> tuple[int, ...] | None:
             continue
         length = base[dim]
         step = step or length
-        if length % step and field.suffix != ".weight_scale_inv":  # whose last block may be smaller
+        if length % step and field.suffix != ".weight_scale_inv":  # the last block of float8 may be smaller
             return None
         size.append(-(-length // step))
     return tuple(size)
@@ -299,10 +235,17 @@ def lay_out(
     legacy: Mapping[str, Any] | None = None,
     derive: Derive = derive_layout,
 ) -> PackedModel:
-    """The tensors of a checkpoint, quantized or not, and how each is cut.
+    """Lay out a checkpoint, quantized or not.
 
-    `legacy` is the content of one of `legacy_names`, where config.json does not say how it is quantized; `derive`
-    gives the layout of a model that is not. Raises what it raises, and UnsupportedError for a scheme that is not known.
+    Args:
+        config: The parsed config.json.
+        tensors: Name -> (dtype, shape) of every tensor of the checkpoint.
+        legacy: The content of one of `legacy_names`, for a config.json that does not say how it is quantized.
+        derive: Gives the layout of a model that is not quantized.
+
+    Raises:
+        UnsupportedError: For a scheme that is not known, and for whatever `derive` does not know.
+        FormatError, LayoutError: Where the tensors are not what the config says.
     """
     scheme = read_scheme(config, legacy)
     if scheme is not None:
@@ -320,11 +263,17 @@ def lay_out(
 def derive_packed(
     config: Mapping[str, Any], tensors: Shapes, derive: Derive, scheme: Scheme | None = None
 ) -> PackedModel:
-    """The layout of a quantized checkpoint, from what its headers say and the layout of the model before.
+    """Lay out a quantized checkpoint, from its headers and the layout of the model before.
 
-    `derive` is `derive_layout` for the config and shapes of the model as it was before; `scheme` that of config.json
-    if None. Raises UnsupportedError for a scheme that is not known, FormatError or LayoutError where the tensors are
-    not what it says.
+    Args:
+        config: The parsed config.json.
+        tensors: Name -> (dtype, shape) of every tensor of the checkpoint.
+        derive: Gives the layout of the model before, from its config and shapes.
+        scheme: How the checkpoint is quantized; default: what config.json says.
+
+    Raises:
+        UnsupportedError: For a scheme that is not known, and for whatever `derive` does not know.
+        FormatError, LayoutError: Where the tensors are not what the scheme says.
     """
     scheme = scheme or read_scheme(config)
     if scheme is None:
@@ -333,7 +282,7 @@ def derive_packed(
     if not whole.linears:
         raise FormatError(
             f"config.json: quantized by {scheme.method}, but no tensor holds packed numbers "
-            f"({_fields(scheme)[0].suffix}); config and tensors do not belong together"
+            f"({fields_of_scheme(scheme)[0].suffix}); config and tensors do not belong together"
         )
     turned = config.get("model_type") in IN_OUT
     shapes = {
@@ -346,7 +295,7 @@ def derive_packed(
         layer = normalize(name)[1]
         placed[name] = Placed("every" if layer is None else layer, WHOLE)
     grains: dict[str, Grain] = {}
-    cutter = _Cutter(whole.fields, scheme)
+    cutter = Cutter(whole.fields, scheme)
     for name, shape in whole.shapes.items():
         own = layout.tensors[name]
         if name not in whole.linears:
@@ -370,7 +319,7 @@ def _derived(
     linears: Mapping[str, Any],
     turned: bool,
 ) -> ModelLayout:
-    """The layout of the model before, and of biases that only AutoGPTQ gave it: it wrote one, of zeros, for each linear."""
+    """Derive the layout of the model before, and of biases that it did not have: AutoGPTQ adds zeros to each linear."""
     try:
         return derive(config, shapes)
     except UnsupportedError:
@@ -398,25 +347,32 @@ def _of_bias(layout: Layout) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What the tensors of a quantized checkpoint stand for."""
+    """The model that a quantized checkpoint stands for."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the tensors of the model before."""
+    """Name -> shape of each tensor of the model before it was quantized."""
     linears: Mapping[str, Mapping[str, tuple[int, ...]]]
-    """Name of a quantized weight -> suffix -> shape, of all tensors that stand for it."""
+    """Name of a quantized weight -> suffix -> shape of each tensor that stands for it."""
     beside: tuple[str, ...]
-    """Tensors that stand for no weight: scales of the KV cache."""
+    """Tensors that do not stand for a weight: scales of the KV cache."""
     fields: Mapping[str, Field]
 
     @property
     def parameters(self) -> int:
-        """Numbers of the model before."""
+        """Number of parameters of the model before."""
         return sum(map(prod, self.shapes.values()))
 
 
 def unpack(tensors: Shapes, scheme: Scheme) -> Unpacked:
-    """The shapes of the model before it was quantized, by the names and shapes of its tensors alone."""
-    weight, *others = _fields(scheme)
+    """Find the shapes of the model before it was quantized, from the names and shapes of its tensors alone.
+
+    Args:
+        tensors: Name -> (dtype, shape) of every tensor of the checkpoint.
+
+    Raises:
+        FormatError: For a packed weight with too few dims.
+    """
+    weight, *others = fields_of_scheme(scheme)
     fields = {suffix: Field(suffix, "", ()) for suffix in SMALL}
     fields |= {each.suffix: each for each in (Field(".weight", "", ((OUT, 0), (IN, 0))), *others, weight)}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -429,7 +385,7 @@ def unpack(tensors: Shapes, scheme: Scheme) -> Unpacked:
             shapes[base] = _before(name, shape, weight)
             linears[base] = {suffix: shape}
         elif suffix == ".weight" and dtype in ("F8_E4M3", "F8_E5M2", "I8", "U8") and len(shape) >= 2:
-            # two 4-bit numbers in a byte
+            # U8 holds two 4-bit numbers in a byte
             shapes[base] = *shape[:-1], shape[-1] * (2 if dtype == "U8" else 1)
             linears[base] = {suffix: shape}
         else:
@@ -446,7 +402,7 @@ def unpack(tensors: Shapes, scheme: Scheme) -> Unpacked:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the model before, whose language model may have had a quantization_config of its own."""
+    """The config of the model before: without quantization_config, also in the config of its language model."""
     keys = ("quantization_config", "compression_config")
     found = {key: value for key, value in config.items() if key not in keys}
     text = found.get("text_config")
@@ -456,7 +412,7 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suffix(name: str, fields: Mapping[str, Field]) -> tuple[str, str]:
-    """A tensor's name up to the suffix that says what it is of its weight, and that; an empty one where it has none."""
+    """Split a tensor's name into its stem and the suffix that says which field it is; empty where it is not a field."""
     stem, dot, word = name.rpartition(".")
     if dot + word in fields:
         return stem, dot + word
@@ -468,11 +424,11 @@ SMALL: Final = (
     ".weight_scale", ".weight_scale_2", ".weight_shape", ".input_scale", ".input_global_scale",
     ".weight_global_scale", ".k_scale", ".v_scale", ".weight_zero_point", ".activation_scale", ".scale",
 )  # fmt: skip
-"""What else may lie beside a quantized weight: one number, or one for each of its rows."""
+"""Suffixes of further tensors beside a quantized weight: each holds one number, or one for each row of the weight."""
 
 
 def _before(name: str, shape: tuple[int, ...], weight: Field) -> tuple[int, ...]:
-    """The shape of the weight, out x in, that a packed tensor stands for."""
+    """The shape, out x in, of the weight that a packed tensor stands for."""
     lead = len(shape) - len(weight.dims)
     if lead < 0:
         raise FormatError(
@@ -483,141 +439,3 @@ def _before(name: str, shape: tuple[int, ...], weight: Field) -> tuple[int, ...]
         if dim is not None:
             base[dim] = length * step
     return (*shape[:lead], base[OUT], base[IN])
-
-
-# ------------------------------------------------------------------------------------------------------- one linear
-
-
-class _Cutter:
-    """Places all tensors of a linear so that they are cut together; linears that are alike are worked out once."""
-
-    def __init__(self, fields: Mapping[str, Field], scheme: Scheme) -> None:
-        self.fields = fields
-        self.block = (
-            scheme.group
-            if not scheme.format.endswith(("gptq", "gptq_v2", "gemm", "pack-quantized"))
-            else None
-        )
-        """Rows that may share a scale: float8 may come in squares."""
-        self.known: dict[Any, tuple[int, dict[str, tuple[Layout, tuple[tuple[str, Layout], ...]]]]] = {}
-
-    def place(
-        self,
-        weight: str,
-        placed: Placed,
-        layout: Layout,
-        shape: tuple[int, ...],
-        sizes: Mapping[str, tuple[int, ...]],
-        into: dict[str, Placed],
-        grains: dict[str, Grain],
-    ) -> None:
-        """Place the tensors of `sizes`, by suffix, of the weight that was `placed`; `layout` and `shape` are out x in."""
-        key = layout, placed.engines, shape, tuple(sizes.items())
-        if key not in self.known:
-            self.known[key] = self._cut(weight, layout, placed.engines, shape, sizes)
-        multiple, found = self.known[key]
-        grain = None
-        if multiple > 1 and layout.dim is not None:
-            longest = max(segment.size for segment in layout.segments)
-            grain = Grain(weight, layout, longest, multiple, layout.dim == len(shape) + IN)
-        stem = weight.removesuffix(".weight")
-        for suffix, (own, engines) in found.items():
-            into[stem + suffix] = Placed(placed.layer, own, engines, placed.expert)
-            if grain is not None and own.dim is not None:
-                grains[stem + suffix] = grain
-
-    def _cut(
-        self,
-        weight: str,
-        layout: Layout,
-        engines: tuple[tuple[str, Layout], ...],
-        shape: tuple[int, ...],
-        sizes: Mapping[str, tuple[int, ...]],
-    ) -> tuple[int, dict[str, tuple[Layout, tuple[tuple[str, Layout], ...]]]]:
-        """Of how many indices a share is a multiple, and the layout of each tensor, its own and what engines ask for."""
-        steps = {
-            suffix: self._follows(weight, suffix, size, layout.dim, shape) for suffix, size in sizes.items()
-        }
-        multiple = lcm(*(step[1] for step in steps.values() if step), 1)
-        found = {}
-        for suffix, size in sizes.items():
-            counts_experts = layout.experts and size[:1] == shape[:1]
-            own = _of(layout, steps[suffix], multiple, size, counts_experts)
-            asked = (
-                (engine, _of(each, steps[suffix], multiple, size, counts_experts)) for engine, each in engines
-            )
-            found[suffix] = own, tuple((engine, each) for engine, each in asked if each != own)
-        return multiple, found
-
-    def _follows(
-        self, weight: str, suffix: str, size: tuple[int, ...], dim: int | None, shape: tuple[int, ...]
-    ) -> tuple[int, int] | None:
-        """The dim of a tensor that follows dim `dim` of its weight, and how many indices of that make one of its own.
-
-        Raises:
-            FormatError: Where a tensor's size is not what the scheme and the weight's shape make of it.
-        """
-        field = self.fields[suffix]
-        lead = len(size) - len(field.dims)
-        at = None
-        for i, (base, step) in enumerate(field.dims if lead >= 0 else ()):
-            if base is None:
-                continue
-            length, own = shape[base], size[lead + i]
-            if own == 1 and step <= 1:
-                continue  # one for all
-            if base == OUT and step <= 1 and self.block and own != length and -(-length // self.block) == own:
-                step = self.block
-            if step == 0 and length % own == 0:
-                step = length // own
-            if step == 0 or -(-length // step) != own:
-                raise FormatError(
-                    f"{quote(weight.removesuffix('.weight') + suffix)}: {own} along dim {lead + i} for {length} "
-                    f"{'inputs' if base == IN else 'outputs'}"
-                    + (
-                        f"; expected one for each {step}, by config.json"
-                        if step
-                        else ", of which it is no divisor"
-                    )
-                )
-            if dim == len(shape) + base and not (field.spread and base == IN):
-                at = lead + i, step
-        if at is None and (lead < 0 or not field.dims) and size and dim == len(shape) + OUT:
-            at = (0, 1) if size[0] == shape[OUT] else None  # a scale for each row
-        return at
-
-
-def _of(
-    layout: Layout, step: tuple[int, int] | None, multiple: int, size: tuple[int, ...], counts_experts: bool
-) -> Layout:
-    """The layout of one tensor of a weight that is cut by `layout` where shares are multiples of `multiple`."""
-    if step is None or layout.dim is None:
-        return replace(WHOLE, experts=True) if counts_experts else WHOLE
-    segments = tuple(_coarsen(segment, multiple) for segment in layout.segments)
-    return replace(layout, dim=step[0], segments=_divide(segments, step[1], size[step[0]]))
-
-
-def _coarsen(segment: Segment, multiple: int) -> Segment:
-    """The segment in units of which each is a multiple of `multiple` indices; one unit where there are none such."""
-    if multiple == 1:
-        return segment
-    if (
-        segment.multiple > 1 and segment.multiple % multiple == segment.size % multiple == 0
-    ):  # a padded vocabulary
-        return Segment(
-            segment.size, segment.size // multiple, uneven=True, multiple=segment.multiple // multiple
-        )
-    unit = segment.size // max(segment.units, 1)
-    several = multiple // gcd(unit, multiple)
-    units = segment.units // several if segment.units % several == 0 else 1
-    # ranks that outnumber the units share them, but only units that are the engine's own (a KV head)
-    return Segment(segment.size, max(units, 1), shared=segment.shared and several == 1)
-
-
-def _divide(segments: tuple[Segment, ...], step: int, size: int) -> tuple[Segment, ...]:
-    """The segments of a tensor of which one index stands for `step`; one that cannot be cut where they do not divide."""
-    if step == 1:
-        return segments
-    if any(segment.size % step for segment in segments):
-        return (Segment(size, 1),)
-    return tuple(replace(segment, size=segment.size // step) for segment in segments)

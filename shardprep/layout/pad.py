@@ -1,9 +1,9 @@
 """Decide where zeros go so that tensor ranks can share an MLP in whole quantization groups. Arithmetic only.
 
-A unit of an MLP whose weights are all zero adds nothing to what the MLP gives: whatever its activation makes of 0, its
-column of the last linear is zero. So the intermediate size can be made longer, and the model computes what it did. That
-does not hold where something looks at all units together (a norm over them, the largest few of them), nor for heads,
-over whose width attention is scaled: only the MLPs of types for which it was proved are padded.
+A unit of an MLP whose weights are all zero adds nothing to the MLP's output: whatever its activation makes of 0, its
+column of the last linear is zero. So the intermediate size can grow, and the model computes the same. That is not true
+where something looks at all units together (a norm over them, the largest few of them). Nor is it true for heads,
+since attention is scaled by their width. Only the MLPs of types for which it was proved are padded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SIZES: Final = (
     "ffn_dim",
     "n_inner",
 )
-"""Keys of configs that say how many units an MLP has."""
+"""Keys of configs that give the number of an MLP's units."""
 
 SHARED_COUNTS: Final = (
     "n_shared_experts",
@@ -60,28 +60,33 @@ SHARED_COUNTS: Final = (
     "num_shared_expert",
     "moe_num_shared_experts",
 )
-"""Keys that say how many experts' units the shared one has."""
+"""Keys of configs by which the shared expert has several times the units of a routed one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """What was made longer."""
+    """The sizes and tensors that were padded."""
 
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Key of config.json -> what it said, and what it says now. Empty: nothing was in the way."""
+    """Key of config.json -> its value before and after. Empty where no padding was needed."""
     tensors: int = 0
-    """How many have zeros now."""
+    """Number of tensors that were padded."""
     nbytes: int = 0
-    """Bytes of zeros."""
+    """Bytes of zeros that were added."""
 
     def as_json(self) -> dict[str, Any]:
-        """As a report holds it."""
+        """The padding as a JSON object, for a report."""
         sizes = {key: {"before": before, "after": after} for key, (before, after) in self.sizes.items()}
         return {"sizes": sizes, "tensors": self.tensors, "bytes": self.nbytes}
 
 
 def share_evenly(size: int, multiple: int, ranks: int) -> int:
-    """The least size from `size` on of which each of `ranks` equal shares is a multiple of `multiple`."""
+    """Round `size` up until `ranks` equal shares of it are multiples of `multiple`.
+
+    Args:
+        size: A number of units.
+        multiple: Units that must stay together.
+    """
     step = multiple * ranks
     return -(-size // step) * step
 
@@ -94,19 +99,21 @@ def pad_to(
     pack: int = 8,
     skip: Sequence[str] = (),
 ) -> tuple[Index, Padding]:
-    """The checkpoint with MLPs that `tensor_parallel_size` ranks can share once it is quantized, and what was padded.
-
-    The index's tensors have zeros where they were padded, and its config says the new size: whoever carries out a
-    plan of it (`plan_convert`) writes both. Where nothing is in the way it is the same index.
+    """Pad a checkpoint's MLPs with zeros so that tensor ranks can share them once it is quantized.
 
     Args:
+        tensor_parallel_size: Ranks that shall share each MLP.
         group: Numbers of a row, along the input, that share a scale; None: all of them.
-        pack: Numbers of a packed word.
+        pack: Numbers in a packed word.
         skip: Names of linears that are not quantized, as `layout.packed.pack` takes them.
 
+    Returns:
+        The index, whose padded tensors have extents of zeros and whose config has the new sizes, and what was padded. A
+        plan of that index (`plan_convert`) writes both. The same index where no padding is needed.
+
     Raises:
-        UnsupportedError: For a type whose MLPs are not known to bear it.
-        LayoutError: Where heads or the hidden size are what cannot be shared.
+        UnsupportedError: For a type whose MLPs are not known to stay right when padded.
+        LayoutError: Where it is the heads or the hidden size that cannot be shared.
         InputError: For a shard set or a quantized checkpoint.
     """
     if index.kind == "shard set":
@@ -143,7 +150,7 @@ def _layout(index: Index) -> ModelLayout:
 
 
 def _text(config: Mapping[str, Any]) -> tuple[str, str]:
-    """The type of the language model, and the key of config.json under which its config lies; empty: it is that."""
+    """Give the type of the language model, and the key of config.json that holds its config (empty: config.json itself)."""
     text = config.get("text_config")
     if config.get("model_type") not in known_types() and isinstance(text, Mapping):
         return str(text.get("model_type")), "text_config"
@@ -160,11 +167,11 @@ class _Mlp:
     path: str
     units: int
     tensors: Mapping[str, Layout]
-    """Those that are cut along its units; each fused block is as long as all units, or a multiple of that."""
+    """Tensors that are cut along the MLP's units; a fused block is as long as all units, or a multiple of that."""
 
 
 def _mlps(index: Index, layout: ModelLayout) -> Iterator[_Mlp]:
-    """The MLPs of the layers: modules all of whose cut tensors are linears that are cut anywhere."""
+    """Find the MLPs of the layers: modules whose cut tensors are all linears that may be cut between any two indices."""
     modules: dict[str, dict[str, Layout]] = {}
     for name, placed in layout.tensors.items():
         if isinstance(placed.layer, int) and placed.layout.dim is not None:
@@ -188,12 +195,12 @@ def _mlps(index: Index, layout: ModelLayout) -> Iterator[_Mlp]:
 
 
 def _module(name: str) -> str:
-    """What a linear is part of: its name without `.weight` or `.bias` and its own last word."""
+    """The module that a linear is part of: its name without `.weight` or `.bias` and without its own last word."""
     return name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0]
 
 
 def _anywhere(layout: Layout) -> bool:
-    """Whether it may be cut between any two indices: heads and groups of a mixer may not."""
+    """Whether a layout allows a cut between any two indices, as those of heads and of a mixer's groups do not."""
     return all(s.uneven and s.units == s.size and s.multiple == 1 for s in layout.segments)
 
 
@@ -208,7 +215,7 @@ def _is_linear(tensor: Tensor, layout: Layout) -> bool:
 
 
 def _spans(tensor: Tensor, units: int) -> bool:
-    """Whether a vector has a number for each unit: a norm over them."""
+    """Whether a vector has a number for each unit, as a norm over them has."""
     return tensor.shape == (units,) and not tensor.name.endswith(".bias")
 
 
@@ -216,7 +223,7 @@ def _spans(tensor: Tensor, units: int) -> bool:
 
 
 def _grown(mlps: Sequence[_Mlp], config: Mapping[str, Any], step: int) -> dict[int, int]:
-    """What config.json says of units -> what it shall say, so that those of every MLP are a multiple of `step`."""
+    """Number of units in config.json -> the new number, so that the units of every MLP are a multiple of `step`."""
     times: dict[int, set[int]] = {}
     for mlp in mlps:
         size, count = _sized_by(mlp, config)
@@ -226,7 +233,7 @@ def _grown(mlps: Sequence[_Mlp], config: Mapping[str, Any], step: int) -> dict[i
 
 
 def _sized_by(mlp: _Mlp, config: Mapping[str, Any]) -> tuple[int, int]:
-    """The size in config.json that an MLP's units are a multiple of, and how many times. Raises LayoutError."""
+    """Find the size in config.json that an MLP's units are a multiple of, and how many times; else raise LayoutError."""
     said = {config[key] for key in SIZES if type(config.get(key)) is int}
     counts = {1}
     if "shared" in mlp.path.rpartition("layers.")[2]:
@@ -241,12 +248,12 @@ def _sized_by(mlp: _Mlp, config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _keys(config: Mapping[str, Any], sizes: Mapping[int, int]) -> dict[str, tuple[int, int]]:
-    """The keys that say one of `sizes` -> before and after."""
+    """Keys of config.json whose value is one of `sizes` -> the value before and after."""
     return {key: (config[key], sizes[config[key]]) for key in SIZES if config.get(key) in sizes}
 
 
 def _apply(index: Index, mlps: Sequence[_Mlp], sizes: Mapping[int, int]) -> tuple[Index, int, int]:
-    """The index with the MLPs' tensors padded, how many those are, and the bytes of zeros."""
+    """Pad the MLPs' tensors; give the index, the number of padded tensors, and the bytes of zeros."""
     tensors = dict(index.tensors)
     count = nbytes = 0
     for mlp in mlps:
@@ -268,10 +275,15 @@ def _apply(index: Index, mlps: Sequence[_Mlp], sizes: Mapping[int, int]) -> tupl
 
 
 def pad_tensor(tensor: Tensor, dim: int, lengths: Sequence[tuple[int, int]]) -> Tensor:
-    """The tensor with zeros behind each block of `dim`; `lengths` of each: as it is, as it shall be."""
+    """Add zeros after each block of a dim.
+
+    Args:
+        dim: The dim that is padded.
+        lengths: Indices of each block along the dim, before and after.
+    """
     (whole,) = tensor.extents
     strides = whole.strides or tuple(prod(tensor.shape[i + 1 :]) for i in range(len(tensor.shape)))
-    # a block of an outermost dim lies in one piece, as long as the tensor itself does
+    # a block of the outermost dim is one run of bytes wherever the whole tensor is one
     plain = whole.strides is None and prod(tensor.shape[:dim]) == 1
     extents = []
     at = start = 0
@@ -290,7 +302,7 @@ def pad_tensor(tensor: Tensor, dim: int, lengths: Sequence[tuple[int, int]]) -> 
 def _check(
     index: Index, mlps: Sequence[_Mlp], size: int, group: int | None, pack: int, skip: Sequence[str]
 ) -> None:
-    """Raises LayoutError where `size` ranks cannot share what the index will be quantized to, or it cannot be."""
+    """Raise LayoutError where the index cannot be quantized so, or `size` ranks cannot share the quantized tensors."""
     layout = _layout(index)
     layout.check_grain(size)
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in index.tensors.items()}
@@ -299,13 +311,13 @@ def _check(
     odd = next((name for name in packed.kept if name in own), None)
     if odd is not None:
         raise LayoutError(
-            f"{quote(odd)}: its sizes {list(shapes[odd][1])} are no multiples of {group} and {pack}; only an MLP's "
+            f"{quote(odd)}: its sizes {list(shapes[odd][1])} are not multiples of {group} and {pack}; only an MLP's "
             "intermediate size can be padded, not the hidden size: use a group size that divides it"
         )
     for name, grain in packed.grains.items():
         if not allows(packed.layout.tensors[name].layout, size):
             raise LayoutError(
-                f"{quote(grain.weight)}: {grain.size} / {size} is no multiple of {grain.multiple}, in which its "
-                "quantization comes, and nothing but an MLP can be padded: use fewer ranks or a smaller group, or leave "
+                f"{quote(grain.weight)}: {grain.size} / {size} is not a multiple of {grain.multiple}, in which its "
+                "quantization comes, and only an MLP can be padded: use fewer ranks or a smaller group, or leave "
                 "it as it is (--skip)"
             )

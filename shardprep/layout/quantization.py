@@ -12,10 +12,10 @@ from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
 from ..index import natural
 
 PACKED: Final = re.compile(r"\.(qweight|weight_packed)$")
-"""What the name of a quantized linear's numbers ends in."""
+"""Matches the end of the name under which a quantized linear's packed numbers are stored."""
 
 legacy_names: Final = ("quantize_config.json", "quant_config.json")
-"""Where AutoGPTQ and AutoAWQ said how a checkpoint is quantized before they wrote it into config.json."""
+"""Files in which older AutoGPTQ and AutoAWQ say how a checkpoint is quantized; newer ones write it into config.json."""
 
 METHODS: Final = ("awq", "gptq", "fp8", "mxfp4", "compressed-tensors", "modelopt")
 
@@ -23,19 +23,19 @@ FORMATS: Final = {
     "awq": "gemm", "gptq": "gptq", "fp8": "fp8", "mxfp4": "mxfp4", "compressed-tensors": "pack-quantized",
     "modelopt": "modelopt",
 }  # fmt: skip
-"""Method -> how its numbers are packed where nothing is said."""
+"""Method -> how its numbers are packed where the config does not say."""
 
 PACKINGS: Final = {
     "gptq": ("gptq", "gptq_v2"),
     "awq": ("gemm",),
 }
-"""Method -> the packings that are known; others lie in the order of one kernel, or one card."""
+"""Method -> the packings that are known. Others have the order of one kernel, or of one kind of GPU."""
 
 BITS: Final = {"gptq": (2, 4, 8), "awq": (4,), "compressed-tensors": (2, 4, 8)}
-"""Method -> bits of a number of which whole ones fill a word of 32."""
+"""Method -> the bits that a number may have. Whole numbers of these sizes fill a word of 32 bits."""
 
 NESTED: Final = "text_config"
-"""Where the config of a model that sees or hears has that of its language model."""
+"""Key under which the config of a model that reads images or sound holds the config of its language model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,11 @@ class Scheme:
     group: int | None = 128
     """Numbers of a row, along the input, that share a scale; None: the whole row."""
     symmetric: bool = True
+    """Whether the numbers need no zero points."""
     act_order: bool = False
     """Whether inputs belong to groups by a permutation (`g_idx`) instead of in runs."""
     format: str = ""
-    """How its numbers are packed: `gptq` (zero points stored less one), `gptq_v2`, `gemm` (interleaved), ..."""
+    """The packing of the numbers: `gptq` (zero points stored less one), `gptq_v2`, `gemm` (interleaved), ..."""
     kept: tuple[str, ...] = ()
     """Linears that are not quantized: names, parts of names, or patterns behind `re:`."""
 
@@ -60,7 +61,11 @@ class Scheme:
 
 
 def read_scheme(config: Mapping[str, Any], legacy: Mapping[str, Any] | None = None) -> Scheme | None:
-    """The scheme that config.json names, else the one that `legacy` (see `legacy_names`) does; None: not quantized.
+    """Read by what scheme a checkpoint is quantized; None where it is not.
+
+    Args:
+        config: The parsed config.json.
+        legacy: The content of one of `legacy_names`, for a config.json that does not say it.
 
     Raises:
         UnsupportedError: For a method or a packing that is not known.
@@ -82,9 +87,11 @@ def read_scheme(config: Mapping[str, Any], legacy: Mapping[str, Any] | None = No
 
 
 def spell(scheme: Scheme, *, legacy: Mapping[str, Any], head: bool = False) -> dict[str, Any]:
-    """The quantization_config that vLLM and transformers read, of a GPTQ or AWQ checkpoint that has only `legacy`.
+    """Write the quantization_config that vLLM and transformers read, for a GPTQ or AWQ checkpoint that lacks it.
 
-    `head` says that the lm_head is quantized too, which engines do not expect unless they are told.
+    Args:
+        legacy: The content of the one of `legacy_names` that the checkpoint has.
+        head: Whether the lm_head is quantized too, which engines do not expect unless they are told.
     """
     size = -1 if scheme.group is None else scheme.group
     found: dict[str, Any] = {"quant_method": scheme.method, "bits": scheme.bits, "group_size": size}
@@ -104,18 +111,19 @@ def spell(scheme: Scheme, *, legacy: Mapping[str, Any], head: bool = False) -> d
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """What is quantized in a checkpoint and what is not, by the names of its tensors."""
+    """The linears of a checkpoint that are quantized and those that are not, by the names of its tensors."""
 
     count: int
-    """Linears that are quantized."""
+    """Number of quantized linears."""
     linears: tuple[str, ...]
-    """What they are called: within a layer where all layers have the same, else each by its whole name."""
+    """Names of quantized linears: within a layer where all layers have the same ones, else each by its whole name."""
     kept: tuple[str, ...]
-    """Modules with matrices that are not, by their whole names: engines take a part of one for all names that have it."""
+    """Whole names of modules with matrices that are not quantized. A part would not do: an engine would take it for every
+    name that contains it."""
 
 
 def list_modules(shapes: Mapping[str, Sequence[int]]) -> Modules:
-    """What is quantized among tensors of these names and shapes."""
+    """List the quantized linears, and those that are not, of tensors with these names and shapes."""
     packed = {PACKED.sub("", name) for name in shapes if PACKED.search(name)}
     layers: dict[str, set[str]] = {}
     for name in packed:
@@ -132,15 +140,19 @@ def list_modules(shapes: Mapping[str, Sequence[int]]) -> Modules:
 
 
 def with_lists(how: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """A quantization_config of GPTQ or AWQ with explicit lists of what is quantized and what is not, where it has none.
+    """Add explicit lists of what is quantized and what is not to a quantization_config of GPTQ or AWQ that has none.
 
-    vLLM and transformers guess from names, or from the files' headers, where nothing is listed, and guess wrong where
-    the files are not there.
+    Without lists vLLM and transformers guess from names or from the headers of the files. In a shard set they would
+    guess wrong, because the files are not there.
+
+    Args:
+        how: The quantization_config.
+        shapes: Tensor name -> shape.
     """
     found, modules = dict(how), list_modules(shapes)
-    if modules.count and not found.get("dynamic"):  # which says it in its own way
+    if modules.count and not found.get("dynamic"):  # GPTQModel's `dynamic` is such a list already
         if found.get("quant_method") == "gptq" and not found.get("modules_in_block_to_quantize"):
-            # optimum sums the lists up and asks how names end, vLLM what is in a name
+            # optimum joins the lists and compares the ends of names; vLLM looks for an entry anywhere in a name
             found["modules_in_block_to_quantize"] = [list(modules.linears)]
         if found.get("quant_method") in ("gptq", "awq") and not found.get("modules_to_not_convert"):
             found["modules_to_not_convert"] = list(modules.kept)
@@ -148,7 +160,11 @@ def with_lists(how: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> d
 
 
 def check_method(method: object) -> str:
-    """`method` where its tensors are known. Raises UnsupportedError otherwise."""
+    """Give `method` back if its tensors are known.
+
+    Raises:
+        UnsupportedError: Where they are not.
+    """
     if method not in METHODS:
         raise UnsupportedError(
             f"config.json: quantized by {quote(method)}; known are {', '.join(METHODS[:-1])} and {METHODS[-1]}"
@@ -178,7 +194,7 @@ def _scheme(how: Mapping[str, Any], file: str) -> Scheme:
     if sizes is not None and found.bits not in sizes:
         if found.bits == 3:
             raise UnsupportedError(
-                f"{file}: a quantization of 3 bits, of which none fill a word of 32; expected "
+                f"{file}: a quantization of 3 bits, which do not fill a word of 32; expected "
                 f"{_or(sizes)}; quantize the original to 4"
             )
         raise LayoutError(f"{file}: a quantization of {found.bits} bits; expected {_or(sizes)}")
@@ -296,7 +312,7 @@ def _group(value: object, file: str) -> int | None:
 
 
 def _last(block: object) -> object:
-    """The inputs of a block of rows x inputs."""
+    """The number of inputs of a block, given as rows x inputs."""
     return block[-1] if isinstance(block, list) and block else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,26 +14,29 @@ from shardprep_runtime.errors import LayoutError, UnsupportedError, quote
 from shardprep_runtime.format.cut import WHOLE, Layout, Segment, allows, sizes_that_work
 from shardprep_runtime.format.manifest import ENGINES, PLACEMENTS, TORCH, Layer
 
+from .expressions import evaluate
+
 VOCABULARY_MULTIPLE: Final = 64
-"""To which vLLM and SGLang pad the rows of a vocabulary before they share them (vllm DEFAULT_VOCAB_PADDING_SIZE)."""
+"""vLLM and SGLang pad the rows of a vocabulary to a multiple of this before ranks share them (vLLM's
+DEFAULT_VOCAB_PADDING_SIZE)."""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the language model, where a config.json describes others beside it."""
+    """Find the config of the language model in a config.json that may describe other models beside it."""
     inner = config.get("text_config")
     return {**config, **inner} if isinstance(inner, Mapping) else config
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where a tensor belongs and how it may be cut."""
+    """The layer that a tensor belongs to, and how the tensor may be cut."""
 
     layer: Layer
     layout: Layout
     engines: tuple[tuple[str, Layout], ...] = ()
-    """Engines that ask for it otherwise than it is stored -> the layout that they ask for."""
+    """Engines that cut the tensor otherwise than it is stored, each with the layout that it asks for."""
     expert: int | None = None
-    """Which expert's tensor it is, where each expert has its own."""
+    """Number of the expert, where each expert has a tensor of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +47,20 @@ class ModelLayout:
     layers: int
     tensors: Mapping[str, Placed]
     tied: Mapping[str, str]
-    """Names that the checkpoint lacks because its config ties them -> the tensor they are tied to."""
+    """Names that the checkpoint lacks because its config ties them -> the tensor that they are tied to."""
     experts: int = 0
-    """Routed experts of a layer; 0: none."""
+    """Routed experts of a layer; 0 where it has none."""
     engines: tuple[str, ...] = tuple(engine for engine in ENGINES if engine != TORCH)
-    """Engines whose way of asking is known."""
+    """Engines for which the layouts are known."""
     stage_needs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Engine -> layers of which each of its pipeline stages must hold at least one."""
+    """Engine -> numbers of layers; each of the engine's pipeline stages must hold at least one of these layers."""
 
     def check_grain(self, grain: int) -> None:
-        """Raises LayoutError, with the sizes that would work, where `grain` tensor ranks cannot share a tensor."""
+        """Check that `grain` tensor ranks can share every tensor.
+
+        Raises:
+            LayoutError: Where they cannot; it names the sizes that would work.
+        """
         for name, placed in self.tensors.items():
             if not allows(placed.layout, grain):
                 sizes = sizes_that_work([each.layout for each in self.tensors.values()])
@@ -66,12 +72,15 @@ class ModelLayout:
 
 
 def known_types() -> list[str]:
-    """The model types that have rules."""
+    """List the model types that have layout rules."""
     return sorted(_data())
 
 
 def ties_head(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """(head, embedding) where this config makes one tensor serve as both, else None. Unknown types: as it says itself."""
+    """Names of the head and the embedding where this config makes one tensor serve as both, else None.
+
+    For a model type without rules the config's own tie_word_embeddings decides.
+    """
     rules = _data().get(config.get("model_type"), {})
     if not config.get("tie_word_embeddings", rules.get("tied", False)):
         return None
@@ -82,10 +91,16 @@ def ties_head(config: Mapping[str, Any]) -> tuple[str, str] | None:
 def derive_layout(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, allow_generic: bool = False
 ) -> ModelLayout:
-    """The layout of each of the tensors in `shapes` (name -> full shape) of a model with this config.json.
+    """Derive the layout of every tensor of a model.
 
-    With `allow_generic` a model type without rules gets `generic_layout`. Raises UnsupportedError for a model type or
-    a tensor without rules, LayoutError where the config and the shapes contradict each other.
+    Args:
+        config: The parsed config.json.
+        shapes: Tensor name -> full shape.
+        allow_generic: Give a model type without rules the `generic_layout`.
+
+    Raises:
+        UnsupportedError: For a model type or a tensor without rules.
+        LayoutError: Where the config and the shapes contradict each other.
     """
     model_type = config.get("model_type")
     rules = _data().get(model_type) if isinstance(model_type, str) else None
@@ -114,7 +129,9 @@ def derive_layout(
     beyond = values.get("num_nextn_predict_layers")  # heads that predict further tokens
     end = layers + (beyond if type(beyond) is int else 0)
     tensors = {}
-    rule_of: dict[str, tuple[str, str] | None] = {}  # what is alike is looked up and cut once
+    rule_of: dict[
+        str, tuple[str, str] | None
+    ] = {}  # tensors with the same pattern are looked up and cut once
     known: dict[tuple[int, str, str, tuple[int, ...]], tuple[Layout, tuple[tuple[str, Layout], ...]]] = {}
     for name, shape in shapes.items():
         pattern, layer, expert = normalize(name)
@@ -172,7 +189,7 @@ def _asked(
     shape: tuple[int, ...],
     name: str,
 ) -> Iterator[tuple[str, Layout]]:
-    """The engines that ask for a tensor otherwise than by `layout`, and how."""
+    """Yield each engine that cuts a tensor otherwise than `layout` does, with the layout that it asks for."""
     for engine in rules["known_by"]:
         text = rules.get("engines", {}).get(engine, {}).get(pattern)
         other = layout
@@ -191,7 +208,7 @@ def _is_vocabulary(name: str) -> bool:
 
 
 def _values_of(layer: int, rules: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config values that one layer has otherwise than the rest: by a list, by its kind, or by per_layer_config."""
+    """The config values in which one layer differs from the rest: by a list, by its kind, or by per_layer_config."""
     found = {}
     for key, of_all in rules.get("by_layer", {}).items():
         each = values.get(of_all)
@@ -217,7 +234,10 @@ def _meant(model_type: object) -> str:
 def _derive_wrapped(
     config: Mapping[str, Any], text: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 ) -> ModelLayout:
-    """The layout of a model that sees or hears: its language model by that one's rules, its towers whole at the front."""
+    """Derive the layout of a model that reads images or sound.
+
+    The rules of its language model apply to that, and its towers stay whole in the first stage.
+    """
     rules = _data()[text["model_type"]]
     inner: dict[str, str] = {}
     for name in shapes:
@@ -247,11 +267,17 @@ def _derive_wrapped(
 
 
 def generic_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> ModelLayout:
-    """The rows of every two-dimensional weight (and its bias) in chunks, all else whole.
+    """Cut the rows of every two-dimensional weight, and of its bias, in chunks; all else stays whole.
 
-    That is right for a linear layer whose outputs are gathered, whatever it computes (transformers'
-    `colwise_gather_output`); no engine asks for more than that without rules of its own. Raises UnsupportedError
-    where the config does not say how many layers there are.
+    This is right for any linear layer whose outputs are gathered (transformers' `colwise_gather_output`). An engine
+    that asks for another cut has rules of its own.
+
+    Args:
+        config: The parsed config.json.
+        shapes: Tensor name -> full shape.
+
+    Raises:
+        UnsupportedError: Where the config does not say how many layers there are.
     """
     layers = next((config[key] for key in LAYER_COUNTS if type(config.get(key)) is int), None)
     if layers is None:
@@ -274,7 +300,7 @@ def generic_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
 
 
 LAYER_COUNTS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""Where configs of unknown types may say how many layers there are."""
+"""Keys under which configs of unknown types may say how many layers there are."""
 
 
 def _check_layers(present: set[Layer], layers: int, key: str) -> None:
@@ -286,7 +312,7 @@ def _check_layers(present: set[Layer], layers: int, key: str) -> None:
 
 
 def _find(rules: Mapping[str, Any], pattern: str) -> tuple[str, str] | None:
-    """The pattern and the rule of a tensor; names may lack the base model's prefix, or have it once too often."""
+    """Find the pattern and the rule of a tensor. Its name may lack the base model's prefix, or have it once too often."""
     tensors = rules["tensors"]
     base = rules.get("base", "")
     for each in (pattern, base + pattern, pattern.removeprefix(base)):
@@ -314,7 +340,7 @@ def _tie(config: Mapping[str, Any], tensors: dict[str, Placed]) -> tuple[dict[st
 def _stage_needs(
     rules: Mapping[str, Any], values: Mapping[str, Any], layers: int
 ) -> dict[str, tuple[int, ...]]:
-    """Engine -> the layers of which a stage needs one, where some layers of this config are of another kind."""
+    """Engine -> the layers of which each stage needs one, where this config has layers of several kinds."""
     needs = {}
     for engine, need in rules.get("stage_needs", {}).items():
         kinds, listed = values.get(need.get("kinds", "")), values.get(need.get("listed", ""))
@@ -333,7 +359,7 @@ def _stage_needs(
 
 
 class _Segments:
-    """The segments that the size names of a model type stand for, with the numbers of one config."""
+    """Turns the names of sizes in the rules of a model type into segments, by the numbers of one config."""
 
     def __init__(self, sizes: Mapping[str, Sequence[str]], values: Mapping[str, Any]) -> None:
         self.sizes = sizes
@@ -367,7 +393,7 @@ class _Segments:
         if all(word == "any" for word in words):
             if total % len(words):
                 raise LayoutError(
-                    f"{quote(tensor)}: dim {dim} of {list(shape)} holds {len(words)} equal blocks, but {total} is no "
+                    f"{quote(tensor)}: dim {dim} of {list(shape)} holds {len(words)} equal blocks, but {total} is not a "
                     f"multiple of {len(words)}"
                 )
             size = total // len(words)
@@ -382,7 +408,7 @@ class _Segments:
         )
 
     def _choices(self, words: Sequence[str]) -> Iterator[tuple[Segment, ...]]:
-        """The segments; where layers differ, a word names what each kind of layer has (heads|global_heads)."""
+        """Yield the segments for each kind of layer: a word such as heads|global_heads names one size for each kind."""
         for i in range(max(word.count("|") + 1 for word in words)):
             chosen = [word.split("|")[min(i, word.count("|"))] for word in words]
             yield tuple(self._segment(each) for each in chosen)
@@ -395,13 +421,18 @@ class _Segments:
         found = Segment(evaluate(size, self.values), evaluate(units, self.values), bool(shared))
         if found.units < 1 or found.size % found.units:
             raise LayoutError(
-                f"config.json: {found.size} ({quote(size)}) is no multiple of {found.units} ({quote(units)})"
+                f"config.json: {found.size} ({quote(size)}) is not a multiple of {found.units} ({quote(units)})"
             )
         return found
 
 
 def normalize(name: str) -> tuple[str, int | None, int | None]:
-    """The pattern of a tensor's name, the number of its layer (the first in it), and of its expert (behind experts)."""
+    """Take the numbers out of a tensor's name.
+
+    Returns:
+        The name as a pattern, the number of the layer (the first in the name), and that of the expert (after
+        `experts`); None for a number that the name lacks.
+    """
     layer = expert = None
     words = name.split(".")
     for i, word in enumerate(words):
@@ -415,59 +446,9 @@ def normalize(name: str) -> tuple[str, int | None, int | None]:
     return ".".join(words), layer, expert
 
 
-def evaluate(expression: str, values: Mapping[str, Any]) -> int:
-    """An integer expression over config values; `a | b` is a where the config has it, else b."""
-
-    def walk(node: ast.expr) -> int | None:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.Name(id=key):
-                found = values.get(key)
-                if found is not None and (type(found) is not int or found < 1):
-                    raise LayoutError(f"config.json: {key} is {quote(found)}, expected a positive integer")
-                return found
-            case ast.Call(func=ast.Name(id="len"), args=[ast.Name(id=key)]):
-                listed = values.get(key)
-                if listed is not None and not isinstance(listed, list):
-                    raise LayoutError(f"config.json: {key} is {quote(listed)}, expected a list")
-                return None if listed is None else len(listed)
-            case ast.Attribute(value=ast.Name(id=outer), attr=key):
-                inner = values.get(outer)
-                return walk_in(inner, ast.Name(id=key)) if isinstance(inner, Mapping) else None
-            case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-                first = walk(left)
-                return first if first is not None else walk(right)
-            case ast.BinOp(left=left, op=ast.Mult() | ast.Div() | ast.Add() as operator, right=right):
-                a, b = walk(left), walk(right)
-                if a is None or b is None:
-                    return None
-                return (
-                    a + b
-                    if isinstance(operator, ast.Add)
-                    else a * b
-                    if isinstance(operator, ast.Mult)
-                    else a // b
-                )
-        raise AssertionError(f"architectures.json: {expression!r}")
-
-    def walk_in(inner: Mapping[str, Any], node: ast.Name) -> int | None:
-        return evaluate(node.id, inner) if inner.get(node.id) is not None else None
-
-    found = walk(_parse(expression))
-    if found is None:
-        raise LayoutError(f"config.json lacks what the layout needs: {expression}")
-    return found
-
-
-@cache
-def _parse(expression: str) -> ast.expr:
-    return ast.parse(expression, mode="eval").body
-
-
 @cache
 def _data() -> dict[Any, dict[str, Any]]:
-    """model_type -> its rules: those that were derived, with the overrides on top."""
+    """Model type -> its rules: those that were derived, with the overrides on top."""
     derived = _read("architectures.json")
     found = {}
     for name in (*derived, *(name for name in _overrides()["types"] if name not in derived)):

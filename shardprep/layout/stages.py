@@ -9,7 +9,7 @@ from math import inf
 from shardprep_runtime.format.grid import Stages
 
 ROUNDS = 32
-"""Halvings of the search for the least share of a device: what is left of it is less than a kilobyte."""
+"""Times that the search for the least share of a device halves its interval; it then is less than a kilobyte wide."""
 
 
 def balance_stages(
@@ -18,23 +18,26 @@ def balance_stages(
     capacity: Sequence[int],
     needs: Sequence[Sequence[int]] = (),
 ) -> Stages | None:
-    """The stages whose fullest, as a share of its device, is as empty as can be; None where there are none.
+    """Choose stages so that the fullest one, as a share of its device, is as empty as possible.
 
-    Each stage holds at least one layer. Of all that are equally good, the one whose stages differ least.
+    Each stage holds at least one layer. Among equally good choices the one whose stages differ least is taken.
 
     Args:
         layers: Bytes of each layer.
         fixed: Bytes of each stage beside its layers: the embedding of the first, the head of the last.
         capacity: Bytes of each stage's device.
-        needs: Groups of layers, in order; each stage must hold one of each group.
+        needs: Groups of layers, in order; each stage must hold at least one layer of each group.
+
+    Returns:
+        Layers [start, stop) of each stage; None where no such stages exist.
     """
     if not 0 < len(capacity) <= len(layers):
         return None
     reach = _Reach(layers, fixed, capacity, needs)
     high = max((sum(layers) + extra) / room for extra, room in zip(fixed, capacity, strict=True))
-    high *= 1 + 1e-9  # a share times its device is what was shared, but for rounding
+    high *= 1 + 1e-9  # a share times the bytes of its device gives the bytes back only up to rounding
     if not reach.covers(high):
-        return None  # what each stage must hold is not there
+        return None  # too few layers for every stage to hold one of each group
     low = (sum(layers) + sum(fixed)) / sum(capacity)
     near = low + max(layers) / min(capacity)
     if near < high and reach.covers(near):
@@ -46,7 +49,7 @@ def balance_stages(
 
 
 class _Reach:
-    """Which layers the stages can end at when none may be fuller than a limit."""
+    """Finds the layers at which stages can end when no stage may be fuller than a limit."""
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class _Reach:
         self.capacity = capacity
         count = len(layers)
         self.least = [start + 1 for start in range(count)]
-        """The first place at which a stage that starts at a layer can end."""
+        """For each layer: the first place at which a stage that starts at the layer can end."""
         for group in needs:
             following = count + 1
             wanted = set(group)
@@ -84,14 +87,14 @@ class _Reach:
                 done = max(done, self.least[start])
                 while (
                     done <= stop
-                ):  # places before `done` were marked, or lie before the least of all later starts
+                ):  # places before `done` are marked already, or no later start can end there
                     ends[done] = True
                     done += 1
             starts = ends
         return starts[count]
 
     def best(self, limit: float) -> Stages | None:
-        """Of the stages that are at most `limit` full, those whose squares add up to the least."""
+        """Choose stages that are at most `limit` full and whose squared shares have the least sum."""
         count = len(self.least)
         costs = [0.0] + [inf] * count
         came: list[list[int]] = []

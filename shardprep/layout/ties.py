@@ -9,11 +9,11 @@ from .rules import known_types, ties_head
 
 
 def settle_aliases(index: Index) -> Index:
-    """Decide which of a checkpoint's tied tensors are stored once: those that the model's config ties again.
+    """Store a tied tensor once only where the model's config ties it again; otherwise store it under each name.
 
-    A model whose rules are known and whose config does not tie two tensors needs both of them, even where a
-    checkpoint let them share memory: a loader would leave the second one at random. Where nothing is known of the
-    model, tied tensors stay tied. Of a tied pair of head and embedding the embedding is the one that is stored.
+    A model with known rules, whose config does not tie two tensors, needs both of them. That they shared memory in the
+    checkpoint does not help: a loader would leave the second one random. Tied tensors of a model without rules stay
+    tied. Where head and embedding are tied, the embedding is stored.
     """
     pair = ties_head(index.config)
     tensors, aliases = dict(index.tensors), {}

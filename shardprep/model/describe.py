@@ -24,18 +24,20 @@ from ..source import open_source, read_checkpoint
 from ..source.checkpoint import read_json
 
 QUANTIZERS: Final = ("awq", "gptq")
-"""What a model can be planned to be quantized by, to 4 bits."""
+"""Methods of 4-bit quantization that a plan can assume."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a plan needs to know of a model."""
+    """A model as a plan needs it: its config, its tensors and how each is cut."""
 
     config: Mapping[str, Any]
     packed: PackedModel
-    """Its tensors, quantized or not."""
+    """The model's tensors, quantized or not."""
     quantization: str | None
+    """The method by which the model is quantized; None where it is not."""
     notes: tuple[str, ...] = ()
+    """Sentences for the user about what had to be assumed."""
 
     @property
     def layout(self) -> ModelLayout:
@@ -46,7 +48,7 @@ class Model:
         return sum(dtypes.nbytes(dtype, shape) for dtype, shape in self.packed.tensors.values())
 
     def dtypes(self) -> dict[str, int]:
-        """dtype -> bytes, the most first."""
+        """dtype -> bytes of its tensors, the most first."""
         found: Counter[str] = Counter()
         for dtype, shape in self.packed.tensors.values():
             found[dtype] += dtypes.nbytes(dtype, shape)
@@ -61,7 +63,18 @@ def read_model(
     allow_generic: bool = False,
     access: Access | None = None,
 ) -> Model:
-    """The model at `source`: its tensors and how each is cut, from headers or, of a config.json, as it would be built."""
+    """Describe the model at `source`, from headers alone, or from a config.json as transformers would build it.
+
+    Args:
+        source: A checkpoint, a shard set, a URI, or a config.json.
+        quantize: Describe it as "awq" or "gptq" would leave it, in 4 bits.
+        group_size: Numbers of a row that share a scale, where `quantize` is given; -1: the whole row.
+        allow_generic: Cut the rows of the linears of a model type that has no rules.
+        access: Endpoint, profile and the like of a store.
+
+    Raises:
+        InputError: Where it cannot be read, is quantized already, or has no layout rules.
+    """
     if isinstance(source, Path) and source.suffix == ".json":
         model = _from_config(source, allow_generic=allow_generic)
     else:
@@ -76,17 +89,24 @@ def read_model(
 
 
 def model_of(index: Index, *, allow_generic: bool = False) -> Model:
-    """What a plan needs to know of a checkpoint."""
+    """Describe the model that a checkpoint holds.
+
+    Args:
+        allow_generic: Cut the rows of the linears of a model type that has no rules.
+    """
     packed = lay_out_index(index, allow_generic=allow_generic)
     return Model(index.config, packed, packed.scheme.method if packed.scheme else None)
 
 
 def lay_out_index(index: Index, *, allow_generic: bool = False) -> PackedModel:
-    """The tensors of a checkpoint, quantized or not, and how each is cut: what plans and splits go by.
+    """Lay out the tensors of a checkpoint, quantized or not. Plans and splits go by this.
+
+    Args:
+        allow_generic: Cut the rows of the linears of a model type that has no rules.
 
     Raises:
-        InputError: Where there is no config.json.
-        UnsupportedError: Where there are no rules for what it says.
+        InputError: For a checkpoint without a config.json.
+        UnsupportedError: For a model type or a quantization without rules.
     """
     if not index.config:
         raise InputError(
@@ -98,7 +118,7 @@ def lay_out_index(index: Index, *, allow_generic: bool = False) -> PackedModel:
 
 
 def read_legacy(index: Index) -> Mapping[str, Any] | None:
-    """What AutoGPTQ's or AutoAWQ's own file beside the weights says, for a checkpoint whose config.json says nothing."""
+    """Read the file in which AutoGPTQ or AutoAWQ describes its quantization, if config.json does not describe it."""
     if read_scheme(index.config) is not None or not any(name.endswith(".qweight") for name in index.tensors):
         return None
     name = next((name for name in legacy_names if index.folder.has(name)), None)
@@ -106,7 +126,7 @@ def read_legacy(index: Index) -> Mapping[str, Any] | None:
 
 
 def scheme_of(index: Index) -> Scheme | None:
-    """How a checkpoint is quantized, by its config.json or an older tool's file beside it; None: not at all."""
+    """Read how a checkpoint is quantized, from its config.json or an older tool's file; None where it is not."""
     return read_scheme(index.config, read_legacy(index))
 
 
@@ -140,7 +160,15 @@ def _from_config(path: Path, *, allow_generic: bool) -> Model:
 
 
 def quantized(model: Model, method: str, group_size: int) -> Model:
-    """The model once `method` has brought the linears of its layers to 4 bits. Raises InputError where it is quantized."""
+    """Describe the model as it would be once `method` has brought the linears of its layers to 4 bits.
+
+    Args:
+        method: "awq" or "gptq".
+        group_size: Numbers of a row that share a scale; -1: the whole row.
+
+    Raises:
+        InputError: Where the model is quantized already, or for a group size that does not exist.
+    """
     if model.quantization is not None:
         raise InputError(f"the checkpoint is quantized already, by {quote(model.quantization)}")
     if group_size == 0 or group_size < -1:
@@ -151,7 +179,7 @@ def quantized(model: Model, method: str, group_size: int) -> Model:
     notes: tuple[str, ...] = ()
     if packed.kept:
         notes = (
-            f"{len(packed.kept)} linears stay as they are, since their sizes are no multiples of {group_size} and 8, "
+            f"{len(packed.kept)} linears stay as they are, since their sizes are not multiples of {group_size} and 8, "
             f"such as {quote(packed.kept[0])}",
         )
     return replace(model, packed=packed, quantization=method, notes=(*model.notes, *notes))

@@ -1,4 +1,4 @@
-"""Make a config small: the same architecture and the same traits in a few megabytes, to try a layout on."""
+"""Make a config small, to try a layout on it: the same architecture with the same traits, in a few megabytes."""
 
 from __future__ import annotations
 
@@ -136,14 +136,17 @@ _BY_TYPE: Final[Mapping[str, Mapping[str, Any]]] = {
         "attention_head_dim": 64,
     },
 }
-"""Of some model types: sizes that depend on one another in ways that their names do not tell, and lacking defaults."""
+"""Model type -> sizes that depend on one another in ways that their names do not tell, and defaults that it lacks."""
 
 
 def shrink(config: Mapping[str, Any], sizes: Sizes = Sizes()) -> dict[str, Any]:
-    """A config of the same architecture with small sizes; biases, ties, experts and kinds of layers stay as they are.
+    """Make a config of the same architecture with small sizes.
 
-    Heads that are shared stay shared (one KV head stays one, as many as heads stay as many). Every kind of layer that
-    the config names keeps at least one.
+    Biases, ties, experts and kinds of layers stay as they are, and each kind of layer keeps at least one layer. One KV
+    head stays one, and a KV head for each head stays so.
+
+    Args:
+        sizes: The small sizes.
     """
     keep = _kept_layers(config, sizes.layers)
     small = _shrink(config, sizes, keep)
@@ -166,7 +169,7 @@ def _value(
     if value is None and key == "head_dim":
         return sizes.head_dim
     if isinstance(value, Mapping):
-        if key == "per_layer_config":  # of layers by their numbers
+        if key == "per_layer_config":  # its keys are numbers of layers
             return {
                 f"{at:02}": _shrink(value[name], replace(sizes, head_dim=2 * sizes.head_dim), keep)
                 for at, layer in enumerate(keep)
@@ -186,7 +189,7 @@ def _value(
 
 
 def _of(key: str, value: int, config: Mapping[str, Any], sizes: Sizes) -> int:
-    """The small value of the size `key`."""
+    """The small value of the size that `key` names."""
     for pattern, fixed in _FIXED:
         if re.fullmatch(pattern, key):
             return min(value, fixed)
@@ -195,7 +198,7 @@ def _of(key: str, value: int, config: Mapping[str, Any], sizes: Sizes) -> int:
     if key == "head_dim" and _is_size(config.get("qk_rope_head_dim")):
         return _of(
             "qk_rope_head_dim", value, config, sizes
-        )  # what rotates of a head that is made of a latent
+        )  # the rotary part of a head that is made from a latent
     if _TOKENS.fullmatch(key):
         return min(value, 3)
     name = name_of(key)
@@ -209,12 +212,12 @@ def _of(key: str, value: int, config: Mapping[str, Any], sizes: Sizes) -> int:
 
 
 def name_of(key: str) -> str | None:
-    """Which of the `Sizes` a config's key is, by its name."""
+    """The field of `Sizes` that a config's key stands for, by its name; None for a key that is not a size."""
     return next((name for pattern, name in _SIZES if re.fullmatch(pattern, key)), None)
 
 
 def is_head_dim(key: str) -> bool:
-    """Whether a config's key is, by its name, the width of a head or of a part of one."""
+    """Whether a config's key names the width of a head, or of a part of one."""
     return key.endswith(("head_dim", "head_size", "kv_channels", "mamba_d_head", "mamba_headdim")) or key in (
         "d_kv",
         "d_head",
@@ -233,7 +236,10 @@ def _layers(config: Mapping[str, Any]) -> int | None:
 
 
 def _kept_layers(config: Mapping[str, Any], count: int) -> list[int]:
-    """The layers that a small model keeps: the first `count`, those replaced that repeat where a kind would be lost."""
+    """Choose the layers that a small model keeps: the first `count`.
+
+    Where a kind of layer would be lost, a layer of it replaces one whose kind is there twice.
+    """
     layers = _layers(config) or 0
     keep = list(range(min(count, layers)))
     lists = [config[key] for key in KINDS if isinstance(config.get(key), list) and len(config[key]) == layers]

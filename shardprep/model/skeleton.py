@@ -1,6 +1,6 @@
-"""What a config.json stands for, as transformers builds it: a model's tensors without their data, and small models.
+"""Have transformers build the model of a config.json: its tensors without data, or a small model with random weights.
 
-transformers and torch are needed for this alone, and are imported when it is asked for.
+Planning from a config.json needs transformers and torch only here, so they are imported when a function is called.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def default_config(model_type: str) -> dict[str, Any]:
-    """transformers' default config of a model type, as its config.json would hold it. Raises UnsupportedError."""
+    """Give transformers' default config of a model type, as its config.json would hold it.
+
+    Raises:
+        UnsupportedError: Where transformers has no such type, or no defaults for it.
+    """
     kind = _mapping()(model_type)
     try:
         found: dict[str, Any] = kind().to_diff_dict()
@@ -37,14 +41,14 @@ def default_config(model_type: str) -> dict[str, Any]:
 
 
 def shapes_of(config: Mapping[str, Any]) -> Shapes:
-    """The tensors of a checkpoint with this config.json, under the names by which transformers writes them.
+    """List the tensors of a checkpoint with this config.json, under the names by which transformers writes them.
 
-    The model is built without memory for its weights. Tied tensors are there once, as in a checkpoint.
+    The model is built without memory for its weights. Tied tensors are listed once, as in a checkpoint.
 
     Raises:
         UnsupportedError: Where transformers is not installed or cannot build the model.
     """
-    _mapping()  # refuses where there is no transformers
+    _mapping()  # refuses where transformers is not installed
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -65,7 +69,12 @@ def shapes_of(config: Mapping[str, Any]) -> Shapes:
 
 
 def build(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "float32") -> PreTrainedModel:
-    """A model of this config with random weights, none of them trivial (norms and biases too), ready to run."""
+    """Build a model of this config, ready to run. All weights are random, those of norms and biases too.
+
+    Args:
+        seed: The same seed gives the same weights.
+        dtype: torch's name of the weights' dtype.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -82,17 +91,17 @@ def build(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "float32") -
 
 
 def bare(config: Mapping[str, Any]) -> PreTrainedModel:
-    """A causal language model of this config in float32 whose parameters have no memory; its buffers are computed.
+    """Build a causal language model of this config in float32: its parameters have no memory, its buffers are computed.
 
     Raises:
-        UnsupportedError: Where transformers has none, or cannot build it.
+        UnsupportedError: Where transformers has no such model, or cannot build it.
     """
     import torch
 
     with torch.device("meta"):
         model = _build(config, dtype=torch.float32, causal=True)
     for parameter in model.parameters():
-        # as from_pretrained tells its initialization what is loaded: it leaves these alone
+        # from_pretrained marks loaded parameters so, and initialize_weights leaves them alone
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -105,7 +114,11 @@ def bare(config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def class_of(model_type: str) -> type[PreTrainedModel]:
-    """transformers' class of the language models of this type."""
+    """Find transformers' class of causal language models of this type.
+
+    Raises:
+        UnsupportedError: Where it has none.
+    """
     import transformers
 
     parsed = _mapping()(model_type)
@@ -154,7 +167,7 @@ def _parse(config: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _floats(value: Any) -> Any:
-    """A config with the floats that JSON has not, which transformers writes as {"__float__": "Infinity"}."""
+    """Turn {"__float__": "Infinity"} back into floats: transformers writes so what JSON cannot."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
@@ -163,7 +176,7 @@ def _floats(value: Any) -> Any:
 
 
 def _mapping() -> Any:
-    """model_type -> transformers' config class."""
+    """Give a function from a model type to transformers' config class."""
     hush_loggers()
     try:
         import torch  # noqa: F401 - transformers without it builds nothing

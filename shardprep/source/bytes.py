@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 CHUNK = 256 * 2**10
-"""Bytes that are in flight per thread: small enough to stay in a core's own cache between read, digest and write."""
+"""Bytes that each thread moves at a time: few enough to stay in a core's own cache between read, digest and write."""
 
 
 class Sources:
@@ -44,7 +44,11 @@ class Sources:
             file.close()
 
     def file(self, path: str) -> File:
-        """A source file, opened once. Raises SourceError where it is no longer the one indexed."""
+        """Give a source file, opened once.
+
+        Raises:
+            SourceError: Where it is no longer the file that was indexed.
+        """
         with self._lock:
             if path not in self._open:
                 file, indexed = self._folder.open(path), self._indexed[path]
@@ -60,7 +64,11 @@ class Sources:
                 raise _changed(file)
 
     def claim(self, path: str, record: Record) -> bool:
-        """Whether the caller is the first that wants a record checked, and so has to do it."""
+        """Whether the caller is the first that wants a record checked, and so has to check it.
+
+        Args:
+            path: The file in which the record lies.
+        """
         with self._lock:
             if (path, record.start) in self._checked:
                 return False
@@ -68,7 +76,14 @@ class Sources:
             return True
 
     def check_record(self, path: str, record: Record) -> None:
-        """Read a record once and compare its crc32; a record that was checked is not read again."""
+        """Read a record and compare its crc32; nothing is read where the record was checked before.
+
+        Args:
+            path: The file in which the record lies.
+
+        Raises:
+            IntegrityError: Where the crc32 is not the one that the zip's directory states.
+        """
         if not self.claim(path, record):
             return
         file = self.file(path)
@@ -83,7 +98,14 @@ class Sources:
 
 
 def compare(file: File, record: Record, found: int) -> None:
-    """Raises IntegrityError where a record's crc32 is not the one that the zip's directory states."""
+    """Compare a record's crc32 with the one that the zip's directory states.
+
+    Args:
+        found: The crc32 of the bytes that were read.
+
+    Raises:
+        IntegrityError: Where they differ.
+    """
     if found != record.crc32:
         raise IntegrityError(
             f"{file.where}: bytes {record.start} to {record.stop} have crc32 {found:08x}, the zip's "
@@ -98,17 +120,32 @@ def _changed(file: File) -> SourceError:
 
 
 class Reader(Protocol):
-    """The packed bytes of one tensor, in the dtype in which it is written."""
+    """Gives the packed bytes of one tensor, in the dtype in which they will be written."""
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop) of the packed tensor, valid until the next call. Calls go front to back."""
+        """Read bytes of the packed tensor; a caller reads them front to back, without a gap.
+
+        Args:
+            start: First byte, counted from the start of the tensor.
+            stop: One past the last byte.
+
+        Returns:
+            The bytes, valid until the next call.
+        """
 
     def finish(self) -> None:
-        """Call once all bytes were read. Raises IntegrityError where they are not those that were indexed."""
+        """End the reading; called once, after the last byte.
+
+        Raises:
+            IntegrityError: Where the bytes are not those that were indexed.
+        """
 
 
 class PlainReader:
-    """A tensor that lies packed in one run of a file. Sums its record's crc32 as it goes where it is the record."""
+    """Reads a tensor that lies packed in one run of a file.
+
+    Where the tensor is a whole record of a zip, its crc32 is summed on the way. Otherwise the record is checked first.
+    """
 
     def __init__(self, sources: Sources, tensor: Tensor) -> None:
         extent = tensor.extents[0]
@@ -116,7 +153,7 @@ class PlainReader:
         record = extent.record
         self.record = record
         if record is not None and (record.start, record.stop) != (self.offset, self.offset + self.size):
-            # a view of a larger storage: its bytes alone cannot be summed
+            # a view of a larger storage: the record's crc32 is not that of the view's bytes
             sources.check_record(extent.file, record)
             self.record = None
         self.ahead = self.file.stretch(self.offset, self.offset + self.size)
@@ -138,7 +175,7 @@ class PlainReader:
 
 
 class JoinedReader:
-    """A tensor that lies in several blocks along one dim: one of a shard set, or one that is padded with zeros."""
+    """Reads a tensor that lies in several blocks along one dim: from a shard set, or padded with zeros."""
 
     def __init__(self, sources: Sources, tensor: Tensor, dtype: str) -> None:
         inner = dtypes.nbytes(dtype, tensor.shape[tensor.dim + 1 :])
@@ -148,7 +185,7 @@ class JoinedReader:
         self.blocks = [_open_block(sources, tensor, extent, dtype, runs) for extent in tensor.extents]
         self.runs = tuple(runs.values())
         self.last: tuple[int, bytes] = (-1, b"")
-        """A short row that the next call needs as well, so that no byte is read twice."""
+        """Number and bytes of the last row that was read: a call may end within it, and the next one begin there."""
 
     def read(self, start: int, stop: int) -> memoryview:
         if self.row >= CHUNK:
@@ -167,7 +204,7 @@ class JoinedReader:
         return memoryview(rows)[start - first * self.row : stop - first * self.row]
 
     def _within_rows(self, start: int, stop: int) -> memoryview:
-        """Bytes [start, stop), row by row: rows are long, so the runs within each block are too."""
+        """Read bytes [start, stop) row by row. Rows are long here, so each block is read in long runs."""
         out = memoryview(bytearray(stop - start))
         for row in range(start // self.row, -(-stop // self.row)):
             base = row * self.row - start  # where the row begins in `out`
@@ -178,7 +215,7 @@ class JoinedReader:
         return out
 
     def _column(self, number: int, first: int, last: int) -> memoryview:
-        """Rows [first, last) of one block."""
+        """Read rows [first, last) of one block."""
         low, high = self.bounds[number]
         column = memoryview(bytearray((last - first) * (high - low)))
         if column:
@@ -191,7 +228,10 @@ class JoinedReader:
 
 
 class _Run:
-    """What the blocks of a tensor lie in, read front to back. Sums its record's crc32 as far as bytes come in order."""
+    """A run of a file in which blocks of a tensor lie, read front to back.
+
+    The crc32 of its record is summed as long as the bytes come in order. If they did not, `finish` reads the record again.
+    """
 
     def __init__(self, sources: Sources, path: str, record: Record | None, start: int, stop: int) -> None:
         self.sources, self.path, self.record = sources, path, record
@@ -210,7 +250,7 @@ class _Run:
             return
         if self.summed == self.record.stop:
             compare(self.file, self.record, self.crc)
-        else:  # other tensors have a part of the record, or the blocks lie across each other
+        else:  # a part of the record belongs to other tensors, or blocks were read out of order
             self.sources.check_record(self.path, self.record)
 
 
@@ -218,7 +258,7 @@ class _Block(Protocol):
     """One block of a tensor."""
 
     def read_into(self, into: memoryview, start: int) -> None:
-        """Fill `into`, which is zeros, with the bytes of the packed block from `start` on."""
+        """Fill `into`, which holds zeros, with the bytes of the packed block from byte `start` on."""
 
 
 class _Zeros:
@@ -227,7 +267,7 @@ class _Zeros:
 
 
 class _Rows:
-    """A block whose rows lie in a file one behind the other, or `pitch` bytes apart."""
+    """A block whose rows of `width` bytes begin `pitch` bytes apart in a file."""
 
     def __init__(self, run: _Run, offset: int, width: int, pitch: int) -> None:
         self.run, self.offset, self.width, self.pitch = run, offset, width, pitch
@@ -259,7 +299,7 @@ def _open_block(
     dtype: str,
     runs: dict[tuple[str, Record | None], _Run],
 ) -> _Block:
-    """The reader of one extent of a tensor; `runs` holds those that its extents share."""
+    """Open the reader of one extent of a tensor; extents in one record share an entry of `runs`."""
     dim = tensor.dim
     shape = (*tensor.shape[:dim], (extent.stop or 0) - extent.start, *tensor.shape[dim + 1 :])
     if not extent.file or not prod(shape):
@@ -277,8 +317,11 @@ def _open_block(
 
 
 def _pitch(strides: tuple[int, ...], shape: tuple[int, ...], dim: int, dtype: str) -> int | None:
-    """Bytes from row to row, a row being what lies behind `dim`; 0 where there is but one; None where rows are not
-    packed, or not evenly spaced."""
+    """Bytes from the start of one row to the next; a row is `dim` and all dims after it.
+
+    Returns:
+        0 where there is only one row; None where rows are not packed, or not evenly spaced.
+    """
     step = 1
     for size, stride in zip(reversed(shape[dim:]), reversed(strides[dim:]), strict=True):
         if size > 1 and stride != step:
@@ -295,7 +338,7 @@ def _pitch(strides: tuple[int, ...], shape: tuple[int, ...], dim: int, dtype: st
 
 
 def _reach(tensor: Tensor, extent: Extent) -> tuple[int, int]:
-    """Bytes [start, stop) of the file in which the blocks of a tensor lie that share a run with this one."""
+    """Bytes [start, stop) of the file that hold all blocks of the tensor that share a run with this extent."""
     starts, stops = [], []
     for each in tensor.extents:
         if (each.file, each.record) == (extent.file, extent.record):
@@ -314,7 +357,7 @@ def _reach(tensor: Tensor, extent: Extent) -> tuple[int, int]:
 
 
 class GatheredReader:
-    """A tensor whose elements must be gathered (strides), swapped (big-endian) or cast. Needs numpy."""
+    """Reads a tensor whose elements must be gathered (strides), swapped (big-endian) or cast. Needs numpy."""
 
     def __init__(self, sources: Sources, tensor: Tensor, dtype: str) -> None:
         import numpy as np
@@ -324,7 +367,7 @@ class GatheredReader:
         self.target_size = dtypes.BITS[dtype] // 8
         self.cast = (tensor.dtype, dtype) if tensor.dtype != dtype else None
         self.swap = extent.big_endian
-        # complex64 is a pair of float32, each swapped by itself
+        # a complex64 is two float32, and each of them is swapped by itself
         self.word = np.dtype(f"u{4 if tensor.dtype == 'C64' else self.itemsize}")
         self.flat = _elements(sources, extent, tensor, self.itemsize).flat
 
@@ -336,7 +379,7 @@ class GatheredReader:
             source, target = map(numpy_dtype, self.cast)
             import numpy as np
 
-            with np.errstate(over="ignore"):  # beyond the range becomes inf, as in torch
+            with np.errstate(over="ignore"):  # a value beyond the range becomes inf, as in torch
                 given = found.view(source)
                 if self.cast == ("F64", "F16"):  # rounded twice, as in torch: 1 + 2**-11 + 2**-40 becomes 1
                     given = given.astype(np.float32)
@@ -363,14 +406,18 @@ def _elements(sources: Sources, extent: Extent, tensor: Tensor, itemsize: int) -
 
 
 def _mapped(sources: Sources, extent: Extent, stop: int) -> tuple[mmap.mmap, int]:
-    """Memory that holds an extent up to byte `stop`, its record checked, and the byte at which it begins."""
+    """Bring an extent up to byte `stop` of its file into memory, and check its record.
+
+    Returns:
+        The memory, and the byte of the file at which it begins.
+    """
     file, record = sources.file(extent.file), extent.record
     if file.fd is not None:
         if record is not None:
             sources.check_record(extent.file, record)
         base = extent.offset - extent.offset % mmap.ALLOCATIONGRANULARITY
         return mmap.mmap(file.fd, stop - base, prot=mmap.PROT_READ, offset=base), base
-    # far away: one request brings what is gathered, and the first time all that its checksum covers
+    # in a store: one request brings the extent; the first one for a record brings the whole record, to check its crc32
     first = record is not None and sources.claim(extent.file, record)
     base, stop = (record.start, record.stop) if record is not None and first else (extent.offset, stop)
     memory = mmap.mmap(-1, stop - base)
@@ -395,7 +442,11 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 
 def open_reader(sources: Sources, tensor: Tensor, dtype: str) -> Reader:
-    """The reader for a tensor that is to be written as `dtype`."""
+    """Open the reader that a tensor needs.
+
+    Args:
+        dtype: The dtype in which the tensor will be written.
+    """
     extent = tensor.extents[0]
     if len(tensor.extents) > 1:
         return JoinedReader(sources, tensor, dtype)

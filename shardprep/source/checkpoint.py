@@ -25,14 +25,21 @@ MAX_JSON_BYTES: Final = 64 * 2**20
 """config.json and index.json are refused before they are read when they are larger."""
 
 ONE_OF_SEVERAL: Final = re.compile(r"-of-(?!0*1\.)\d+\.")
-"""In the name of a shard: that there are others."""
+"""Matches the name of a shard that has others beside it: `-00001-of-00003.`, but not `-of-00001.`"""
 
 
 def read_checkpoint(source: Source, *, include_code: bool = False) -> Index:
-    """The index of a checkpoint: a folder in the Hugging Face layout, or one weight file.
+    """Read the index of a checkpoint: a folder in the Hugging Face layout, or one weight file. Reads no tensor data.
 
-    `include_code` lets *.py files travel with the weights. Reads no tensor data.
-    Raises FormatError or UnsupportedError for anything that is not whole, consistent and safe to read.
+        with open_source("llama-70b") as source:
+            index = read_checkpoint(source)
+
+    Args:
+        include_code: Let *.py files travel with the weights.
+
+    Raises:
+        FormatError: For a checkpoint that is not whole, or contradicts itself.
+        UnsupportedError: For one that cannot be carried over, or is not safe to read.
     """
     folder = source.folder
     if source.file is not None:
@@ -64,7 +71,11 @@ def read_checkpoint(source: Source, *, include_code: bool = False) -> Index:
 
 
 def read_config(folder: Folder) -> Mapping[str, Any]:
-    """config.json, or an empty mapping where there is none."""
+    """Read config.json; an empty mapping where there is none.
+
+    Raises:
+        FormatError: Where it is not a JSON object, or its model_type is not a string.
+    """
     name = "config.json"
     config = read_json(folder, name) if folder.has(name) else {}
     if not isinstance(config.get("model_type", ""), str | None):
@@ -75,7 +86,14 @@ def read_config(folder: Folder) -> Mapping[str, Any]:
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """A JSON object of a bounded size. Raises FormatError for anything else."""
+    """Read a JSON object.
+
+    Args:
+        name: A file of the folder.
+
+    Raises:
+        FormatError: For more than MAX_JSON_BYTES, or for anything but an object in UTF-8.
+    """
     with folder.open(name) as file:
         if file.size > MAX_JSON_BYTES:
             raise FormatError(f"{file.where}: more than {MAX_JSON_BYTES} bytes")
@@ -98,7 +116,7 @@ def _one_file(folder: Folder, name: str) -> Index:
 def _by_index(
     folder: Folder, names: Sequence[str], files: list[str]
 ) -> tuple[list[str], Mapping[str, str] | None]:
-    """The weight files that belong together, and the weight_map of the index.json that says so where there is one.
+    """Find the weight files that belong together, and the weight_map of the index.json that lists them, if there is one.
 
     Raises:
         FormatError: Where shards are missing or too many.
@@ -149,10 +167,15 @@ def _weight_map(folder: Folder, index: str) -> dict[str, str]:
 def read_weights(
     folder: Folder, kind: str, files: Sequence[str], *, listed: Mapping[str, str] | None = None
 ) -> Index:
-    """One index of several files. Raises FormatError for a name in two of them, or at odds with index.json.
+    """Put the indexes of several files together into one.
 
     Args:
-        listed: The weight_map of the index.json, where it has been read.
+        kind: "torch" or "safetensors".
+        files: Names of weight files in the folder.
+        listed: The weight_map of the index.json, if the caller has read it.
+
+    Raises:
+        FormatError: For a tensor that two files hold, or that lies elsewhere than index.json says.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

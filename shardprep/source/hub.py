@@ -39,12 +39,13 @@ class Named:
     repo: str
     revision: str | None
     folder: str
-    """Within the repository; empty at its top."""
+    """The folder within the repository; empty for its top."""
     file: str | None
+    """The one weight file that the URI names, without its folder; None where it names a folder."""
 
     @property
     def uri(self) -> str:
-        """Without the revision, which a manifest states by itself."""
+        """The URI without the revision, which a manifest states in a field of its own."""
         return "/".join(word for word in (f"hf://{self.repo}", self.folder, self.file) if word)
 
 
@@ -65,14 +66,18 @@ def parse_uri(uri: str) -> Named:
 
 
 def open_hub(uri: str, *, data: bool) -> Source:
-    """Open a model of the hub.
-
-    HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count as they do everywhere. Raises InputError for a URI that names
-    none and where huggingface_hub is not installed; MissingError, DeniedError or StoreError as the hub answers.
+    """Open a model of the hub. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE count as they do in huggingface_hub.
 
     Args:
-        data: Whether its tensors will be read: then its files are fetched into the cache of huggingface_hub (HF_HOME);
-            otherwise only what describes them, by ranges.
+        uri: `hf://org/name[@revision][/folder/file]`.
+        data: Whether tensors will be read. True downloads the files into the cache of huggingface_hub (HF_HOME);
+            False reads only what describes the tensors, by ranges.
+
+    Raises:
+        InputError: For a URI that does not name a model, or where huggingface_hub is not installed.
+        MissingError: Where the hub has no such model, revision or file.
+        DeniedError: Where the token does not open it.
+        StoreError: For any other answer of the hub.
     """
     named = parse_uri(uri)
     try:
@@ -89,7 +94,7 @@ def open_hub(uri: str, *, data: bool) -> Source:
         except errors.HfHubHTTPError:
             raise
         except (errors.HTTPError, ConnectionError):
-            return _from_cache(hub, named)  # what is there may do
+            return _from_cache(hub, named)  # the files that an earlier run fetched may be enough
         files = _files(api, named, commit)
         if not data:
             ranges = _Ranges(hub, named, commit)
@@ -129,7 +134,7 @@ def _files(api: Any, named: Named, commit: str) -> dict[str, Stat]:
 
 
 def _from_cache(hub: Any, named: Named) -> Source:
-    # config.json alone is asked for: that the other kind of weights was never fetched is no fault of the snapshot
+    # ask for config.json alone: a snapshot that lacks the other kind of weights is whole for our purpose
     path = hub.snapshot_download(
         named.repo, revision=named.revision, allow_patterns=["config.json"], local_files_only=True
     )
@@ -145,14 +150,14 @@ def _snapshot(path: Path, named: Named) -> Source:
 
 
 class _Ranges:
-    """Ranges of the files of one commit, which never changes."""
+    """Reads ranges of the files of one commit. A commit never changes, so there is nothing to compare afterwards."""
 
     def __init__(self, hub: Any, named: Named, commit: str) -> None:
         self.hub, self.named, self.commit = hub, named, commit
         self.uri = "/".join(word for word in (f"hf://{named.repo}", named.folder) if word)
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
-        """As a store does it."""
+        """Bring a range into `sink`, as `Store.get` does."""
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 

@@ -23,11 +23,13 @@ def open_source(place: Path | str, access: Access | None = None, *, data: bool =
     """Open the checkpoint at a path or URI.
 
     Args:
-        data: Whether tensors will be read, and not only what describes them.
+        place: A path, `s3://bucket/prefix` (`gs://`, `az://`, `file://`) or `hf://org/name@revision`.
+        access: Endpoint, profile and the like of a store.
+        data: Whether tensors will be read; False: only what describes them, so that `hf://` downloads no weights.
 
     Raises:
-        FormatError: Where there is nothing.
-        StoreError: Where a store does not let us know.
+        FormatError: Where nothing lies at the place.
+        StoreError: Where a store does not answer, or denies the answer.
     """
     if isinstance(place, str) and place.startswith(HUB):
         from .hub import open_hub
@@ -42,7 +44,7 @@ def _on_disk(path: Path) -> Source:
     one = path.is_file()
     if not one and not path.is_dir():
         raise FormatError(f"{quote(path)}: no such file or folder")
-    uri = path.resolve().name  # its last word: where it lay is nobody else's business
+    uri = path.resolve().name  # its last word alone: a manifest is public, and the user's folders are private
     return Source(LocalFolder(path.parent), path.name, uri) if one else Source(LocalFolder(path), None, uri)
 
 
@@ -50,7 +52,7 @@ def _in_store(uri: str, access: Access | None) -> Source:
     scheme, _, rest = uri.partition("://")
     uri = f"{scheme}://{rest.rstrip('/')}"
     parent, _, name = uri.rpartition("/")
-    # a weight file is asked for by name first: its neighbours may be many
+    # ask for a weight file by its name first: listing it together with its neighbours may take many requests
     if is_weights(name) and (found := _object(parent, name, uri, access)):
         return found
     store = open_store(uri, access)
@@ -78,7 +80,7 @@ def _in_store(uri: str, access: Access | None) -> Source:
 
 
 def _object(parent: str, name: str, uri: str, access: Access | None) -> Source | None:
-    """The one object `name`, with the config.json beside it; None where there is none."""
+    """Open the one object `name`, with the config.json beside it; None where there is no such object."""
     if not parent.partition("://")[2]:
         return None  # a bucket alone
     store = open_store(parent, access)
@@ -86,7 +88,7 @@ def _object(parent: str, name: str, uri: str, access: Access | None) -> Source |
         found = store.head(name)
         if found is not None:
             objects = {name: found}
-            with suppress(DeniedError):  # who may read the one file alone gets 403 for what is not there
+            with suppress(DeniedError):  # S3 answers 403, and not 404, to a user who may not list the bucket
                 config = store.head("config.json")
                 objects |= {config.key: config} if config else {}
             return Source(StoreFolder(store, objects), name, _told(uri))
@@ -98,5 +100,5 @@ def _object(parent: str, name: str, uri: str, access: Access | None) -> Source |
 
 
 def _told(uri: str) -> str:
-    """The URI as a manifest tells it: of a folder on this machine its last word."""
+    """The URI as a manifest records it: only the last word of a folder on this machine."""
     return uri.rpartition("/")[2] if uri.startswith("file://") else uri

@@ -25,7 +25,11 @@ NOT_WEIGHTS: Final = (
 
 
 def choose_weights(names: Iterable[str]) -> tuple[str, list[str], list[str]]:
-    """(kind, weight files of that kind, weight files that are a second copy): safetensors where there are any."""
+    """Choose safetensors files where there are any, else torch files.
+
+    Returns:
+        The kind ("safetensors" or "torch"), the files of that kind, and the files that are a second copy of the weights.
+    """
     weights = [name for name in names if not name.startswith("rng_state") and name not in NOT_WEIGHTS]
     files = [name for name in weights if name.endswith(SAFETENSORS)]
     others = [name for name in weights if name.endswith(TORCH)]
@@ -38,7 +42,11 @@ def is_weights(name: str) -> bool:
 
 
 def is_side_file(name: str, *, include_code: bool) -> bool:
-    """Whether a file of this name beside the weights travels with them."""
+    """Whether a file of this name beside the weights travels with them.
+
+    Args:
+        include_code: Let *.py files travel too.
+    """
     suffixes = (*SIDE_SUFFIXES, *CODE_SUFFIXES) if include_code else SIDE_SUFFIXES
     wanted = name.endswith(suffixes) or name.split(".")[0].upper() in SIDE_NAMES
     return wanted and not name.endswith(INDEX) and name != FILE_NAME

@@ -14,7 +14,7 @@ from ..index import Extent, SourceFile, Tensor
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsFile:
-    """What one file holds."""
+    """The tensors of one safetensors file."""
 
     tensors: Mapping[str, Tensor]
     aliases: Mapping[str, str]
@@ -23,7 +23,14 @@ class SafetensorsFile:
 
 
 def read_safetensors_file(folder: Folder, path: str) -> SafetensorsFile:
-    """Index one safetensors file. Raises FormatError on any breach of the format."""
+    """Index one safetensors file.
+
+    Args:
+        path: Its name in the folder.
+
+    Raises:
+        FormatError: On any breach of the format.
+    """
     with folder.open(path) as file:
         first = read_at(file, min(8, file.size), 0)
         raw = first + read_at(file, header_length(first, file.size, where=file.where), len(first))

@@ -16,7 +16,15 @@ from ..index import Extent, Index, SourceFile, Tensor
 
 
 def open_parts(folder: Path, manifest: Manifest) -> list[OpenPart]:
-    """Open every part, headers checked. Raises IntegrityError, FormatError or ManifestError; the caller closes them."""
+    """Open every part and check its header. The caller closes the parts.
+
+    Args:
+        folder: Where the parts lie.
+
+    Raises:
+        IntegrityError: Where a header does not have the digest that the manifest names.
+        FormatError, ManifestError: Where a header is damaged, or contradicts the manifest.
+    """
     parts: list[OpenPart] = []
     try:
         for part in manifest.parts:
@@ -29,10 +37,16 @@ def open_parts(folder: Path, manifest: Manifest) -> list[OpenPart]:
 
 
 def locate_pieces(manifest: Manifest, parts: list[OpenPart]) -> dict[str, list[tuple[OpenPart, PieceSpan]]]:
-    """Where each tensor's pieces lie, in order along its dim: all that the layout makes, each once.
+    """Find every piece of every tensor.
+
+    Args:
+        parts: All parts of the set, open.
+
+    Returns:
+        Tensor name -> its pieces, in order along the dim that they are cut along; together they are the whole tensor.
 
     Raises:
-        ManifestError: Where one is missing, or stored twice.
+        ManifestError: Where a piece is missing, or is stored twice.
     """
     found: dict[tuple[str, int], tuple[OpenPart, PieceSpan]] = {}
     for part in parts:
@@ -43,7 +57,7 @@ def locate_pieces(manifest: Manifest, parts: list[OpenPart]) -> dict[str, list[t
                 )
             found[key] = part, piece
     located = {}
-    starts: dict[int, list[int]] = {}  # by a form's identity: what is alike is cut once
+    starts: dict[int, list[int]] = {}  # by a form's identity: tensors that are alike share one form, cut once
     for name, entry in manifest.tensors.items():
         form = entry.form
         if id(form) not in starts:
@@ -58,7 +72,11 @@ def locate_pieces(manifest: Manifest, parts: list[OpenPart]) -> dict[str, list[t
 
 
 def read_shard_set(folder: Path) -> tuple[Index, Manifest]:
-    """The index of a shard set's tensors, put together from their pieces, and its manifest."""
+    """Read a shard set as if it were a checkpoint: the index of its tensors, put together from pieces, and its manifest.
+
+    Raises:
+        ManifestError, FormatError, IntegrityError: What `open_parts` and `locate_pieces` raise.
+    """
     manifest = read_manifest(folder)
     parts = open_parts(folder, manifest)
     try:

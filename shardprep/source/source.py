@@ -14,11 +14,11 @@ class Source:
 
     folder: Folder
     file: str | None
-    """The one weight file that was named; None: the folder."""
+    """The one weight file that the user named; None where the user named the folder."""
     uri: str
-    """Where it came from, as a manifest tells it: no path of this machine, no credentials."""
+    """Where the checkpoint came from, as a manifest records it: without paths of this machine and without credentials."""
     revision: str | None = None
-    """The commit, where it lies under version control."""
+    """The commit of a checkpoint that lies under version control."""
 
     def __enter__(self) -> Source:
         return self

@@ -1,4 +1,4 @@
-"""Read the files of a checkpoint in a store by ranges: what is asked for, and no byte that nobody wants."""
+"""Read the files of a checkpoint in a store by ranges, so that only the bytes that are needed travel."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shardprep_runtime.stores.store import BufferSink, Sink, Stat
 from ..files import File, Stretch
 
 WORKERS: Final = 16
-"""Requests at a time: a store answers one slowly and many at once."""
+"""Requests at a time. One request to a store waits long for its first byte, and many of them wait together."""
 
 WINDOW: Final = 8 * 2**20
-"""Bytes of one request where a tensor is read front to back, and what each thread holds of it."""
+"""Bytes of one request where a tensor is read front to back; each thread holds so many in memory."""
 
 NEAR: Final = 4096
 """Small ranges that are no further apart than this are fetched by one request, with what lies between them."""
@@ -27,19 +27,19 @@ HELD: Final = 256 * 2**20
 
 
 class Ranges(Protocol):
-    """What reading needs of a store."""
+    """The methods of a store that reading needs."""
 
     @property
     def uri(self) -> str: ...
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
-        """As `Store.get`."""
+        """Bring a range into `sink`, as `Store.get` does."""
 
     def close(self) -> None: ...
 
 
 class StoreFile:
-    """An object, read by ranges, each of which must be of the version that was opened."""
+    """An object that is read by ranges. Each range must come from the version of the object that was opened."""
 
     fd = None
 
@@ -103,7 +103,7 @@ class _Window:
         self.file, self.start, self.stop = file, start, stop
         self.buffer = memoryview(bytearray(min(WINDOW, stop - start)))
         self.low = self.high = start
-        """Which bytes of the file `buffer` begins with."""
+        """The buffer holds bytes [low, high) of the file."""
 
     def read_into(self, into: memoryview, offset: int) -> None:
         while into:
@@ -121,13 +121,13 @@ class _Window:
 
 
 class StoreFolder:
-    """The objects right under the prefix of a store: those of prefixes below are no part of the checkpoint."""
+    """The objects right under the prefix of a store. Those further below do not belong to the checkpoint."""
 
     path = None
     workers = WORKERS
 
     def __init__(self, store: Ranges, objects: Mapping[str, Stat]) -> None:
-        """`objects` by their keys, each a name that is plain."""
+        """`objects`: key -> object; each key is a plain name (`is_plain`)."""
         self.store = store
         self.objects = {key: objects[key] for key in sorted(objects)}
         self.pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="shardprep-index")
@@ -154,5 +154,5 @@ class StoreFolder:
 
 
 def is_plain(key: str) -> bool:
-    """Whether a key is a name that a visible file of one folder can have; others are passed over."""
+    """Whether a key can be the name of a visible file in one folder. Other keys are ignored."""
     return not key.startswith(".") and "/" not in key and "\\" not in key and key.isprintable() and key != ""

@@ -1,10 +1,9 @@
 """Decide which tensors a torch file holds and where their bytes lie, for both of torch's formats.
 
-Which mapping is the weights: the file's own, unless one of its keys is a wrapper that training scripts use
-(WRAPPERS) and holds a mapping; then that one, at most two wrappers deep. What stands beside a wrapper (optimizer,
-epoch, random state, an `ema` copy) is left out. In the weights themselves whatever holds no tensor is left out, the
-state of an optimizer (BESIDE) is too, and any other group of tensors is refused by name: dropping it in silence would
-lose weights.
+The weights are the file's own mapping, unless one of its keys is a wrapper of training scripts (WRAPPERS) that holds a
+mapping. Then that mapping is the weights, at most two wrappers deep. Whatever stands beside a wrapper (optimizer,
+epoch, random state, an `ema` copy) is left out. So is, among the weights themselves, whatever holds no tensor, and the
+state of an optimizer (BESIDE). Any other group of tensors is refused by name: to drop it in silence would lose weights.
 """
 
 from __future__ import annotations
@@ -37,15 +36,16 @@ from .torch_zip import Zip, read_member, read_zip
 
 WRAPPERS: Final = ("state_dict", "model_state_dict", "model", "module")
 MAX_EXPANSION: Final = 4
-"""How many times the bytes of their storages tensors may take once packed, and EXPANSION_SLACK more."""
+"""Packed tensors may take this many times the bytes of their storages, and EXPANSION_SLACK more."""
 EXPANSION_SLACK: Final = 64 * 2**20
+"""Bytes; so that small files may expand their tensors freely."""
 
 BESIDE: Final = frozenset(
     f"{what}{ending}"
     for what in ("optimizer", "optim", "opt", "scheduler", "lr_scheduler", "scaler")
     for ending in ("", "s", "_state", "_states", "_state_dict")
 )
-"""What training scripts store among the weights of a flat dict; it holds tensors, and is none of the model's."""
+"""Keys that training scripts store among the weights of a flat dict: they hold tensors, but not the model's."""
 
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
@@ -63,7 +63,7 @@ class TorchFile:
     """One .bin, .pt or .pth file."""
 
     tensors: Mapping[str, Tensor]
-    """In the file's own order; a tied tensor stands here once, under the first of its names."""
+    """Tensors in the file's own order; a tied tensor stands here once, under the first of its names."""
     aliases: Mapping[str, str]
     """Other names of tied tensors -> the name in `tensors`."""
     left_out: tuple[LeftOut, ...]
@@ -81,7 +81,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """What either format comes to."""
+    """The contents of a file, in the same form for both formats."""
 
     value: object
     runs: Mapping[str, _Run]
@@ -91,7 +91,11 @@ class _Contents:
 
 
 def is_torch_file(folder: Folder, name: str) -> bool:
-    """Whether the file begins as torch's zips, legacy files or old tars do. False for what is no regular file."""
+    """Whether the file begins as torch's zips, legacy files or old tars do.
+
+    Args:
+        name: A name in the folder; False where it is not a regular file.
+    """
     try:
         with folder.open(name) as file:
             head = _head(file)
@@ -107,7 +111,10 @@ def _head(file: File) -> bytes:
 
 
 def read_torch_file(folder: Folder, name: str) -> TorchFile:
-    """What the file `name` holds. Nothing in it is executed.
+    """Index the torch file `name`. Nothing in it is executed.
+
+    Args:
+        name: The file's name in the folder.
 
     Raises:
         FormatError: Where it is damaged or hostile.
@@ -177,7 +184,7 @@ def _read_zip(file: File, *, where: str) -> _Contents:
             raise FormatError(
                 f"{where}: storage {quote(key)} is declared with {storage.nbytes} bytes, the zip has {found}"
             )
-        # where torch was told to leave checksums out there is nothing to check the copy against
+        # where torch was told to leave checksums out, there is no crc32 to compare
         record = Record(member.start, member.stop, member.crc32) if archive.has_crc else None
         runs[key] = _Run(member.start, found, record)
     digest = hashlib.sha256(raw + order + archive.directory).hexdigest()
@@ -202,7 +209,7 @@ def _check_version(file: File, archive: Zip, *, where: str) -> None:
 
 def _read_legacy(file: File, *, where: str) -> _Contents:
     size = file.size
-    # how long the pickles are is known only once they are read: try a small window before a large one
+    # the length of the pickles is known only once they are read: try a small window before a large one
     for window in _LEGACY_WINDOWS:
         head = read_at(file, min(window, size), 0)
         try:
@@ -247,7 +254,7 @@ def _parse_legacy(file: File, head: bytes, *, where: str) -> _Contents:
     pos = listed.stop
     sizes = [8 + main.storages[key].nbytes for key in keys]
     starts = list(accumulate(sizes, initial=pos))
-    if starts[-1] == size:  # else it is refused below
+    if starts[-1] == size:  # a file of another size is refused below
         file.hint([(start, start + 8) for start in starts[:-1]])
     for key in keys:
         storage = main.storages[key]
@@ -274,7 +281,7 @@ def _parse_legacy(file: File, head: bytes, *, where: str) -> _Contents:
 
 
 def _find_weights(value: object, *, where: str) -> tuple[dict[str, object], list[LeftOut]]:
-    """The mapping that is the weights, and what stands beside it."""
+    """Find the mapping that is the weights, and list what stands beside it."""
     beside: list[LeftOut] = []
     path: list[str] = []
     while True:
@@ -343,7 +350,7 @@ def _parts(value: object) -> Iterator[object]:
 def _holds_tensor(value: object, barren: set[int]) -> bool:
     """Whether a tensor or storage lies anywhere in `value`, which may contain itself.
 
-    `barren` collects the ids of what holds none, so that asking about many values costs no more than about one.
+    `barren` collects the ids of values without one. No value is searched twice, however many calls meet it.
     """
     seen: set[int] = set()
     todo = [value]
@@ -368,7 +375,7 @@ def _holds_tensor(value: object, barren: set[int]) -> bool:
 def _place(
     weights: Mapping[str, object], contents: _Contents, *, file: str, where: str
 ) -> tuple[dict[str, Tensor], dict[str, str], list[LeftOut]]:
-    """The tensors, the other names of tied ones, and what in the weights is no tensor."""
+    """Give the tensors, the other names of tied ones, and what among the weights is not a tensor."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     left_out: list[LeftOut] = []
@@ -420,7 +427,7 @@ def _place(
 
 
 def _tensor(name: str, view: View, contents: _Contents, *, file: str, label: str) -> Tensor:
-    """Prove that `view` lies in its storage, and say where."""
+    """Prove that `view` lies in its storage, and say where its bytes are."""
     storage, run = view.storage, contents.runs[view.storage.key]
     if storage.location.partition(":")[0] == "meta":
         raise UnsupportedError(f"{label} is on the meta device: the file holds no data for it")

@@ -1,9 +1,9 @@
 """Decide what a torch pickle says, executing nothing: every global stays a symbol, every call is looked up by name.
 
-The opcodes are those that picklers write at protocols 2 to 5 (CPython's `Lib/pickletools.py` describes them) and
-INT, which Python 2 wrote for large integers. The calls are torch's rebuild functions (`torch/_utils.py`,
-`torch/_tensor.py`); what training scripts leave beside the weights becomes an `Opaque`, and any other call is
-refused together with the whole file. Dicts are kept as pairs, since hashing keys from a file can be made slow.
+The opcodes are those that picklers write at protocols 2 to 5 (CPython's `Lib/pickletools.py` describes them), and
+INT, which Python 2 wrote for large integers. The calls that are understood are torch's rebuild functions
+(`torch/_utils.py`, `torch/_tensor.py`). What training scripts leave beside the weights becomes an `Opaque`. Any other
+call has the whole file refused. Dicts are kept as pairs: a hostile file could make the hashing of its keys slow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from shardprep_runtime.format.header import MAX_DIMS, is_size
 
 MAX_PICKLE_BYTES: Final = 256 * 2**20
 MAX_OPCODES: Final = 8_000_000
-"""About thirty describe a tensor. Each may cost a hundred bytes of memory, so this bounds what a file can take."""
+"""Opcodes that a pickle may have. About thirty describe a tensor. One may cost a hundred bytes of memory, so that this
+bounds the memory that a file can make us use."""
 MAX_NAME: Final = 256
 
 _TORCH_DTYPES: Final = {torch_name: name for name, torch_name in dtypes.TORCH.items()}
@@ -48,7 +49,7 @@ _STORAGES: Final[
     "UntypedStorage": ("U8", 1),
 }
 
-# The standard library is where payloads find their calls, so a name of it is refused even where nothing calls it.
+# Payloads find their calls in the standard library, so that its other names are refused even where nothing calls them.
 _STDLIB: Final = sys.stdlib_module_names | {
     "__builtin__",
     "copy_reg",
@@ -113,7 +114,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Opaque:
-    """An object that was not made: what would have been called, and all that it was given."""
+    """An object that was not made: what the pickle would have called, and all arguments of the call."""
 
     what: str
     parts: list[object] = field(default_factory=list)
@@ -134,11 +135,11 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class View:
-    """A tensor as the pickle describes it; whether it fits its storage is not checked yet."""
+    """A tensor as the pickle describes it. That it lies in its storage is proved later (torch_files.py)."""
 
     storage: Storage
     dtype: str
-    """Ours, or torch's own where we have none."""
+    """Our name of the dtype, or torch's where safetensors has no such dtype."""
     offset: object
     shape: tuple[object, ...]
     strides: tuple[object, ...]
@@ -153,24 +154,31 @@ class BadTensor:
 
 @dataclass(frozen=True, slots=True)
 class Pickle:
-    """What one pickle says."""
+    """The value that one pickle describes, and the storages that it refers to."""
 
     value: object
     stop: int
-    """One past the STOP."""
+    """The byte after the STOP opcode, counted from the start of the data."""
     storages: dict[str, Storage]
-    """By key, whole, every storage that the pickle mentions."""
+    """Key -> storage, each of them whole, for every storage that the pickle mentions."""
     opcodes: int
 
 
 class TruncatedPickleError(FormatError):
-    """The bytes end within the pickle."""
+    """The bytes end within the pickle: a caller that passed a window of the file tries a larger one."""
 
 
 def read_pickle(data: bytes, start: int = 0, *, where: str, legacy: bool = False) -> Pickle:
-    """Interpret the pickle that begins at `data[start]`. Raises FormatError on any breach.
+    """Interpret the pickle that begins at `data[start]`, in time and memory that are proportional to its bytes.
 
-    Takes time and memory in proportion to its bytes, and stops at MAX_OPCODES.
+    Args:
+        start: First byte of the pickle.
+        where: The file as error messages name it.
+        legacy: Whether storages are described as torch's format before the zip does.
+
+    Raises:
+        TruncatedPickleError: Where the data end within the pickle.
+        FormatError: On any other breach, for a call that weights do not need, and for more than MAX_OPCODES.
     """
     machine = _Machine(data, start, where, legacy)
     value = machine.run()
@@ -178,7 +186,7 @@ def read_pickle(data: bytes, start: int = 0, *, where: str, legacy: bool = False
 
 
 def describe(value: object) -> str:
-    """What `value` is, in a few words: never its parts, which may contain it."""
+    """Say what `value` is in a few words. Its parts are not described, since they may contain it again."""
     match value:
         case Global():
             return f"a reference to {quote(value.path)}"
@@ -203,7 +211,7 @@ def _text(raw: bytes) -> object:
 def _py2_text(raw: bytes) -> object:
     try:
         return raw.decode("utf-8")
-    except UnicodeDecodeError:  # Python 2 wrote text and bytes alike
+    except UnicodeDecodeError:  # Python 2 wrote text and bytes with the same opcodes
         return raw
 
 
@@ -245,7 +253,7 @@ _GETS: Final = {b"h": 1, b"j": 4}
 
 
 class _Machine:
-    """The stack machine that a pickle is written for. Its lists are the only thing that it changes."""
+    """The stack machine that a pickle is written for. It changes nothing but its own stack and memo."""
 
     def __init__(self, data: bytes, pos: int, where: str, legacy: bool) -> None:
         self.data, self.pos, self.where, self.legacy = data, pos, where, legacy
@@ -383,7 +391,7 @@ class _Machine:
         if line in ("00", "01"):
             return line == "01"
         if not re.fullmatch(r"-?[0-9]{1,20}", line):
-            raise self.damaged("a decimal integer that is none")
+            raise self.damaged("text that is not a decimal integer")
         return int(line)
 
     # the stack and the memo
@@ -437,7 +445,7 @@ class _Machine:
 
     def symbol(self, module: object, name: object) -> Global:
         if type(module) is not str or type(name) is not str or max(len(module), len(name)) > MAX_NAME:
-            raise self.damaged("a global whose name is no short text")
+            raise self.damaged("a global whose name is not a short text")
         found = Global(module, name)
         if module.partition(".")[0] in _STDLIB and not _HARMLESS.fullmatch(found.path):
             raise self.hostile(f"names {quote(found.path)}, which no weights need")
@@ -464,7 +472,7 @@ class _Machine:
         raise self.hostile(f"calls {quote(path)}")
 
     def instance(self, target: object, args: object, kwargs: object = None) -> Opaque:
-        """An object whose class stays unknown. Making it would run the class's `__new__`, which we never do."""
+        """Describe an object of a class that stays unknown. To make it would run the class's `__new__`."""
         if not isinstance(target, Global) or not target.name.isidentifier():
             raise self.hostile(f"makes an instance of {describe(target)}")
         return Opaque(target.path, [args, kwargs])
@@ -474,7 +482,7 @@ class _Machine:
             case ():
                 return Items()
             case (list() as pairs,) if target.name == "OrderedDict":  # Python 2 gave [key, value] lists
-                self.count(len(pairs))  # one opcode may ask for all of a long list, again and again
+                self.count(len(pairs))  # a hostile file copies a long list by one opcode, again and again
                 if all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
                     return Items([(key, value) for key, value in pairs])
             case (Global() | None,) if target.name == "defaultdict":
@@ -507,7 +515,7 @@ class _Machine:
                 ):
                     raise self.damaged("a storage described in an unknown way")
             case _:
-                raise self.damaged("a reference to something outside the pickle that is no storage")
+                raise self.damaged("a reference to something outside the pickle that is not a storage")
         dtype, itemsize = _STORAGES[kind.name]
         whole = Storage(key, dtype, itemsize, 0, numel * itemsize, location)
         first = self.storages.setdefault(key, whole)
@@ -541,7 +549,7 @@ class _Machine:
         if dtype_at is not None:
             symbol = args[dtype_at]
             if not isinstance(symbol, Global) or symbol.module != "torch":
-                raise self.damaged("a tensor whose dtype is no torch dtype")
+                raise self.damaged("a tensor whose dtype is not a torch dtype")
             dtype = _TORCH_DTYPES.get(symbol.name, symbol.name)
         if isinstance(metadata, Items) and any(value is not False for _, value in metadata.pairs):
             return BadTensor(

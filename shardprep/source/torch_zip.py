@@ -19,7 +19,7 @@ from ..files import File, read_at
 
 MAX_DIRECTORY_BYTES: Final = 64 * 2**20
 MAX_MEMBERS: Final = 400_000
-"""Each costs about a kilobyte of memory, and one storage is one member."""
+"""Members that a zip may have. Each storage is one member, and costs about a kilobyte of memory here."""
 
 _END: Final = struct.Struct("<4s4H2LH")
 _END64: Final = struct.Struct("<4sQ2H2L4Q")
@@ -34,7 +34,7 @@ _HAS_DESCRIPTOR: Final = 0x8
 _UTF8: Final = 0x800
 _LONGEST_DESCRIPTOR: Final = 24
 SMALL: Final = 64
-"""Bytes of a member that is fetched with its header: version and byteorder are so small, a storage hardly ever."""
+"""A member of at most so many bytes is fetched together with its header: `version` and `byteorder` are so small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Member:
     """One file of the zip."""
 
     name: str
-    """Without the top folder."""
+    """The name without the zip's top folder."""
     start: int
     """First byte of its data, counted from the start of the zip."""
     stop: int
@@ -55,7 +55,7 @@ class Zip:
     """What a zip holds."""
 
     members: Mapping[str, Member]
-    """In the order of their bytes."""
+    """Name -> member, in the order in which they lie in the file."""
     directory: bytes
     """The central directory, as it lies in the file."""
     has_crc: bool
@@ -69,14 +69,21 @@ class _Entry:
     raw_name: bytes
     name: str
     common: tuple[int, ...]
-    """Version needed, flags, method, time and date, which the local header repeats."""
+    """Version needed, flags, method, time and date: the fields that the local header repeats."""
     crc32: int
     size: int
     offset: int
 
 
 def read_zip(file: File, *, where: str) -> Zip:
-    """The members of the zip. Raises FormatError on any breach."""
+    """Find the members of the zip.
+
+    Args:
+        where: The file as error messages name it.
+
+    Raises:
+        FormatError: On any breach of the format, and for a zip that two readers could read differently.
+    """
     start, stop, count = _find_directory(file, where=where)
     directory = read_at(file, stop - start, start)
     entries = sorted(_entries(directory, count, where=where), key=lambda entry: entry.offset)
@@ -99,7 +106,15 @@ def read_zip(file: File, *, where: str) -> Zip:
 
 
 def read_member(file: File, archive: Zip, name: str, *, most: int, where: str) -> bytes:
-    """The checked bytes of the member `name`. Raises FormatError where it has more than `most` or its CRC is wrong."""
+    """Read the member `name` whole.
+
+    Args:
+        most: Bytes that it may have at most.
+        where: The file as error messages name it.
+
+    Raises:
+        FormatError: Where it is larger, or does not match its CRC-32.
+    """
     member = archive.members[name]
     count = member.stop - member.start
     if count > most:
@@ -124,7 +139,7 @@ def _find_directory(file: File, *, where: str) -> tuple[int, int, int]:
     _, disk, first_disk, here, count, length, start, comment = _END.unpack(tail[-_END.size :])
     stop = size - _END.size
     if disk or first_disk or here != count or comment:
-        raise FormatError(f"{where}: a zip of several disks or with a comment is no torch file")
+        raise FormatError(f"{where}: a zip of several disks or with a comment is not a torch file")
     if tail[:4] == b"PK\x06\x06" and tail[_END64.size :][:4] == b"PK\x06\x07":
         stop -= _LOCATOR64.size + _END64.size
         _, disk, offset, disks = _LOCATOR64.unpack_from(tail, _END64.size)
@@ -151,7 +166,9 @@ def _find_directory(file: File, *, where: str) -> tuple[int, int, int]:
     if start + length != stop:
         raise FormatError(f"{where}: the directory of the zip ends at byte {start + length}, expected {stop}")
     if length > MAX_DIRECTORY_BYTES or not 0 < count <= MAX_MEMBERS:
-        raise FormatError(f"{where}: a zip directory of {count} members in {length} bytes is no torch file's")
+        raise FormatError(
+            f"{where}: a zip directory of {count} members in {length} bytes is not a torch file's"
+        )
     return start, stop, count
 
 
@@ -232,9 +249,9 @@ def _extra(raw: bytes, where: str) -> list[int]:
 
 
 def _around(entry: _Entry, following: int) -> list[tuple[int, int]]:
-    """What is read of a member's place besides its data: before them, and after them where a descriptor is.
+    """The byte ranges that are read of a member: its header, its descriptor if there is one, and not its data.
 
-    A small member whole: what says how to read the others is one.
+    A small member is read whole, because `version` and `byteorder` are such members and are needed first.
     """
     beside = following - entry.offset - entry.size
     longest = _LOCAL.size + len(entry.raw_name) + _MAX16

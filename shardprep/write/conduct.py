@@ -1,4 +1,4 @@
-"""Say how a long job is run, and who is told of it."""
+"""Say how many threads a long job may use, and who is told of its progress."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def silent(_: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Conduct:
-    """Passed to every job that moves bytes; the same for all of them."""
+    """How a job that moves bytes runs. Every such job takes one."""
 
     workers: int | None = None
     """Threads that move bytes; None: the cores of this process, at most 8."""
     begin: Callable[[int], None] = silent
-    """Called once, with the bytes that will be moved."""
+    """Called once, with the number of bytes that will be moved."""
     progress: Callable[[int], None] = silent
-    """Called with the number of bytes that were just done, from several threads."""
+    """Called from several threads, each time with the number of bytes that were just moved."""
     warn: Callable[[str], None] = silent
-    """Called with a line for the user."""
+    """Called with each warning, one line for the user."""

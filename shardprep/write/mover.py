@@ -32,14 +32,14 @@ from .plan import Move, Plan, PlannedPiece
 from .staging import Destination, Written
 
 KERNEL_COPY: Final = 64 * 2**20
-"""Bytes of one copy_file_range, so that progress moves and a stop is noticed."""
+"""Bytes of one copy_file_range: few enough that progress is shown and a stop is noticed."""
 
 ROWS: Final = 2**20
-"""Bytes of rows that are read at a time to be dealt out to pieces: each piece's share should be worth a write."""
+"""Bytes of rows that are read at a time and dealt out to pieces: enough that each piece's share is worth a write."""
 
 WRITE_BACK: Final = (2**20, 16 * 2**20)
-"""Pieces from the first size on are sent on their way to disk as they are written, at most the second at a time, so
-that the fsync at the end finds little left."""
+"""The kernel is told to write pieces of at least the first size to disk while they are written, in steps of the second.
+So the fsync at the end finds little left."""
 
 NOWHERE: Final = -1
 """The descriptor of pieces that are digested and not written."""
@@ -48,16 +48,25 @@ NO_KERNEL_COPY: Final = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSU
 
 
 class Stopped(Exception):  # noqa: N818 - no error: another thread has one
-    """Another thread failed; this one gives up."""
+    """Ends a thread because another one has failed."""
 
 
 def carry_out(plan: Plan, index: Index, staging: Destination, conduct: Conduct) -> list[Written]:
-    """Write every part of `plan` into `staging` and say what was written, in the order of the parts.
+    """Write every part of `plan` into `staging`, but those that an earlier run finished.
 
-    Parts that an earlier run finished are kept. Memory is bounded by a few buffers a thread, whatever the sizes.
+    Each thread holds a few buffers, whatever the sizes of tensors are.
+
+    Args:
+        plan: Which bytes go where.
+        index: The checkpoint that the plan was made from.
+
+    Returns:
+        What was written, in the order of the parts.
 
     Raises:
-        WriteError: (disk full), IntegrityError or SourceError (a damaged or changing source).
+        WriteError: Where the destination cannot be written, such as a full disk.
+        IntegrityError: Where the source is damaged.
+        SourceError: Where the source changes meanwhile.
     """
     outputs = _Outputs(plan, staging)
     staging.check_room(outputs.missing_bytes())
@@ -98,7 +107,7 @@ class _Outputs:
             return self._fds[number]
 
     def done(self, pieces: Sequence[tuple[PlannedPiece, list[str]]]) -> None:
-        """Count pieces as written, and finish the parts that have all of theirs."""
+        """Count pieces as written, and finish the parts whose pieces are all written."""
         for piece, digests in pieces:
             with self._lock:
                 self.digests[piece.part][piece.name] = digests
@@ -132,7 +141,11 @@ class _Outputs:
 
 
 def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """pwrite until all is written."""
+    """Write all of `data` by as many pwrites as it takes.
+
+    Args:
+        offset: Byte of the file at which `data` begins.
+    """
     view = memoryview(data)
     while view:
         done = os.pwrite(fd, view, offset)
@@ -141,9 +154,13 @@ def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def begin_write_back(fd: int, offset: int, count: int) -> None:
-    """Have the kernel begin to write a range to disk, and do not wait for it (Linux's sync_file_range).
+    """Have the kernel begin to write a range to disk, without waiting (Linux's sync_file_range).
 
-    A hint: where the C library lacks the call, or the file system refuses it, the fsync does it all.
+    This is a hint. Where the C library or the file system lacks the call, the fsync at the end writes everything.
+
+    Args:
+        offset: First byte of the range.
+        count: Bytes of the range.
     """
     call = _sync_file_range()
     if call is not None:
@@ -163,7 +180,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 class _PieceWriter:
-    """Writes a piece front to back, with a digest of each block where the plan has any."""
+    """Writes a piece front to back, and digests each block where the plan asks for digests."""
 
     def __init__(self, fd: int, offset: int, block_bytes: int | None) -> None:
         self.fd, self.offset, self.block_bytes = fd, offset, block_bytes
@@ -171,7 +188,7 @@ class _PieceWriter:
         self.hash = blake3()
         self.room = block_bytes or 0
         self.sent = offset
-        """Where the bytes begin that are not on their way to disk yet."""
+        """First byte that the kernel has not been told to write to disk yet."""
 
     def write(self, data: memoryview) -> None:
         if self.fd != NOWHERE:
@@ -212,7 +229,7 @@ class _PieceWriter:
 
 
 class _Run:
-    """One carrying-out: threads that take moves in order until all are done or one fails."""
+    """Threads that take moves in order until all are done, or until one thread fails."""
 
     def __init__(
         self, plan: Plan, sources: Sources, outputs: _Outputs | _DigestsOnly, progress: Callable[[int], None]
@@ -257,7 +274,7 @@ class _Run:
             ) from None
 
     def _move(self, move: Move) -> None:
-        """Move one tensor into its pieces; those of parts that are finished already are passed over."""
+        """Move one tensor into its pieces, but not into parts that are finished already."""
         todo = [piece for piece in move.pieces if piece.part not in self.outputs.written]
         if not todo:
             return
@@ -303,7 +320,7 @@ class _Run:
                     self._step(len(own))
 
     def _stretch(self, reader: Reader, writer: _PieceWriter | None, start: int, stop: int) -> None:
-        """Move bytes [start, stop) of the tensor, which lie behind each other in their piece too."""
+        """Move bytes [start, stop) of the tensor, which are one run of bytes in their piece too."""
         for at in range(start, stop, CHUNK):
             data = reader.read(at, min(at + CHUNK, stop))
             if writer is not None:
@@ -316,7 +333,10 @@ class _Run:
         self.progress(count)
 
     def _kernel_copy(self, move: Move, reader: Reader, writers: Mapping[int, _PieceWriter]) -> bool:
-        """Let the kernel copy (and share blocks where the file system can) what needs neither digest nor crc32."""
+        """Let the kernel copy bytes that need neither digest nor crc32; some file systems then share the blocks.
+
+        False where it cannot, before anything was written.
+        """
         if (
             not isinstance(reader, PlainReader)
             or reader.file.fd is None
@@ -346,7 +366,11 @@ class _Run:
 
 
 def fingerprint(plan: Plan, index: Index) -> str:
-    """What decides every byte that `plan` writes: this version, the source files as indexed, the pieces of each part."""
+    """Digest all that decides the bytes that `plan` writes: our version, the source files, the pieces of each part.
+
+    Args:
+        index: The checkpoint that the plan was made from.
+    """
     digest = hashlib.sha256(__version__.encode())
     for file in index.files:
         digest.update(repr((file.path, file.size, file.version, file.digest)).encode())
@@ -355,7 +379,7 @@ def fingerprint(plan: Plan, index: Index) -> str:
             digest.update(repr((name, side.size, side.version)).encode())
     if index.edited:
         digest.update(json.dumps(index.config, sort_keys=True).encode())
-    # many pieces are the same block of the same form, which is told once
+    # many pieces are the same block of the same form, which is digested once and then named by a number
     known: dict[tuple[int, int], int] = {}
     for part in plan.parts:
         about = part.path, part.ranks, part.layers, part.placements, part.metadata, plan.block_bytes
@@ -381,7 +405,15 @@ def fingerprint(plan: Plan, index: Index) -> str:
 def digest_pieces(
     plan: Plan, index: Index, *, workers: int | None = None
 ) -> dict[tuple[str, int], list[str]]:
-    """The digests of the blocks of each piece of `plan`, by (name, start along its dim), computed and not written."""
+    """Compute the digests of all blocks that `plan` would write, without writing.
+
+    Args:
+        index: The checkpoint that the plan was made from.
+        workers: Threads; default: the cores of this process, at most 8.
+
+    Returns:
+        (tensor name, first index of the piece along its dim) -> a digest for each block of the piece.
+    """
     sink = _DigestsOnly(plan)
     with Sources(index) as sources:
         _Run(plan, sources, sink, silent).all(workers or default_workers())

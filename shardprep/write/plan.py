@@ -22,7 +22,7 @@ from ..index import CASTABLE, Index, Tensor, natural
 from ..layout import ModelLayout
 
 DIGEST_HEX: Final = 64
-"""Characters of a block's digest: a header has its size before its digests are known."""
+"""Characters of a block's digest. All have this length, so that a header's size is known before its digests are."""
 
 
 class PlannedPiece(NamedTuple):
@@ -32,9 +32,9 @@ class PlannedPiece(NamedTuple):
     form: Form
     piece: cut.Piece
     part: int
-    """Its part's place in the plan."""
+    """Number of its part in the plan."""
     start: int
-    """Byte of the part's data (behind the header) at which it begins."""
+    """First byte of the piece, counted from the end of the part's header."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,16 +52,18 @@ class PlannedPart:
     path: str
     pieces: tuple[PlannedPiece, ...]
     ranks: tuple[int, int] = (0, 1)
+    """Ranks [start, stop) of the grain that own all its pieces."""
     layers: tuple[int, int] = (0, 0)
+    """Layers [start, stop) of its pieces."""
     placements: tuple[str, ...] = ()
     metadata: Mapping[str, str] | None = None
-    """What stands in `__metadata__` when there are no digests."""
+    """The `__metadata__` of a part without digests."""
     header_size: int = 0
-    """Bytes before its data; 0 where it is not written."""
+    """Bytes of the header; 0 in a plan that is only digested, not written."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data: its pieces lie behind each other without a hole."""
+        """Bytes of the part's data: its pieces follow each other without a gap."""
         return self.pieces[-1].start + self.pieces[-1].nbytes if self.pieces else 0
 
     @property
@@ -76,24 +78,28 @@ class Move:
 
     tensor: Tensor
     dtype: str
-    """As it is written."""
+    """The dtype in which the tensor is written."""
     dim: int
     pieces: tuple[PlannedPiece, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that the mover needs to know."""
+    """Parts, and the moves that fill them: all that the mover needs to know."""
 
     parts: tuple[PlannedPart, ...]
     moves: tuple[Move, ...]
-    """In the order in which they should be carried out."""
+    """Moves in the order in which they should be carried out."""
     block_bytes: int | None
     """Bytes of a piece that share one digest; None: no digests."""
 
     def header(self, part: PlannedPart, digests: Mapping[str, Sequence[str]] | None) -> bytes:
-        """The header of a part. With `digests` None it has the right length and zeros for digests."""
-        # many pieces of a part are the same block of the same form
+        """Make the header of a part.
+
+        Args:
+            digests: Tensor name -> a digest for each block; None: zeros stand for them, and the length is right.
+        """
+        # many pieces of a part are the same block of the same form, whose text is made once
         known: dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         tensors, described = {}, {}
         for piece in part.pieces:
@@ -118,17 +124,27 @@ class Plan:
 
 
 def zeros(nbytes: int, block_bytes: int) -> list[str]:
-    """What stands for the digests of a piece of so many bytes while they are not known."""
+    """Make placeholders for the digests of a piece of `nbytes` bytes, which are not known yet.
+
+    Args:
+        block_bytes: Bytes of the piece that share one digest.
+    """
     return ["0" * DIGEST_HEX] * -(-nbytes // block_bytes)
 
 
 def plan_convert(
     index: Index, *, max_part_bytes: int, dtype: str | None = None, aliases: Mapping[str, str]
 ) -> Plan:
-    """Whole tensors, in the order of their names, in files of at most `max_part_bytes` (one tensor at least).
+    """Plan whole tensors in the order of their names. The same tensors give the same plan wherever they come from.
 
-    The same tensors give the same plan wherever they come from. `aliases` are the tied names that stay out; they
-    are recorded in the metadata of the file that holds the tensor, as the Hugging Face converters do.
+    Args:
+        max_part_bytes: Bytes of tensor data in a file at most, unless one tensor is larger.
+        dtype: Cast floating-point tensors to this one; None: keep their dtypes.
+        aliases: Tied names that are left out -> the name that is stored. The metadata of that tensor's file records
+            them, as the Hugging Face converters do.
+
+    Raises:
+        UnsupportedError: For a dtype that is not castable.
     """
     groups: list[list[Tensor]] = [[]]
     size = 0
@@ -168,7 +184,7 @@ def plan_convert(
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No look for garbage meanwhile: a million objects are made and kept, and each look would go through all of them."""
+    """Pause the garbage collector: a million objects are made and kept, and each collection would visit all of them."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -188,11 +204,21 @@ def plan_split(
     max_part_bytes: int,
     block_bytes: int,
 ) -> Plan:
-    """Pieces at `grain`, in layer order, in parts that end at layers (and at `stages`) where they can.
+    """Plan pieces in layer order, in parts that end at layers where they can.
 
-    Each part holds pieces of one run of ranks: rank r's own, those that neighbours share (KV heads), or all ranks'.
-    A tensor that gives one run of ranks several blocks (fused ones) has them in parts beside each other, since a
-    name is unique within a file. Raises LayoutError where the grain is not allowed.
+    Each part holds pieces of one run of ranks: those of one rank, those that neighbours share (KV heads), or those of
+    all ranks. A fused tensor can give one rank several blocks. They go into different parts, since a name is unique
+    within a file.
+
+    Args:
+        layout: How each tensor may be cut.
+        grain: The tensor parallel size that tensors are cut for.
+        stages: Layers [start, stop) of each pipeline stage, at which parts end too.
+        max_part_bytes: Bytes of a part at most, unless one piece is larger.
+        block_bytes: Bytes of a piece that share one digest.
+
+    Raises:
+        LayoutError: Where the layout does not allow the grain.
     """
     layout.check_grain(grain)
     items = _items(index, layout, grain, block_bytes)
@@ -205,7 +231,7 @@ def plan_split(
         groups = _fill(lanes[lane], lane, layout.layers, stages=stages, max_part_bytes=max_part_bytes)
         files.setdefault(lane[:2], []).extend((lane, group) for group in groups)
     parts: list[PlannedPart] = []
-    # the JSON of a header without pieces; the first piece has no comma before it in two of three lists
+    # bytes of JSON in a header without pieces; in two of its three lists the first entry has no comma before it
     alone = len(f"{{{metadata_text(part_metadata({}, block_bytes))}}}".encode()) - 2
     for shard, (ranks, found) in enumerate(files.items()):
         for i, (lane, group) in enumerate(found):
@@ -232,39 +258,39 @@ def plan_split(
 
 
 _Lane = tuple[int, int, int]
-"""First and last rank of a piece's owners, and its segment: what may lie in one part. A tensor has one piece in each."""
+"""First and last rank of a piece's owners, and its segment. A part holds one lane; a tensor has one piece in a lane."""
 
 
 class _Block(NamedTuple):
-    """The piece of every tensor of a form in one lane."""
+    """The piece that every tensor of one form has in one lane."""
 
     piece: cut.Piece
     nbytes: int
     rank: tuple[bool, int]
-    """By which pieces of a layer are laid out: whole pages first, then the widest elements."""
+    """Sort key of the pieces within a layer: whole pages first, then the widest elements."""
     described: int
-    """Bytes that it takes of a header's JSON, but for its name and its place in the data."""
+    """Bytes that the piece takes of a header's JSON, without its name and its place in the data."""
 
 
 @dataclass(slots=True)
 class _Item:
-    """A tensor whose pieces get their places. There is no object for each piece before its last: they may be a million."""
+    """A tensor whose pieces are being placed. Pieces, which may be a million, become objects only at the end."""
 
     name: str
     form: Form
     layer: Layer
     order: int
-    """Of its layer in a forward pass."""
+    """Number of the tensor's layer in the order of a forward pass."""
     blocks: Mapping[_Lane, _Block]
     named: int
-    """Bytes that its name takes of the JSON of each header that lists it."""
+    """Bytes that the tensor's name takes of the JSON of each header that lists it."""
     planned: list[PlannedPiece]
 
 
 def _items(index: Index, layout: ModelLayout, grain: int, block_bytes: int) -> list[_Item]:
-    """The tensors in layer order, those of a layer in the natural order of their names."""
-    forms: dict[Form, tuple[Form, dict[_Lane, _Block]]] = {}  # what is alike is cut once
-    # by identity first: to hash a form is slow
+    """List the tensors in layer order, and within a layer in the natural order of their names."""
+    forms: dict[Form, tuple[Form, dict[_Lane, _Block]]] = {}  # tensors of the same form are cut once
+    # look a form up by its identity first, since hashing it is slow
     known: dict[tuple[str, tuple[int, ...], int, int], tuple[Form, dict[_Lane, _Block]]] = {}
     found = []
     for name, tensor in index.tensors.items():
@@ -296,18 +322,18 @@ def _blocks(form: Form, grain: int, block_bytes: int | None) -> dict[_Lane, _Blo
 
 
 def _named(name: str, block_bytes: int | None) -> int:
-    """Bytes that a name takes of a header's JSON: as the tensor's, and in two texts that the metadata quote."""
+    """Bytes that a name takes of a header's JSON: once as a key, and twice in texts that the metadata quote."""
     own = len(encode_basestring(name).encode())
     return own if block_bytes is None else own + 2 * _quoted(encode_basestring_ascii(name))
 
 
 def _quoted(text: str) -> int:
-    """Bytes of ASCII text within a JSON string."""
+    """Bytes that ASCII text takes within a JSON string."""
     return len(encode_basestring(text)) - len('""')
 
 
 def _lane_order(key: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Ranks' own lanes first, by rank, so that shard 1 is rank 0's; then what neighbours share, then what all do."""
+    """Order lanes: first those of one rank, by rank, so that shard 1 is rank 0's; then what some share, then what all do."""
     first, last, segment = key
     return last - first, first, segment
 
@@ -337,10 +363,12 @@ def _fill(
 
 
 def _lay_out(items: Sequence[_Item], lane: _Lane, part: int) -> tuple[tuple[PlannedPiece, ...], int]:
-    """Place pieces behind each other: by layer, and within it whole pages first, then the widest elements first.
+    """Place pieces one after the other: by layer, within it whole pages first, then the widest elements first.
 
-    So large tensors lie at page boundaries, and small ones where their dtype may lie. Also the bytes that the pieces
-    take of the header's JSON, a comma before each of them.
+    So large tensors begin at page boundaries, and small ones where their dtype may begin.
+
+    Returns:
+        The pieces, and the bytes that they take of the header's JSON, with a comma before each.
     """
     found = []
     start = listed = 0
@@ -357,12 +385,20 @@ def _lay_out(items: Sequence[_Item], lane: _Lane, part: int) -> tuple[tuple[Plan
 
 
 def target_dtype(tensor: Tensor, dtype: str | None) -> str:
-    """The dtype in which a tensor is written when `dtype` (None: keep) is asked for."""
+    """The dtype in which a tensor is written.
+
+    Args:
+        dtype: The dtype that the user asks for; None: keep.
+    """
     return dtype if dtype is not None and tensor.dtype in CASTABLE else tensor.dtype
 
 
 def check_cast(dtype: str) -> str:
-    """`dtype` if tensors can be cast to it. Raises UnsupportedError otherwise."""
+    """Give `dtype` back if tensors can be cast to it.
+
+    Raises:
+        UnsupportedError: Where they cannot.
+    """
     if dtype not in CASTABLE:
         raise UnsupportedError(f"cannot cast to {quote(dtype)}; known are {', '.join(CASTABLE)}")
     return dtype

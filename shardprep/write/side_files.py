@@ -24,11 +24,14 @@ CONFIG = "config.json"
 def copy_side_files(
     index: Index, staging: Destination, *, dtype: str | None, name_dtype: bool
 ) -> list[SideFile]:
-    """Copy them into `staging` and give their digests.
+    """Copy the side files into `staging`, and give their digests.
 
-    config.json is rewritten only where it would be wrong: when the index's is another, when tensors are cast to
-    `dtype`, or when it names no dtype and `name_dtype` asks for one (engines then guess float32, or the dtype of the
-    first tensor they meet).
+    config.json is rewritten only where a copy would be wrong: where the index has edited it, where tensors are cast,
+    or where `name_dtype` asks for a dtype that it does not name.
+
+    Args:
+        dtype: The dtype that tensors are cast to; None: they are kept.
+        name_dtype: Add the dtype where config.json names none. Engines would guess float32, or the first tensor's.
     """
     found = []
     for name in index.side_files:
@@ -60,7 +63,14 @@ def _copy(index: Index, name: str, staging: Destination) -> SideFile:
 
 
 def check_side_file(folder: Folder, side: SideFile) -> None:
-    """Raises IntegrityError where a shard set's side file is not the one that its manifest names."""
+    """Compare a side file of a shard set with its digest in the manifest.
+
+    Args:
+        folder: The shard set.
+
+    Raises:
+        IntegrityError: Where it is not the file that the manifest names.
+    """
     digest = hashlib.sha256()
     with folder.open(side.path) as file:
         for chunk in read_chunks(file):
@@ -72,7 +82,7 @@ def check_side_file(folder: Folder, side: SideFile) -> None:
 
 
 def read_chunks(file: File) -> Iterator[memoryview]:
-    """The bytes of a file, a MiB at a time, each valid until the next."""
+    """Read a file front to back, a MiB at a time; each chunk is valid until the next is asked for."""
     ahead = file.stretch(0, file.size)
     buffer = memoryview(bytearray(min(2**20, file.size)))
     for at in range(0, file.size, 2**20):
@@ -86,7 +96,7 @@ def _named(index: Index) -> bool:
 
 
 def _config(index: Index, dtype: str | None, misnamed: bool) -> bytes:
-    """The index's config.json; where `misnamed`, with the dtype of most of the weights' bytes."""
+    """Write the index's config.json; where `misnamed`, with the dtype that most of the weights' bytes have."""
     sizes: Counter[str] = Counter()
     for tensor in index.tensors.values():
         if tensor.dtype in CASTABLE:

@@ -1,8 +1,8 @@
-"""Keep what is half-written apart, so that a folder has all files under their final names or none that matter.
+"""Keep unfinished files apart, so that a destination is either complete or plainly incomplete.
 
-Everything is written into a folder `.shardprep-partial` inside the destination (so on the same file system), each
-file under a temporary name until it is whole and on disk. When all are, they are renamed into the destination, the
-one that makes it complete last. A run that was killed is resumed by the next that would write the same.
+All files are written into a folder `.shardprep-partial` inside the destination, and so on the same file system. Each
+has a temporary name until it is whole and on disk. When all are, they are renamed into the destination. The file that
+makes the destination complete comes last. The next run that would write the same bytes resumes one that was killed.
 """
 
 from __future__ import annotations
@@ -41,54 +41,76 @@ UNFINISHED: Final = ".unfinished"
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A finished file, as a manifest names it."""
+    """A finished file, as a manifest describes it."""
 
     size: int
+    """Bytes of the file."""
     header_size: int
-    """Bytes that `digest` is of: the header of a part, all of a side file."""
+    """Bytes, from the start of the file, that `digest` covers: the header of a part, all of a side file."""
     digest: str
-    """`sha256:...`"""
+    """`sha256:...` of the first `header_size` bytes."""
 
 
 KeyOf = Callable[[Part | SideFile], str]
 
 
 class Destination(Protocol):
-    """Where files are written one by one, and stand for nothing before the one that makes them complete is there."""
+    """Where files are written one by one. They count for nothing until the last of them, the manifest, is there."""
 
     @property
     def where(self) -> str:
-        """How a message names it."""
+        """The destination as error messages name it."""
 
     def check_room(self, needed: int) -> None:
-        """Raises WriteError where bytes that are still to be written do not fit."""
+        """Check that `needed` more bytes fit.
+
+        Raises:
+            WriteError: Where they do not.
+        """
 
     def finished(self, part: PlannedPart) -> Written | None:
-        """What an earlier run has finished of the parts, so that it need not be written again."""
+        """Give the part if an earlier run has finished it, so that it is not written again."""
 
     def create(self, name: str) -> int:
-        """A descriptor for writing a file that nobody takes for finished. May wait until there is room."""
+        """Give a descriptor for writing a file, which nobody takes for finished yet. May wait until there is room."""
 
     def finish(self, name: str, fd: int, written: Written) -> None:
-        """Take over a file that is whole, and close `fd` sooner or later."""
+        """Take over a file that is whole.
+
+        Args:
+            fd: Its descriptor, which this closes, if not at once.
+            written: Its size and digest.
+        """
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file at once."""
+        """Write a small file at once.
+
+        Args:
+            data: All of its bytes.
+        """
 
     def reopen(self) -> tuple[Store, KeyOf]:
-        """What was finished so far, to be read: a store, which the caller closes, and each file's key in it."""
+        """Open the finished files for reading.
+
+        Returns:
+            A store, which the caller closes, and a function that gives the key of each file in it.
+        """
 
     def complete(self, name: str, data: bytes) -> None:
-        """Write the file that makes the others complete, once all of them are there for good."""
+        """Write the file that makes the destination complete, once all others are there for good.
+
+        Args:
+            data: All of its bytes.
+        """
 
 
 class Staging:
-    """A destination that is being written. Use as a context manager: it holds a lock for as long."""
+    """A folder that is being written. Use as a context manager, which holds the folder's lock."""
 
     def __init__(
         self, destination: Path, fingerprint: str, files: Sequence[str], *, warn: Callable[[str], None]
     ) -> None:
-        """`fingerprint` stands for all that decides the bytes of `files`, the final names in the order of renaming."""
+        """`fingerprint` digests all that decides the bytes of the files; `files` are their names, in order of renaming."""
         self.destination = destination
         self.where = quote(destination)
         self.folder = destination / PARTIAL
@@ -124,7 +146,7 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Keep what a rerun can use. Where the input itself was at fault nothing can be: then leave no trace."""
+        """Keep what a rerun can use. Remove everything where the input was at fault, since a rerun would fail too."""
         if isinstance(error, InputError | IntegrityError | SourceError):
             shutil.rmtree(self.folder, ignore_errors=True)
             if self.made:
@@ -145,12 +167,12 @@ class Staging:
         )
 
     def _refuse_foreign(self) -> None:
-        """Raises InputError where the destination holds anything that no unfinished run of ours put there."""
+        """Raise InputError where the destination holds anything that is not an unfinished run of ours."""
         if not self.destination.exists() and not self.destination.is_symlink():
             return
         if not self.destination.is_dir():
             raise InputError(
-                f"{quote(self.destination)}: exists and is no folder; choose another destination"
+                f"{quote(self.destination)}: exists and is not a folder; choose another destination"
             )
         there = {entry.name for entry in self.destination.iterdir()} - {PARTIAL}
         own = self._journal()
@@ -186,7 +208,7 @@ class Staging:
             )
 
     def finished(self, part: PlannedPart) -> Written | None:
-        """What an earlier run wrote. Its header is there only if the data are: it was renamed after an fsync."""
+        """Give the part if an earlier run finished it. A file has its name only after an fsync, so it is whole."""
         for path in (self.folder / part.path, self.destination / part.path):
             if path.is_file():
                 return self._examine(part, path)
@@ -205,13 +227,13 @@ class Staging:
         return Written(size, len(raw), digest_of(raw))
 
     def create(self, name: str) -> int:
-        """A descriptor for writing a file under its temporary name. Its mode follows the umask."""
+        """Give a descriptor for writing a file under its temporary name. Its mode follows the umask."""
         return os.open(
             self.folder / (name + UNFINISHED), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
         )
 
     def finish(self, name: str, fd: int, written: Written) -> None:
-        """Bring the file to disk and give it its name among the finished ones. Closes `fd`."""
+        """Bring the file to disk, close `fd`, and rename the file to its name among the finished ones."""
         try:
             os.fsync(fd)
         finally:
@@ -254,7 +276,7 @@ class Staging:
         self._remove()
 
     def _remove(self) -> None:
-        """Remove the staging folder, the journal last: while it is there, the next run knows that this one was ours."""
+        """Remove the staging folder, the journal last: by the journal the next run knows that the folder is ours."""
         for entry in self.folder.iterdir():
             if entry.name != JOURNAL:
                 entry.unlink()

@@ -119,7 +119,7 @@ def test_the_groups_of_qwen_72b_do_not_align_with_two_ranks(models: dict[str, Pa
         assert refused[2].pad_to == 29696
         assert refused[4].pad_to == 29696
         assert refused[8].pad_to == 29696
-        assert "29568 / 2 = 14784 is no multiple of 128" in refused[2].why
+        assert "29568 / 2 = 14784 is not a multiple of 128" in refused[2].why
         assert "padded to 29696" in refused[2].why
         assert best(report) == (1, 2)
     # as it was published for them: padded

@@ -441,7 +441,7 @@ def test_a_size_that_splits_a_group_is_refused_with_the_sizes_that_work_and_what
         split(source, tmp_path / "out", tensor_parallel_size=2)
     assert str(error.value) == (
         "model.layers.0.mlp.down_proj.weight: 672 inputs, quantized in groups of 32, cannot be shared by 2 tensor "
-        "ranks: 672 / 2 = 336 is no multiple of 32; tensor parallel sizes that work for this checkpoint: 1; "
+        "ranks: 672 / 2 = 336 is not a multiple of 32; tensor parallel sizes that work for this checkpoint: 1; "
         "`shardprep quantize --pad-to-tp 2` of the original makes one that 2 can share"
     )
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,8 @@ import pytest
 
 import golden
 from shardprep.layout import derive_layout, known_types
-from shardprep.layout.rules import _data, evaluate, normalize
+from shardprep.layout.expressions import evaluate
+from shardprep.layout.rules import _data, normalize
 from shardprep_runtime.errors import LayoutError, ShardprepError, UnsupportedError
 from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 from shardprep_runtime.format.manifest import PLACEMENTS

@@ -394,10 +394,10 @@ def test_the_mlp_of_qwen_72b_in_groups_of_128(size: int) -> None:
     found = derive_packed({}, tensors, derive, Scheme("gptq"))
     with pytest.raises(LayoutError) as error:
         found.check_grain(size)
-    assert f"29568 / {size} = {29568 // size} is no multiple of 128" in str(error.value)
+    assert f"29568 / {size} = {29568 // size} is not a multiple of 128" in str(error.value)
     assert "sizes that work for this checkpoint: 1, 3, 7, 11, 21, 33;" in str(error.value)
     assert f"--pad-to-tp {size}" in str(error.value)
-    assert ("--group-size" in str(error.value)) == (size < 8)  # 3696 is no multiple of 32
+    assert ("--group-size" in str(error.value)) == (size < 8)  # 3696 is not a multiple of 32
     found.check_grain(3)
 
 

@@ -81,7 +81,7 @@ def test_without_groups_shares_are_whole_words(tmp_path: Path) -> None:
 
 def test_heads_are_not_padded(tmp_path: Path) -> None:
     index = index_of(tmp_path / "in", CONFIG, published.llama_tensors(CONFIG))
-    with pytest.raises(LayoutError, match=r"self_attn\.o_proj\.weight: 1024 / 16 is no multiple of 128"):
+    with pytest.raises(LayoutError, match=r"self_attn\.o_proj\.weight: 1024 / 16 is not a multiple of 128"):
         pad_to(index, tensor_parallel_size=16, group=128)
     _, padding = pad_to(index, tensor_parallel_size=16, group=128, skip=["o_proj"])
     assert padding.sizes == {"intermediate_size": (1408, 2048)}
@@ -95,7 +95,7 @@ def test_the_hidden_size_is_not_padded(tmp_path: Path) -> None:
     config = CONFIG | {"hidden_size": 960, "num_attention_heads": 15, "num_key_value_heads": 5}
     index = index_of(tmp_path / "in", config, published.llama_tensors(config))
     with pytest.raises(
-        LayoutError, match=r"\[\d+, 960\] are no multiples of 128 and 8; .* not the hidden size"
+        LayoutError, match=r"\[\d+, 960\] are not multiples of 128 and 8; .* not the hidden size"
     ):
         pad_to(index, tensor_parallel_size=1, group=128)
 
