@@ -35,7 +35,7 @@ from .layout.quantization import spell, with_lists
 from .layout.ties import settle_aliases
 from .model.describe import lay_out_index, read_legacy
 from .probe import check_can_probe, record_probe
-from .publish.push import StoreStaging
+from .publish.store_staging import StoreStaging
 from .source import Source, open_source, read_checkpoint
 from .source.checkpoint import read_json
 from .write.conduct import Conduct

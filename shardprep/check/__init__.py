@@ -1,12 +1,12 @@
-"""Prove by running it that an architecture's layout rules are right: on a small random model of that architecture.
+"""Prove that an architecture's layout rules are right, by running a small random model of that architecture.
 
-The rules say how tensors may be cut; this asks the model itself. Each proof is made from other knowledge than the
-rules': the model's own attention and layers, transformers' own tensor parallelism on real processes, and its bytes.
+The rules say how tensors may be cut; this asks the model itself. No proof uses what the rules know: the proofs use the
+model's own attention and layers, its bytes, and transformers' own tensor parallelism on real processes.
 
     run  ->  small  ->  shard_set, views, heads, sums, ranks, stages  ->  report
 
-`small` is the model and its shard set; each proof about them is a module, and `run` has their order. `ranks` asks
-`processes`, which are those of `worker`. Needs torch and transformers, which are imported once a check begins.
+`small` makes the model and its shard set. Each proof about them is a module, and `run` has their order. `ranks` uses
+`processes`, which run `worker`. The proofs need torch and transformers, which are imported once a check begins.
 """
 
 from .processes import Ranks

@@ -1,4 +1,4 @@
-"""Which blocks of the full tensors a rank holds, and whether two tensors have the same bytes."""
+"""Say which blocks of the full tensors a rank holds, and whether two tensors have the same bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     import torch
 
 Views = Mapping[str, TensorView]
-"""What one rank holds, by name."""
+"""Tensor name -> what one rank holds of it."""
 
 Block = tuple[slice, ...]
 
 
 def blocks_of(view: TensorView) -> Iterator[tuple[Block, Block]]:
-    """The blocks of the full tensor that a rank holds, and where each lies in what it holds."""
+    """Yield each block of the full tensor that a rank holds, and the place of the block in the rank's own tensor."""
     dim = view.form.layout.dim
     full = [slice(0, size) for size in view.form.shape]
     local = [slice(0, size) for size in view.shape]

@@ -1,4 +1,4 @@
-"""What engines exchange between ranks inside of a module, given to models that have one rank's tensors each."""
+"""Give models with one rank's tensors each the results that an engine's ranks would exchange inside a module."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Exchanges:
-    """While in use: what engines exchange between ranks inside of a module is there for each rank.
+    """A context in which each rank's model gets the results that an engine would exchange inside a module.
 
-    A projection that is cut along its input gives ranks the sum of their results, which `settle` has checked; a norm
-    over all heads is taken of all heads. What a rank then makes of it is its own again.
+    A projection that is cut along its input gives every rank the sum of all ranks' results, which `settle` compares. A
+    norm over all heads sees all heads. What a rank computes from such a result is its own again.
     """
 
     def __init__(self, model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> None:
@@ -25,12 +25,16 @@ class Exchanges:
         self.others = others
         self.handles: list[Any] = []
         self.whole: dict[str, list[torch.Tensor]] = {}
-        """Results of the model's own modules, in the order of their calls."""
+        """Path -> results of the whole model's module, in the order of its calls."""
         self.parts: dict[str, list[list[torch.Tensor]]] = {}
-        """Those of each of the others."""
+        """Path -> for each rank's model: results of its module, in the order of its calls."""
 
     def settle(self, path: str) -> Iterator[tuple[str, torch.Tensor, list[torch.Tensor]]]:
-        """(path, result, those of the ranks) of each sum within a module; and forget them."""
+        """Yield (path, whole model's result, ranks' results) for each sum within a module, and forget them.
+
+        Args:
+            path: The module.
+        """
         for inner in [each for each in self.parts if each == path or each.startswith(path + ".")]:
             for call, whole in enumerate(self.whole[inner]):
                 if all(call < len(part) for part in self.parts[inner]):
@@ -66,7 +70,7 @@ class Exchanges:
 
 def _keep(whole: list[torch.Tensor]) -> Callable[..., None]:
     def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-        whole.append(output.clone())  # who gets it may add to it in place
+        whole.append(output.clone())  # the module that gets the output may change it in place
 
     return keep
 
@@ -93,7 +97,7 @@ def _give_share(whole: list[torch.Tensor]) -> Callable[..., Any]:
 
 
 def _is_cut_along_input(module: nn.Module, others: Sequence[nn.Module]) -> bool:
-    """Whether each of the others has some of the columns by which a projection reads its input, each of them whole."""
+    """Whether each rank has some whole columns of a projection, and so reads some of its input."""
     from torch import nn
 
     flipped = is_flipped(module)
@@ -104,7 +108,7 @@ def _is_cut_along_input(module: nn.Module, others: Sequence[nn.Module]) -> bool:
         held: Any = other.weight != 0
         held = held.T if flipped else held
         there = held.any(0)
-        if not bool((held.float().mean(0)[there] > 0.99).all()):  # a random weight may be 0
+        if not bool((held.float().mean(0)[there] > 0.99).all()):  # 0.99, since a random weight may be 0
             return False
         kept.append(bool(there.all()))
     return not any(kept)

@@ -1,4 +1,4 @@
-"""The proof of heads: no rank has a part of one, by the model's own attention and config, not by the rules' units."""
+"""Prove that no rank holds a part of a head. The heads are those of the model's attention and config, not the rules'."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ _QUERIES: Final = ("q_proj", "query", "q_b_proj", *_FUSED)
 _KEYS_AND_VALUES: Final = ("k_proj", "v_proj", "key", "value")
 _OUTPUTS: Final = ("o_proj", "out_proj")
 _PROJECTIONS: Final = (*_QUERIES, *_KEYS_AND_VALUES, "kv_b_proj", *_OUTPUTS)
-"""Last words of the names of what makes heads and of what takes them."""
+"""Last words in the names of projections that make heads, or take them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """How heads lie in a projection."""
+    """The heads of a projection."""
 
     dim: int
+    """The dim along which heads lie."""
     width: int
-    """Indices of one head."""
+    """Indices of one head along the dim."""
     fused: bool
-    """Whether queries, keys and values are in one."""
+    """Whether queries, keys and values are one projection."""
 
 
 def prove_heads(small: SmallModel) -> Iterator[Proof]:
-    """Every run of indices that a rank holds of a projection begins and ends between heads."""
+    """Prove that every run of indices that a rank holds of a projection begins and ends between heads."""
     heads = _heads_of(small)
     if not heads:
         yield Proof("heads", "the model has no attention whose heads could be split")
@@ -47,7 +48,7 @@ def prove_heads(small: SmallModel) -> Iterator[Proof]:
             for rank, views in enumerate(small.plan(workers)):
                 for name, each in heads.items():
                     if name not in views or (each.fused and engine == "transformers"):
-                        continue  # transformers gathers what it has cut of a fused one before heads are made of it
+                        continue  # transformers gathers a fused projection before it makes heads of it
                     if views[name].form.layout.dim != each.dim:
                         continue
                     for run in runs_of(views[name]):
@@ -65,7 +66,7 @@ def prove_heads(small: SmallModel) -> Iterator[Proof]:
 
 
 def _heads_of(small: SmallModel) -> dict[str, _Heads]:
-    """The heads of each checkpoint tensor that has some."""
+    """Name of each checkpoint tensor that has heads -> its heads."""
     config = small.model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -104,14 +105,14 @@ def _heads_of(small: SmallModel) -> dict[str, _Heads]:
 
 
 def _projection(name: str) -> str | None:
-    """Which of `_PROJECTIONS` a checkpoint's tensor belongs to."""
+    """The word of `_PROJECTIONS` that a checkpoint's tensor belongs to; None where it is not a projection."""
     words = name.split(".")
     known = len(words) > 2 and words[-2] in _PROJECTIONS and words[-1] in ("weight", "bias")
     return words[-2] if known else None
 
 
 def _module(small: SmallModel, name: str) -> nn.Module | None:
-    """The module that a checkpoint's tensor belongs to, where it has the same name in the model."""
+    """The module that a checkpoint's tensor belongs to, if it has the same name in the model."""
     with contextlib.suppress(AttributeError):
         return small.model.get_submodule(name.rpartition(".")[0])
     return None

@@ -1,4 +1,4 @@
-"""What is asked of transformers' models: their class, what they compute, and how wide their heads are."""
+"""Ask transformers' models for their class, for what they compute, and for the width of their heads."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS: Final = 4
-"""Greedy tokens that are compared."""
+"""Number of greedy tokens that are compared."""
 
 
 def model_class(config: Any) -> Any:
-    """The class by which transformers builds a language model of this config."""
+    """Find the class by which transformers builds a language model of this config."""
     import transformers
 
     for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM):
@@ -27,9 +27,12 @@ def model_class(config: Any) -> Any:
 
 
 def answers(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of a prompt, and the greedy tokens after it (for a model that fills masks: those at its places).
+    """Compute the logits of a prompt and the greedy tokens after it, or, for a model that fills masks, at its places.
 
-    Every token is computed from the whole text: what a cache does is its engine's matter.
+    Every token is computed from the whole text, since a cache belongs to an engine.
+
+    Args:
+        prompt: Ids of tokens, texts x tokens.
     """
     import torch
 
@@ -45,7 +48,11 @@ def answers(model: PreTrainedModel, prompt: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def forward(model: PreTrainedModel, text: torch.Tensor) -> torch.Tensor:
-    """The logits of a text, without a cache."""
+    """Compute the logits of texts without a cache.
+
+    Args:
+        text: Ids of tokens, texts x tokens.
+    """
     import torch
 
     options = {"use_cache": False} if hasattr(model.config.get_text_config(), "use_cache") else {}
@@ -55,7 +62,7 @@ def forward(model: PreTrainedModel, text: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_of(output: Any) -> torch.Tensor:
-    """The tensor that a module gives on, of all that it returns."""
+    """Pick the tensor that a module passes on from everything that it returns."""
     found = _first(output)
     assert found is not None, "a module that gave a tensor once gives one again"
     return found
@@ -74,7 +81,7 @@ def _first(output: Any) -> torch.Tensor | None:
 
 
 def head_dim(module: nn.Module) -> int | None:
-    """How wide a head of an attention module is, where it says so."""
+    """The width of a head of an attention module, if the module says it."""
     for name in ("head_dim", "attention_head_size", "head_size"):
         found = getattr(module, name, None)
         if isinstance(found, int):

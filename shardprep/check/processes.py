@@ -1,7 +1,7 @@
-"""Processes of this machine that compute with transformers' own tensor parallelism, each from its own rank's view.
+"""Run processes of this machine that compute with transformers' own tensor parallelism, each from its own rank's view.
 
-`Ranks` is the side that asks, `worker` the one that answers: it imports torch and transformers once and forks the
-ranks of every job from there, a line of JSON each way.
+`Ranks` asks and `worker` answers, by a line of JSON each way. The worker imports torch and transformers once, and forks
+the ranks of every job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Job:
     checkpoint: str
     """Folder of config.json and model.safetensors."""
     shard_set: str | None
-    """What the ranks load from; None: from the checkpoint itself, to see what transformers does with that."""
+    """The shard set that the ranks load from; None: they load the checkpoint, as transformers does by itself."""
     size: int
     expert_parallel_size: int
     prompt: list[list[int]]
@@ -34,30 +34,30 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of a job."""
+    """The result of a job."""
 
     status: str
-    """`ok`; `refused`: a rank was asked for what its view does not hold; `failed`: transformers raised an error."""
+    """`ok`; `refused`: a rank was asked for a block that its view does not hold; `failed`: transformers raised an error."""
     rank: int
     """The first rank with that status."""
     detail: str
-    """What was refused, or the error."""
+    """The block that was refused, or the error."""
     logits: str | None = None
-    """File of the logits of rank 0, where all ranks have the same."""
+    """File with the logits of rank 0, if all ranks have the same."""
     tokens: list[list[int]] | None = None
 
 
 class Ranks:
-    """A process from which ranks are forked. It is started at once and imports meanwhile; use as a context manager."""
+    """A process that forks ranks. It starts at once and imports torch meanwhile. Use as a context manager."""
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
-            "HF_DEACTIVATE_ASYNC_LOAD": "1",  # an error is then raised where it was made
+            "HF_DEACTIVATE_ASYNC_LOAD": "1",  # else an error is raised in another thread than the one that loads
             "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": _loopback(),  # no rank is reached from another machine
+            "GLOO_SOCKET_IFNAME": _loopback(),  # so that ranks cannot be reached from another machine
         }
         self._process = subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-P", "-m", f"{__package__}.worker"],
@@ -85,7 +85,7 @@ class Ranks:
         return Answer(**json.loads(line))
 
     def close(self) -> None:
-        """End the process; ranks of a job that was not waited for end with it."""
+        """End the process, and with it the ranks of a job that still runs."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):

@@ -1,4 +1,4 @@
-"""The proof of ranks: transformers' own tensor parallelism, on real processes, computes the same from its views."""
+"""Prove that transformers' own tensor parallelism, on real processes, computes the model's results from our views."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from .report import Differs, Proof, Workers
 from .small import SmallModel
 
 LOGITS: Final = 1e-5
-"""By how much the logits of real tensor ranks may differ, in fp32, of the largest: sums are made in another order."""
+"""Share of the largest logit by which the logits of real tensor ranks may differ in fp32: they sum in another order."""
 
 
 def prove_ranks(small: SmallModel, ranks: Ranks) -> Iterator[Proof]:
-    """One proof for each size, without expert parallelism and with as much as there is."""
+    """Make one proof for each size, without expert parallelism and with as much as the model allows.
+
+    Args:
+        ranks: The processes that compute.
+    """
     for size in small.sizes()[1:]:
         for ep in dict.fromkeys((1, size if size in small.expert_sizes(size) else 1)):
             yield _prove(small, ranks, Workers(size, expert_parallel_size=ep, engine="transformers"))
@@ -48,7 +52,7 @@ def _prove(small: SmallModel, ranks: Ranks, workers: Workers) -> Proof:
 
 
 def _lacking(small: SmallModel, ep: int) -> str | None:
-    """Which plan transformers lacks."""
+    """Name the plan that transformers lacks for the model; None where it has the plan."""
     name = type(small.model).__name__
     if not small.model.tp_plan:
         return f"transformers has no tensor parallel plan for {name}"
@@ -65,7 +69,7 @@ def _hint(small: SmallModel, size: int) -> str:
 
 
 def _judge(small: SmallModel, answer: Answer) -> str | None:
-    """What is wrong with what ranks computed; None: nothing."""
+    """Say what is wrong with the results of the ranks; None where they are right."""
     import torch
 
     if answer.status != "ok":

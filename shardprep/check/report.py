@@ -1,4 +1,4 @@
-"""What was proved of an architecture, what was found wrong first, and of which workers."""
+"""Report what was proved of an architecture, and the first thing that was found wrong."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from shardprep_runtime.format.grid import Grid
 
 @dataclass(frozen=True, slots=True)
 class Workers(Grid):
-    """The workers whose views are looked at: their grid, and their engine."""
+    """The workers whose views are checked: their grid and their engine."""
 
     engine: str | None = None
-    """None: any."""
+    """The engine of the workers; None: any."""
 
     def __str__(self) -> str:
         words = f"tp {self.tensor_parallel_size}"
@@ -27,23 +27,23 @@ class Proof:
     """One thing that was proved."""
 
     name: str
-    """split, views, heads, sums, logits, ranks, stages or export."""
+    """Name of the proof: split, views, heads, sums, logits, ranks, stages or export."""
     text: str
-    """What holds, and how far."""
+    """A sentence that says what holds, and for which workers."""
     assembled: bool = False
-    """Whether the engine itself could not be run, so that its ranks' tensors were put together instead; `text` says why."""
+    """Whether the engine could not be run, so that the tensors of its ranks were put together instead; `text` says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first thing that is not as it should be."""
+    """The first thing that a proof found wrong."""
 
     proof: str
     tensor: str
-    """Or the module, or what else differs."""
+    """Name of the tensor, of the module, or of whatever else differs."""
     rank: int | None
     grid: str
-    """`tp 4 ep 2, vllm`."""
+    """Grid and engine of the workers: `tp 4 ep 2, vllm`."""
     expected: str
     found: str
 
@@ -53,7 +53,7 @@ class Difference:
 
 
 class Differs(Exception):  # noqa: N818 - no error but the end of a proof
-    """Something is not as it should be; see Difference."""
+    """Ends a proof that found something wrong, which `difference` describes."""
 
     def __init__(
         self, proof: str, tensor: str, rank: int | None, workers: Workers, *, expected: str, found: str
@@ -68,16 +68,16 @@ class CheckReport:
 
     model_type: str
     tensor_parallel_size: int
-    """The grain: every size that divides it was checked."""
+    """The grain of the small shard set: every size that divides it was checked."""
     pipeline_parallel_size: int
     expert_parallel_size: int
     engines: tuple[str, ...]
     tensors: int
     nbytes: int
-    """Of the small model."""
+    """Bytes of the small model's tensors."""
     proofs: tuple[Proof, ...]
     difference: Difference | None
-    """None: all proofs hold."""
+    """The first thing that was found wrong; None where all proofs hold."""
 
     @property
     def ok(self) -> bool:

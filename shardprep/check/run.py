@@ -1,4 +1,4 @@
-"""Make the small model of an architecture and prove one thing of it after another."""
+"""Make a small model of an architecture, and make one proof about it after another."""
 
 from __future__ import annotations
 
@@ -40,15 +40,23 @@ def check_arch(
     ranks: Ranks | None = None,
     tell: Callable[[Proof], None] = lambda _: None,
 ) -> CheckReport:
-    """Check the rules of the architecture of `source`: a checkpoint (path or URI), a config.json, or a model type.
+    """Check the layout rules of an architecture. What was tried and found wrong is in the report.
 
-    Of a checkpoint its config.json alone is read. Raises InputError for a model, a size or a config that is not
-    supported; what was tried and found wrong is in the report.
+        report = check_arch("llama", tensor_parallel_size=8)
+        assert report.ok, report.difference
 
     Args:
-        engines: Whose views are checked.
-        ranks: Processes for transformers' tensor parallelism; None: started for this check.
-        tell: Called with each proof as it is made.
+        source: A checkpoint (path or URI), whose config.json alone is read; a config.json; or a model type.
+        tensor_parallel_size: The grain; every size that divides it is checked.
+        pipeline_parallel_size: Every number of stages up to this is checked.
+        expert_parallel_size: Every size up to this is checked, for a model with experts.
+        engines: Engines whose views are checked.
+        access: Endpoint, profile and the like of a store.
+        ranks: Processes for transformers' tensor parallelism; default: started for this check.
+        tell: Called with each proof as soon as it is made.
+
+    Raises:
+        InputError: For a model, a size or a config that is not supported.
     """
     _demand()
     config = skeleton.shrink(read_model_config(source, access))
@@ -66,7 +74,7 @@ def check_arch(
         if "transformers" not in small.engines or tensor_parallel_size == 1:
             ranks = None
         elif ranks is None:
-            ranks = stack.enter_context(Ranks())  # it imports while the first proofs are made
+            ranks = stack.enter_context(Ranks())  # its process imports torch while the first proofs are made
         proofs: list[Proof] = []
         difference = None
         try:
@@ -89,7 +97,7 @@ def check_arch(
 
 
 def _proofs(small: SmallModel, ranks: Ranks | None) -> Iterator[Proof]:
-    """Each proof as it is made, in the order of what they rest on. Ends with Differs at the first thing that is wrong."""
+    """Yield each proof as it is made; later proofs rest on earlier ones. Raise Differs at the first thing that is wrong."""
     yield from prove_split(small)
     yield from prove_views(small)
     yield from prove_heads(small)
@@ -99,7 +107,7 @@ def _proofs(small: SmallModel, ranks: Ranks | None) -> Iterator[Proof]:
     except Differs as differs:
         if "vllm" in small.engines or "transformers" not in small.engines:
             raise
-        unproved = differs  # an engine may well exchange what its ranks compute inside of a module
+        unproved = differs  # not an error yet: an engine may exchange results of its ranks inside a module
     yield from prove_logits(small)
     real = True
     for proof in prove_ranks(small, ranks) if ranks is not None else ():
@@ -117,7 +125,7 @@ def _proofs(small: SmallModel, ranks: Ranks | None) -> Iterator[Proof]:
 
 
 def _demand() -> None:
-    """Raises UnsupportedError where what builds and runs models is not installed."""
+    """Raise UnsupportedError where torch or transformers is not installed."""
     for module in ("torch", "transformers", "safetensors"):
         if importlib.util.find_spec(module) is None:
             raise UnsupportedError(
@@ -127,7 +135,15 @@ def _demand() -> None:
 
 
 def read_model_config(source: Path | str, access: Access | None = None) -> Mapping[str, Any]:
-    """The config.json of a checkpoint at a path or URI, of a file, or transformers' default one of a model type."""
+    """Read the config.json of a checkpoint, or that file itself, or make transformers' default config of a model type.
+
+    Args:
+        source: A path or URI, or the name of a model type.
+        access: Endpoint, profile and the like of a store.
+
+    Raises:
+        InputError: Where there is no config.
+    """
     path = Path(source)
     if isinstance(source, Path) or "://" not in str(source):
         if path.is_file() and path.suffix == ".json":
@@ -143,8 +159,10 @@ def read_model_config(source: Path | str, access: Access | None = None) -> Mappi
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its notes on a model that was made to be small, and without threads,
-    which so small a model does not repay."""
+    """Switch off transformers' progress bars and its notes on so small a model, and compute in one thread.
+
+    Threads would cost more than they gain on a small model.
+    """
     import torch
     import transformers
 

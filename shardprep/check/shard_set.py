@@ -1,4 +1,4 @@
-"""Proofs of the shard set as a whole: it can be written, its tensors make the model, and it exports as the checkpoint."""
+"""Prove that the shard set can be written, that its tensors make the model, and that it exports as the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def prove_split(small: SmallModel) -> Iterator[Proof]:
-    """Write the shard set, with parts that end at its stages where engines can run these."""
+    """Write the shard set, with parts that end at stages, if engines can run these stages."""
     refused = next(filter(None, (small.refusal(engine, small.pp) for engine in small.engines)), None)
     try:
         report = split(
@@ -45,7 +45,7 @@ def prove_split(small: SmallModel) -> Iterator[Proof]:
 
 
 def prove_logits(small: SmallModel) -> Iterator[Proof]:
-    """The tensors that one rank loads, and those that all ranks load, make a model with the same logits."""
+    """Prove that the tensors of one rank at size 1, and those of all ranks joined, give the model's logits."""
     import torch
 
     for size, engine in ((1, small.engines[0]), (small.grain, small.engines[-1])):
@@ -67,7 +67,7 @@ def prove_logits(small: SmallModel) -> Iterator[Proof]:
 
 
 def _joined(small: SmallModel, workers: Workers) -> dict[str, torch.Tensor]:
-    """The model's tensors, put together from those that all ranks load."""
+    """Join the tensors of all ranks to those of the model."""
     import torch
 
     state = {name: torch.zeros_like(full) for name, full in small.tensors.items()}
@@ -80,7 +80,7 @@ def _joined(small: SmallModel, workers: Workers) -> dict[str, torch.Tensor]:
 
 
 def prove_export(small: SmallModel) -> Iterator[Proof]:
-    """The exported checkpoint has the original's bytes."""
+    """Prove that the exported checkpoint has the bytes of the original."""
     exported = small.folder / "exported"
     workers = Workers(small.grain)
     try:

@@ -1,4 +1,4 @@
-"""The small random model that is checked: its checkpoint, its layout, and the views of its ranks."""
+"""Make the small random model that is checked: its checkpoint, its layout, and the views of its ranks."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     Tensors = Mapping[str, torch.Tensor]
 
 PROMPT: Final = (2, 12)
-"""Texts x tokens of the prompt."""
+"""Shape of the prompt: texts x tokens."""
 
 
 class SmallModel:
-    """A small random model, and what it is checked for: sizes of a grid that divide or do not exceed these, and engines.
+    """A small random model, with the sizes and the engines that it is checked for.
 
-    Its shard set is there once `shard_set.prove_split` has written it.
+    Tensor parallel sizes divide the one that is given; numbers of stages and of expert groups do not exceed theirs.
+    `shard_set.prove_split` writes the model's shard set.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class SmallModel:
             ) from None
         if not torch.isfinite(self.logits).all():
             raise UnsupportedError(
-                f"a small {quote(self.config.get('model_type'))} gives logits that are no numbers; nothing can be compared"
+                f"a small {quote(self.config.get('model_type'))} gives logits that are not finite; nothing can be compared"
             )
 
     def _derive(self) -> ModelLayout:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         try:
             layout = derive_layout(self.config, shapes)
-        except LayoutError as error:  # both come from one config: it is the rules that are wrong
+        except LayoutError as error:  # config and shapes belong together, so the rules are wrong
             raise ProblemError(
                 f"the rules do not fit what transformers makes of this config: {error}"
             ) from None
@@ -101,11 +102,11 @@ class SmallModel:
 
     # ------------------------------------------------------------------------------------- what is checked of it
     def sizes(self) -> list[int]:
-        """Tensor parallel sizes."""
+        """List the tensor parallel sizes that are checked."""
         return [size for size in range(1, self.grain + 1) if self.grain % size == 0]
 
     def expert_sizes(self, size: int) -> list[int]:
-        """Expert parallel sizes for a tensor parallel size."""
+        """List the expert parallel sizes that are checked at a tensor parallel size."""
         experts = self.manifest.experts
         return [1, *(n for n in range(2, min(self.ep, size, experts) + 1) if size % n == 0)]
 
@@ -114,7 +115,11 @@ class SmallModel:
         return even_stages(self.layout.layers, pp)
 
     def refusal(self, engine: str, pp: int) -> str | None:
-        """Why an engine cannot run so many stages, as its views then say; None where it can."""
+        """Say why an engine cannot run `pp` stages, so that its views must be refused; None where it can.
+
+        Args:
+            pp: Number of stages.
+        """
         needs = self.layout.stage_needs.get(engine)
         if needs is None:
             return None
@@ -124,7 +129,11 @@ class SmallModel:
         return None
 
     def plan(self, workers: Workers) -> list[Views]:
-        """The view of every rank of a grid. Raises Differs where one that should be there is refused."""
+        """Plan the view of every rank of a grid.
+
+        Raises:
+            Differs: Where a view is refused that should be allowed.
+        """
         found = []
         for rank in range(workers.world_size):
             try:
@@ -138,7 +147,7 @@ class SmallModel:
 
     # ----------------------------------------------------------------------------------------------- the model
     def model_of(self, state: Tensors) -> PreTrainedModel:
-        """A model of these tensors, loaded by transformers as it loads a checkpoint."""
+        """Have transformers load these tensors as it loads a checkpoint."""
         from transformers import AutoConfig
 
         kind: Any = type(self.model)
@@ -152,7 +161,7 @@ class SmallModel:
         return found
 
     def layers_path(self) -> str | None:
-        """Where in the model the list of its layers is; None where transformers builds it otherwise."""
+        """The path of the model's list of layers; None where transformers builds the model of no such list."""
         from torch import nn
 
         found = [
@@ -164,7 +173,7 @@ class SmallModel:
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the safetensors files of a folder."""
+    """Read all tensors of the safetensors files in a folder."""
     from safetensors.torch import load_file
 
     found: dict[str, torch.Tensor] = {}

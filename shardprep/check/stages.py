@@ -1,4 +1,4 @@
-"""The proof of stages: each computes from its own tensors and the hidden states of the one before it."""
+"""Prove that each pipeline stage computes with its own tensors and the hidden states of the stage before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def prove_stages(small: SmallModel) -> Iterator[Proof]:
-    """One proof for each number of stages that some engine can run."""
+    """Make one proof for each number of stages that some engine can run."""
     import torch
 
     for pp in range(2, small.pp + 1):
@@ -42,7 +42,7 @@ def prove_stages(small: SmallModel) -> Iterator[Proof]:
 
 
 def _blame(small: SmallModel, stages: Sequence[Views], states: Sequence[Tensors], workers: Workers) -> Proof:
-    """Find the tensor that a stage lacks; or say that the model's layers need more than hidden states."""
+    """Find the tensor that a stage lacks, or say that the model's layers need more than hidden states."""
 
     def computes(states: Sequence[Tensors]) -> bool:
         import torch
@@ -76,7 +76,10 @@ def _blame(small: SmallModel, stages: Sequence[Views], states: Sequence[Tensors]
 
 
 def _relay(small: SmallModel, stages: Sequence[Views], states: Sequence[Tensors]) -> torch.Tensor | str:
-    """The logits that stages compute one after another, everything that a stage has not being NaN; or why not."""
+    """Compute the logits by one stage after another, or say why that is impossible.
+
+    Every tensor that a stage does not hold is NaN, so that its use shows in the logits.
+    """
     layers = small.layers_path()
     if layers is None:
         return "transformers builds it of no one list of layers"

@@ -1,7 +1,7 @@
-"""The proof of partial sums: what each rank computes from its own tensors adds up to what the model computes.
+"""Prove that the results which ranks compute from their own tensors add up to the results of the whole model.
 
-In each attention, each MLP, the embedding and the head. Each rank's tensors are put at their place among zeros, and
-every module that has cut tensors is run once for each rank, on the input that it has in the whole model.
+The modules are each attention, each MLP, the embedding and the head. Each rank's tensors are put in their places among
+zeros. Every module with cut tensors is run once for each rank, on the input that it has in the whole model.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARTIAL: Final = 1e-4
-"""By how much ranks' partial sums may differ from the whole, of the largest number in it."""
+"""Share of the largest number in a result by which the sum of the ranks' results may differ from it."""
 
 Compare = Callable[[str, str, "torch.Tensor", Sequence["torch.Tensor"]], None]
-"""Of a module, by its path: where in it, the whole's result, those of the others. Raises Differs."""
+"""Compares results of a module: its path, the place within it, the whole model's result, the ranks' results."""
 
 
 def prove_sums(small: SmallModel) -> Iterator[Proof]:
-    """One proof for each size, of the cut as it is stored: an engine that asks otherwise may gather what ranks compute."""
+    """Make one proof for each size, for the cut as it is stored. Engines with other cuts may gather ranks' results."""
     for size in small.sizes()[1:]:
         for ep in small.expert_sizes(size):
             workers = Workers(size, expert_parallel_size=ep, engine="torch")
@@ -51,7 +51,7 @@ def prove_sums(small: SmallModel) -> Iterator[Proof]:
 
 
 def _counted(small: SmallModel, views: Views, rank_in_group: int) -> Views:
-    """Without what all ranks of an expert group have whole (experts' biases), which counts once."""
+    """Leave out tensors that all ranks of an expert group have whole (experts' biases), so that they count once."""
     return {
         name: view
         for name, view in views.items()
@@ -63,7 +63,7 @@ def _counted(small: SmallModel, views: Views, rank_in_group: int) -> Views:
 
 
 def _add_up(small: SmallModel, ranks: Sequence[Views], workers: Workers) -> tuple[int, int]:
-    """Compare each module's result with the sum of ranks' own; (modules, cut tensors). Raises Differs."""
+    """Compare each module's result with the sum of the ranks' results; count modules and cut tensors. May raise Differs."""
     import torch
 
     states = [_masked(small, views) for views in ranks]
@@ -77,7 +77,7 @@ def _add_up(small: SmallModel, ranks: Sequence[Views], workers: Workers) -> tupl
 
     def compare(path: str, where: str, whole: torch.Tensor, partial: Sequence[torch.Tensor]) -> None:
         *own, bare = partial
-        # what is whole everywhere (a bias, a shared expert) is in every partial result, and counts once
+        # a tensor that every rank has whole (a bias, a shared expert) is in every partial result, and counts once
         total = torch.stack(own).sum(0) - (len(own) - 1) * bare
         off = float((total - whole).abs().max()) / max(float(whole.abs().max()), 1e-6)
         if not off <= PARTIAL:
@@ -115,7 +115,7 @@ def _is_under(name: str, path: str) -> bool:
 
 
 def _boundaries(small: SmallModel, models: Sequence[PreTrainedModel]) -> list[str]:
-    """The modules whose results ranks add up: the layers' own children, and outside of the layers what has weights."""
+    """List the modules whose results ranks add up: the layers' own children, and outside the layers those with weights."""
     import torch
 
     layers = small.layers_path()
@@ -143,7 +143,7 @@ def _boundaries(small: SmallModel, models: Sequence[PreTrainedModel]) -> list[st
 def _run(
     small: SmallModel, models: Sequence[PreTrainedModel], paths: Sequence[str], compare: Compare
 ) -> None:
-    """Run the model, and at each path the module of every other model on the same input, and compare."""
+    """Run the model; at each path run the module of every rank's model on the same input, and compare the results."""
     exchanges = Exchanges(small.model, models)
     handles = []
     for path in paths:
@@ -173,7 +173,7 @@ def _run(
 
 
 def _copied(value: Any) -> Any:
-    """Arguments that a module may change without changing those of another."""
+    """Copy arguments, so that a module that changes them in place does not change those of another."""
     import torch
 
     if isinstance(value, torch.Tensor):

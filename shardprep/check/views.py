@@ -1,4 +1,4 @@
-"""The proof of views: every byte of every tensor is where its rank says, and the ranks together hold each of them."""
+"""Prove that views hold the right bytes of every tensor, and that the ranks of a grid together hold all bytes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .report import Differs, Proof, Workers
 from .small import SmallModel
 
 READ: Final = 1.02
-"""Bytes that a rank may read for each that it keeps."""
+"""Bytes that a rank may read for each byte that it keeps."""
 
 
 def prove_views(small: SmallModel) -> Iterator[Proof]:
-    """One proof for each engine, of all its grids."""
+    """Make one proof for each engine, over all its grids."""
     proved: set[tuple[Any, ...]] = set()
     for engine in small.engines:
         grids = 0
@@ -40,7 +40,7 @@ def prove_views(small: SmallModel) -> Iterator[Proof]:
 
 
 def _grids(small: SmallModel, engine: str) -> Iterator[Workers]:
-    """All that an engine can run."""
+    """Yield all grids that an engine can run."""
     for size in small.sizes():
         for ep in small.expert_sizes(size):
             for pp in range(1, small.pp + 1):
@@ -49,7 +49,7 @@ def _grids(small: SmallModel, engine: str) -> Iterator[Workers]:
 
 
 def _cover(small: SmallModel, ranks: Sequence[Views], workers: Workers) -> None:
-    """The ranks hold every tensor, every expert of it, and every index along its dim."""
+    """Check that the ranks hold every tensor, every expert, and every index along the dim that is cut."""
     import torch
 
     for name, full in small.tensors.items():
@@ -86,7 +86,7 @@ def _cover(small: SmallModel, ranks: Sequence[Views], workers: Workers) -> None:
 
 
 def _check_reads(views: Views, rank: int, workers: Workers) -> None:
-    """A rank reads at most `READ` bytes for each byte of a tensor that it keeps, where nothing is uneven."""
+    """Check that a rank reads at most `READ` bytes for each byte that it keeps of evenly cut tensors."""
     even = [
         view
         for view in views.values()
@@ -100,7 +100,7 @@ def _check_reads(views: Views, rank: int, workers: Workers) -> None:
 
 
 def _check_bytes(small: SmallModel, names: set[str], views: Views, rank: int, workers: Workers) -> None:
-    """What a rank loads are the original's blocks that its view names."""
+    """Check that a rank loads the very blocks of the original that its view names."""
     with shardprep_runtime.load(small.shard_set, rank=rank, **asdict(workers)) as shard:
         for name in names:
             tensor = shard[name]
@@ -117,12 +117,12 @@ def _check_bytes(small: SmallModel, names: set[str], views: Views, rank: int, wo
 
 
 def _key(view: TensorView) -> tuple[Any, ...]:
-    """What a view holds of which tensor, whoever asks for it."""
+    """A key that is the same for views of the same block of the same tensor."""
     return view.name, view.takes, view.experts
 
 
 def _cut_shape(view: TensorView) -> tuple[int, ...]:
-    """The shape of a tensor, 1 for the dims along which every rank has all of it."""
+    """The shape of a tensor, with 1 for dims along which every rank holds all of it."""
     return tuple(
         size if dim == view.form.layout.dim or (dim == 0 and view.form.layout.experts) else 1
         for dim, size in enumerate(view.form.shape)

@@ -1,4 +1,4 @@
-"""Answer for `Ranks`: run transformers' own tensor parallelism, each rank a process that reads only its own view.
+"""Run transformers' own tensor parallelism for `Ranks`: each rank is a process that reads only its own view.
 
 `python -P -m shardprep.check.worker` reads jobs from standard input and writes their answers, a line of JSON each.
 """
@@ -39,7 +39,7 @@ TIMEOUT: Final = 120
 def main() -> None:
     """Answer jobs from standard input until it ends."""
     lines = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # so that nothing a library prints is taken for an answer
     import transformers
     import transformers.distributed.tensor_parallel  # what every rank needs is imported once
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _run(job: Job) -> Answer:
-    """Fork the ranks of a job and put their answers together."""
+    """Fork the ranks of a job, and put their answers together."""
     import importlib
 
     from transformers import AutoConfig
@@ -76,7 +76,7 @@ def _run(job: Job) -> Answer:
             found_answers.append(Answer(**json.loads(file.read_text())))
         else:
             found_answers.append(Answer("failed", rank, f"rank {rank} ended without an answer"))
-    # a rank that is refused ends, and the others then fail for want of it
+    # a rank that is refused ends, and the others then fail because it is gone
     for status in ("refused", "failed"):
         of_status = [each for each in found_answers if each.status == status]
         lonely = [each for each in of_status if "onnection closed by peer" not in each.detail]
@@ -86,14 +86,14 @@ def _run(job: Job) -> Answer:
 
 
 def _await(children: Mapping[int, int]) -> None:
-    """Return once all children have ended; those that hang are ended."""
+    """Wait until all children have ended, and end those that hang."""
     left = set(children)
     deadline = time.monotonic() + TIMEOUT
     while left:
         done, status = os.waitpid(-1, os.WNOHANG)
         if done:
             left.discard(done)
-            if status and left:  # its peers wait for it in vain
+            if status and left:  # the other ranks would wait in vain for this one
                 deadline = min(deadline, time.monotonic() + 5)
         elif time.monotonic() > deadline:
             for child in left:
@@ -104,7 +104,7 @@ def _await(children: Mapping[int, int]) -> None:
 
 
 def _child(job: Job, rank: int, folder: Path) -> None:
-    """Be one rank: write an answer and end this process without any clean-up of its parent's."""
+    """Be one rank: write an answer, and end this process without the clean-up that belongs to its parent."""
     status = 1
     threading.Thread(target=_outlive, args=(os.getppid(),), daemon=True).start()
     try:
@@ -119,7 +119,7 @@ def _child(job: Job, rank: int, folder: Path) -> None:
 
 
 def _outlive(parent: int) -> None:
-    """End this process once its parent has gone: nobody wants its answer."""
+    """End this process once its parent has ended, since nobody reads its answer then."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -132,7 +132,7 @@ def _write(file: Path, answer: Answer) -> None:
 
 
 class _Watched:
-    """A slice of a tensor that keeps what it refused: transformers reports errors of its loading in words of its own."""
+    """A slice of a tensor that records what it refused, since transformers replaces errors of loading by its own."""
 
     def __init__(self, found: Any, refused: list[str]) -> None:
         self.found = found
@@ -184,14 +184,14 @@ def _rank(job: Job, rank: int, folder: Path) -> Answer:
 
 
 def _first_line(error: BaseException) -> str:
-    """What is wrong, of an error whose text may have a traceback of its own before it."""
+    """Give the message of an error whose text may begin with a traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {lines[0].strip()[:300]}"
 
 
 @contextlib.contextmanager
 def _source(job: Job, rank: int) -> Iterator[Mapping[str, Any]]:
-    """Name -> slice of every tensor of the checkpoint, as this rank has it."""
+    """Open the tensors of the checkpoint as this rank has them: name -> slice."""
     if job.shard_set is None:
         from safetensors import safe_open
 
@@ -210,9 +210,9 @@ def _source(job: Job, rank: int) -> Iterator[Mapping[str, Any]]:
 
 
 def _distribute(job: Job, tensors: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of one rank, its tensors taken from `tensors` by transformers' own loader.
+    """Build the model of one rank, and have transformers' own loader take its tensors from `tensors`.
 
-    What `from_pretrained(distributed_config=...)` does, which itself demands accelerate and a file to read.
+    This is what `from_pretrained(distributed_config=...)` does; that itself demands accelerate and a file to read.
     """
     import torch
     from transformers import AutoConfig, initialization

@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 class Refused(click.ClickException):
-    """Refused input, as click reports it: no traceback."""
+    """Refused input, which click reports without a traceback."""
 
     exit_code = 2
 
@@ -59,7 +59,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does, with its hint about similar names, which it draws from `commands` alone."""
+        """Find a command as click does, with its hint about similar names: click looks for those in `commands` alone."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             from difflib import get_close_matches
 
@@ -75,7 +75,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except click.UsageError as error:  # click quotes most of what it was given, not all of it
+        except click.UsageError as error:  # click leaves some of the user's words unquoted
             if error.message.replace("\n\t", "").isprintable():
                 raise
             raise click.UsageError(quote(error.message), ctx=error.ctx) from None
@@ -85,7 +85,7 @@ class LazyGroup(click.Group):
             raise Refused(str(error)) from None
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # a reader that has gone; click ends in silence
+                raise  # the reader of our output has gone: click ends in silence
             name = f"{quote(error.filename)}: " if error.filename is not None else ""
             raise Problem(f"{name}{error.strerror}") from None
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _size_option(short: str, name: str, default: int, text: str) -> Callable[..., Any]:
-    """Up to what size something is checked."""
+    """Make the option for a size up to which something is checked."""
     return click.option(
         short, name, type=click.IntRange(1, 64), default=default, show_default=True, help=text
     )
@@ -33,14 +33,14 @@ def _size_option(short: str, name: str, default: int, text: str) -> Callable[...
     "-ep",
     "--expert-parallel-size",
     2,
-    "Groups that share the experts, where the model has some; every size up to it is checked.",
+    "Groups that share the experts of a model that has some; every size up to it is checked.",
 )
 @click.option(
     "--engine",
     "engines",
     type=click.Choice(ENGINES),
     multiple=True,
-    help="Whose views are checked; may be given again.  [default: all]",
+    help="Engine whose views are checked; may be given several times.  [default: all]",
 )
 @parse.access_options
 @parse.json_option
@@ -53,11 +53,11 @@ def command(
     access: Access,
     as_json: bool,
 ) -> None:
-    """Prove by running it that the layout rules of MODEL's architecture are right.
+    """Prove that the layout rules of MODEL's architecture are right, by running a small model of it.
 
     MODEL is a checkpoint (a path, s3://bucket/prefix, hf://org/name@revision), a config.json, or the name of a model
-    type, such as llama. Only the config is read: the proof is made on a small random model of that architecture,
-    with torch and transformers (pip install 'shardprep[transformers]').
+    type, such as llama. Only the config is read. The proof is made on a small random model of that architecture, with
+    torch and transformers (pip install 'shardprep[transformers]').
     """
     from shardprep.check import check_arch
 

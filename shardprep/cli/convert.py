@@ -15,7 +15,7 @@ from . import parse, render
 @click.command("convert")
 @click.argument("source", type=parse.SOURCE)
 @click.argument("destination", type=parse.PATH)
-@click.option("--max-part-size", type=parse.Size(), default="5GB", show_default=True, help="Of one file.")
+@click.option("--max-part-size", type=parse.Size(), default="5GB", show_default=True, help="Bytes of a file.")
 @click.option(
     "--dtype",
     type=click.Choice(list(parse.DTYPES)),
@@ -39,11 +39,11 @@ def command(
 ) -> None:
     """Turn the checkpoint SOURCE (a folder or a file, pickle or safetensors) into safetensors in DESTINATION.
 
-    SOURCE is a path, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision. Of a store only the tensors
+    SOURCE is a path, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision. From a store only the tensors
     are fetched, straight into DESTINATION.
 
-    No pickle is run. DESTINATION must be new or empty; nothing stands there under a final name before all is
-    whole, and the same command resumes after a kill.
+    No pickle is run. DESTINATION must be new or empty. No file there has its final name before all are whole, and the
+    same command resumes after a kill.
     """
     from shardprep.convert import convert
 

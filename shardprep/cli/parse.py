@@ -1,4 +1,4 @@
-"""Click types and options that several commands share."""
+"""Define click types and options that several commands share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Size(_SizeType):
             return value
         found = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", value.strip())
         if not found or found[2].upper() not in SUFFIXES:
-            self.fail(f"{value!r} is no size; write 5GB, 512MiB or a number of bytes", param, ctx)
+            self.fail(f"{value!r} is not a size; write 5GB, 512MiB or a number of bytes", param, ctx)
         size = int(float(found[1]) * SUFFIXES[found[2].upper()])
         if size < 1:
             self.fail("must be at least 1 byte", param, ctx)
@@ -57,7 +57,7 @@ class Duration(_DurationType):
             return value
         found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", value.strip())
         if not found:
-            self.fail(f"{value!r} is no time; write 7d, 12h, 30m or 90s", param, ctx)
+            self.fail(f"{value!r} is not a time; write 7d, 12h, 30m or 90s", param, ctx)
         return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
@@ -73,7 +73,7 @@ class StageList(_StagesType):
             return value
         found = parse_stages(value)
         if found is None:
-            self.fail(f"{value!r} is no list of stages; write the layers of each: 0-15,16-31", param, ctx)
+            self.fail(f"{value!r} is not a list of stages; write the layers of each: 0-15,16-31", param, ctx)
         return found
 
 
@@ -87,7 +87,7 @@ DTYPES: Final = {
 
 
 class Place(_PlaceType):
-    """A path (given as Path) or a URI of one of `schemes` (given as str)."""
+    """A path, which a command gets as a Path, or a URI of one of `schemes`, which it gets as a str."""
 
     name = "place"
 
@@ -108,7 +108,7 @@ class Place(_PlaceType):
 
 
 SOURCE: Final = Place(*SCHEMES, "hf")
-"""Whence a checkpoint is read: a path, a URI of a store, or hf://org/name."""
+"""The source of a checkpoint: a path, a URI of a store, or hf://org/name."""
 
 STORE: Final = Place(*SCHEMES)
 """A path or the URI of a store."""
@@ -118,9 +118,9 @@ PATH: Final = Place()
 
 
 def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a store is reached, the same for every command that takes a URI; the command gets one `access: Access`."""
+    """Add the options by which a store is reached to a command, which gets them as one `access: Access`."""
 
-    @functools.wraps(command)  # which takes the options along that are declared below this decorator
+    @functools.wraps(command)  # keeps the options that are declared below this decorator
     def with_access(
         *arguments: Any,
         endpoint_url: str | None,
@@ -136,7 +136,7 @@ def access_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def set_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a store is reached, for a command whose other options say the rest of a shard set; it gets one `shard_set`."""
+    """Add the options by which a store is reached to a command that takes a shard set; it gets all as one `shard_set`."""
 
     @functools.wraps(command)
     def with_set(*arguments: Any, **options: Any) -> Any:
@@ -156,16 +156,18 @@ def _access_words(command: Callable[..., Any]) -> Callable[..., Any]:
     found = command
     for option in (
         click.option("--no-sign-request", is_flag=True, help="Send no credentials: for public buckets."),
-        click.option("--region", help="Of an s3:// store.  [default: as configured for aws]"),
-        click.option("--profile", help="Of the aws configuration, for s3://."),
-        click.option("--endpoint-url", metavar="URL", help="Of an s3:// store that is not Amazon's."),
+        click.option("--region", help="Region of an s3:// store.  [default: as configured for aws]"),
+        click.option("--profile", help="Profile of the aws configuration, for s3://."),
+        click.option(
+            "--endpoint-url", metavar="URL", help="Endpoint of an s3:// store that is not Amazon's."
+        ),
     ):
         found = option(found)
     return found
 
 
 def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--max-workers, the same for every command that moves bytes."""
+    """Add --max-workers to a command that moves bytes."""
     option = click.option(
         "--max-workers",
         type=click.IntRange(1, 256),
@@ -175,12 +177,12 @@ def workers_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--json, the same for every command that reports."""
+    """Add --json to a command that prints a report."""
     return click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")(command)
 
 
 def connections_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--max-workers of the commands whose workers are connections to a store."""
+    """Add --max-workers to a command whose workers are connections to a store."""
     option = click.option(
         "--max-workers", type=click.IntRange(1, 256), help="Connections to the store.  [default: 16]"
     )
@@ -188,18 +190,22 @@ def connections_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def engine_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--engine, the same for every command that takes one worker's share; None where it was not given."""
+    """Add --engine to a command that takes one worker's share, which gets None where it was not given."""
     option = click.option(
         "--engine",
         type=click.Choice(ENGINES),
-        help="Whose way of cutting to follow where engines differ (padded vocabularies).  [default: torch]",
+        help="Engine whose cuts are followed where engines differ (padded vocabularies).  [default: torch]",
     )
     return option(command)
 
 
 def revision_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--revision, the same for every command that names one."""
+    """Add --revision to a command that names one."""
     option = click.option(
-        "--revision", metavar="NAME", default=DEFAULT_REVISION, show_default=True, help="Of the shard set."
+        "--revision",
+        metavar="NAME",
+        default=DEFAULT_REVISION,
+        show_default=True,
+        help="Revision of the shard set.",
     )
     return option(command)

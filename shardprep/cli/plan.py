@@ -26,7 +26,7 @@ else:  # only the newest clicks let the class be subscripted when it runs
     _MemoryType = _RateType = click.ParamType
 
 ROWS = 20
-"""Grids that people are shown; --json has all."""
+"""Grids that are shown to people; --json has all."""
 
 
 KV_DTYPES = ("auto", "fp8", "bf16", "fp16", "fp32")
@@ -34,7 +34,7 @@ POWERS = tuple(2**i for i in range(7))
 
 
 class DeviceMemory(_MemoryType):
-    """The memory of devices: 24GiB, or of each of several: 24GiB,16GiB, 8x80GiB."""
+    """The memory of one device (24GiB), or of each of several devices (24GiB,16GiB or 8x80GiB)."""
 
     name = "memory"
 
@@ -64,7 +64,7 @@ class Rate(_RateType):
             return value
         found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)(i?)(bps|bit/s|b/s|B/s|Bps)", value.strip())
         if not found:
-            self.fail(f"{value!r} is no rate; write 1Gbps, 100Mbit/s or 500MB/s", param, ctx)
+            self.fail(f"{value!r} is not a rate; write 1Gbps, 100Mbit/s or 500MB/s", param, ctx)
         number, prefix, binary, unit = found.groups()
         scale = (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0)
         rate = int(float(number) * scale / (1 if unit.startswith("B") else 8))
@@ -79,15 +79,15 @@ class Rate(_RateType):
     "--device-memory",
     type=DeviceMemory(),
     required=True,
-    help="Of a device, of which there may be any number: 24GiB. Or of each, in the order of ranks, all of which "
-    "are used: 24GiB,16GiB or 8x80GiB.",
+    help="Memory of a device, for any number of devices: 24GiB. Or of each device, in the order of ranks, if all are "
+    "to be used: 24GiB,16GiB or 8x80GiB.",
 )
 @click.option(
     "--devices-per-host",
     type=click.IntRange(1, 4096),
     default=8,
     show_default=True,
-    help="That reach each other without the network.",
+    help="Devices that reach each other without the network.",
 )
 @click.option(
     "--context",
@@ -102,12 +102,12 @@ class Rate(_RateType):
     type=click.Choice(KV_DTYPES),
     default="auto",
     show_default=True,
-    help="Of the KV cache; auto: as the model.",
+    help="dtype of the KV cache; auto: that of the model.",
 )
 @click.option(
     "--reserve",
     type=parse.Size(),
-    help="Of each device, for what is neither weights nor KV cache.  [default: 1 GiB and activations]",
+    help="Memory of each device that neither weights nor KV cache may use.  [default: 1 GiB and activations]",
 )
 @click.option(
     "--quantize",
@@ -126,13 +126,13 @@ class Rate(_RateType):
     type=click.Choice(ENGINES),
     default=TORCH,
     show_default=True,
-    help="Whose way of cutting, where engines differ.",
+    help="Engine whose cuts are planned, where engines differ.",
 )
 @click.option(
     "--allow-generic", is_flag=True, help="Plan for a model type without rules: cut the rows of its linears."
 )
-@click.option("--network", type=Rate(), help="Between hosts: 1Gbps, 500MB/s.")
-@click.option("--bandwidth", type=Rate(), help="From the weights to each worker.  [default: --network]")
+@click.option("--network", type=Rate(), help="Rate between hosts: 1Gbps, 500MB/s.")
+@click.option("--bandwidth", type=Rate(), help="Rate from the weights to each worker.  [default: --network]")
 @parse.access_options
 @parse.json_option
 @click.pass_context
@@ -156,10 +156,10 @@ def command(
 ) -> None:
     """Say whether the model at SOURCE fits given devices, and how it is best divided among them.
 
-    SOURCE is a checkpoint or a shard set (a path, s3://bucket/prefix, hf://org/name@revision), of which headers alone
-    are read, or a config.json, for which transformers must be installed.
+    SOURCE is a checkpoint or a shard set (a path, s3://bucket/prefix, hf://org/name@revision); only its headers are
+    read. Or it is a config.json, which needs transformers.
 
-    Exits with 1 where nothing fits, and says what would make it fit.
+    The exit status is 1 where nothing fits; the command then says what would make the model fit.
     """
     from shardprep.fit.report import FitOptions, plan_fit
     from shardprep.fit.search import Devices
@@ -189,7 +189,7 @@ def command(
 
 
 def as_object(report: FitReport) -> dict[str, Any]:
-    """The report with what is worked out from it, for JSON."""
+    """Turn the report into an object for JSON, together with the values that its properties compute."""
 
     def of_grid(grid: GridFit) -> dict[str, Any]:
         times = report.times(grid)
@@ -212,7 +212,17 @@ def as_object(report: FitReport) -> dict[str, Any]:
 
 
 def recommended(source: Path | str, memory: tuple[int, ...], options: FitOptions, access: Access) -> GridFit:
-    """The grid that `plan` recommends. Raises LayoutError, with what would make it fit, where nothing does."""
+    """Give the grid that `plan` recommends.
+
+    Args:
+        source: As `plan_fit` takes it.
+        memory: Bytes of each device.
+        options: What is asked for.
+        access: Endpoint, profile and the like of a store.
+
+    Raises:
+        LayoutError: Where nothing fits; it says what would.
+    """
     from shardprep.fit.report import plan_fit
     from shardprep.fit.search import Devices
     from shardprep_runtime.errors import LayoutError
@@ -228,7 +238,7 @@ def recommended(source: Path | str, memory: tuple[int, ...], options: FitOptions
 
 
 def written(grid: GridFit) -> str:
-    """The stages as --stages takes them: by first and last layer."""
+    """Write the stages as --stages takes them: by first and last layer."""
     return ",".join(f"{start}-{stop - 1}" for start, stop in grid.bounds)
 
 
@@ -236,7 +246,7 @@ def written(grid: GridFit) -> str:
 
 
 def _as_on_disk(nbytes: int) -> str:
-    """Bytes as people say the size of a model: in powers of ten."""
+    """Write a number of bytes as people say the size of a model: in powers of ten."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
@@ -282,7 +292,7 @@ def _show(report: FitReport) -> None:
 
 
 def _rows(report: FitReport) -> list[list[GridFit]]:
-    """The grids that are worth a line; those that differ in the groups of experts alone, and hold the same, share one."""
+    """Choose the grids that get a line. Grids that differ only in groups of experts, and hold the same, share one."""
     best = report.recommended
     lines: dict[tuple[int, int, int, int], list[GridFit]] = {}
     for grid in report.grids:
@@ -300,7 +310,7 @@ def _rows(report: FitReport) -> list[list[GridFit]]:
 
 
 def _worth_a_word(report: FitReport) -> list[Refused]:
-    """The sizes that people would have asked for: powers of two, or all that the given devices could make."""
+    """Choose the refused sizes that people would ask for: powers of two, or all that the given devices allow."""
     sizes = [
         each
         for each in report.refused
@@ -395,14 +405,14 @@ def _transfer(report: FitReport, best: GridFit) -> None:
 
 
 def _a_prompt(nbytes: int, context: int, seconds: float | None) -> str:
-    """What a prompt that fills the context moves, at `nbytes` a token."""
+    """Say how many bytes a prompt that fills the context moves, at `nbytes` a token."""
     return f"; {render.size(nbytes * context)} a prompt of {context:,}" + (
         f", {_seconds(seconds)}" if seconds is not None else ""
     )
 
 
 def _seconds(value: float) -> str:
-    """A time as people read it."""
+    """Write a time for people."""
     if value < 1:
         return f"{value * 1e3:.3g} ms"
     if value < 120:

@@ -19,14 +19,14 @@ from . import parse, render
     type=parse.Duration(),
     default="7d",
     show_default=True,
-    help="Keep what is younger: it may belong to a push that is not done.",
+    help="Keep blobs that are younger: they may belong to a push that is not done.",
 )
 @click.option(
     "--delete-revision",
     "delete_revisions",
     metavar="NAME",
     multiple=True,
-    help="Give up this revision first. May be repeated; one revision must stay.",
+    help="Remove this revision first. May be repeated; one revision must stay.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 @parse.access_options
@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Remove from STORE (s3://bucket/prefix, or a folder) the blobs that no revision names.
 
-    Refuses, and removes nothing, where it finds no revision or one that it cannot read. Pushing meanwhile is safe.
+    It refuses, and removes nothing, where it finds no revision, or one that it cannot read. Pushing meanwhile is safe.
     """
     from shardprep.publish.prune import prune
 

@@ -18,8 +18,10 @@ from . import parse, render
 @click.argument("source", type=parse.STORE)
 @click.argument("destination", type=parse.PATH, required=False)
 @parse.revision_option
-@click.option("-tp", "--tensor-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
-@click.option("-pp", "--pipeline-parallel-size", type=click.IntRange(1, 4096), help="Of the grid of workers.")
+@click.option(
+    "-tp", "--tensor-parallel-size", type=click.IntRange(1, 4096), help="Tensor ranks of each stage."
+)
+@click.option("-pp", "--pipeline-parallel-size", type=click.IntRange(1, 4096), help="Number of even stages.")
 @click.option(
     "-ep",
     "--expert-parallel-size",
@@ -35,7 +37,7 @@ from . import parse, render
     type=click.IntRange(0),
     help="Pull this rank's share alone.  [default: RANK, as torchrun sets it, where -tp, -pp or --stages is given]",
 )
-@click.option("--all", "everything", is_flag=True, help="Pull all of it.")
+@click.option("--all", "everything", is_flag=True, help="Pull the whole shard set.")
 @click.option("--no-weights", is_flag=True, help="Pull the side files and the manifest alone.")
 @click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
 @parse.connections_option
@@ -56,9 +58,9 @@ def command(
 ) -> None:
     """Bring the shard set at SOURCE (s3://bucket/prefix), or one rank's share of it, into the folder DESTINATION.
 
-    Without DESTINATION the folder is named by the last word of SOURCE, here.
-    Only the ranges that the rank needs are fetched, every block is checked as it lands, and the same command goes on
-    after a kill. Several ranks may be pulled into one folder, also at once.
+    Without DESTINATION the folder is a new one here, named by the last word of SOURCE.
+    Only the ranges that the rank needs are fetched. Every block is checked as it lands. The same command goes on after
+    a kill. Several ranks may be pulled into one folder, also at the same time.
     """
     from shardprep.publish.pull import choose_rank, pull
 

@@ -33,7 +33,7 @@ def command(
 ) -> None:
     """Put SHARD_SET, a folder that split wrote, into STORE (s3://bucket/prefix, or a folder).
 
-    Only what the store lacks is sent, and every byte of it is compared with its digest on the way. The revision
+    Only blobs that the store lacks are sent, and every byte is compared with its digest on the way. The revision
     changes at the very end; the same command resumes after a kill.
     """
     from shardprep.publish.push import push

@@ -1,4 +1,4 @@
-"""Print reports: for people on a terminal and, from the same dataclass, as JSON; progress goes to stderr."""
+"""Print reports: for people on a terminal, and from the same dataclass as JSON. Progress goes to stderr."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def plain(value: Any) -> Any:
-    """A report as JSON knows it."""
+    """Turn a report into the values that JSON has."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -34,12 +34,12 @@ def plain(value: Any) -> Any:
 
 
 def print_json(report: Any) -> None:
-    """The report as one JSON object on stdout."""
+    """Print a report as one JSON object on stdout."""
     click.echo(json.dumps(plain(report), indent=2))
 
 
 def size(nbytes: int) -> str:
-    """Bytes as people read them: 1.50 GiB."""
+    """Write a number of bytes for people: 1.50 GiB."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -49,7 +49,12 @@ def size(nbytes: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    """Columns as wide as they need to be; those in `right` are aligned to the right. The first row is the head."""
+    """Print a table whose columns are as wide as they need to be.
+
+    Args:
+        rows: Cells of each row; the first row is the head.
+        right: Numbers of the columns that are aligned to the right.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [
@@ -60,7 +65,12 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
 
 
 def notes(aliases: Mapping[str, str], left_out: Sequence[LeftOut]) -> None:
-    """What was tied and what was not carried over."""
+    """Print which tensors were tied, and what was not carried over.
+
+    Args:
+        aliases: Other names of tied tensors -> the name that is stored.
+        left_out: Contents that are not weights.
+    """
     for alias, name in aliases.items():
         click.echo(f"tied: {quote(alias)} is {quote(name)}, stored once")
     for each in left_out[:20]:
@@ -70,12 +80,12 @@ def notes(aliases: Mapping[str, str], left_out: Sequence[LeftOut]) -> None:
 
 
 def warn(message: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     click.echo(f"Note: {message}", err=True)
 
 
 class Bar:
-    """A progress bar on stderr; nothing where that is no terminal."""
+    """A progress bar on stderr; nothing is shown where stderr is not a terminal."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -92,7 +102,7 @@ class Bar:
             )
 
     def step(self, nbytes: int) -> None:
-        """Count bytes as done; from any thread."""
+        """Count bytes as done. Any thread may call this."""
         if self.bar is not None:
             with self.lock:
                 self.bar.update(nbytes)
@@ -100,7 +110,12 @@ class Bar:
 
 @contextmanager
 def conduct(label: str, workers: int | None) -> Iterator[Conduct]:
-    """A job with a bar, which is cleared at the end, and notes on stderr."""
+    """Run a job with a progress bar, which is cleared at the end, and with warnings on stderr.
+
+    Args:
+        label: What the bar shows before the numbers.
+        workers: Threads of the job; None: its default.
+    """
     bar = Bar(label)
     try:
         yield Conduct(workers, bar.begin, bar.step, warn)

@@ -14,7 +14,7 @@ from . import parse, render
 from .plan import KV_DTYPES, DeviceMemory, recommended, written
 
 WORTH_A_WORD: Final = 0.01
-"""The part of the model above which split says what is not cut."""
+"""Share of the model that must stay whole for split to say a word about it."""
 
 
 @click.command("split")
@@ -24,14 +24,14 @@ WORTH_A_WORD: Final = 0.01
     "-tp",
     "--tensor-parallel-size",
     type=click.IntRange(1, 4096),
-    help="The finest size that will be wanted; every size that divides it can be loaded from the same copy. "
+    help="The largest size that will be wanted; every size that divides it can be loaded from the same copy. "
     "Needed unless --device-memory is given.",
 )
 @click.option(
     "-pp",
     "--pipeline-parallel-size",
     type=click.IntRange(1, 4096),
-    help="Even stages, at which parts end. Others can be loaded as well.",
+    help="Number of even stages, at which parts end. Any other stages can be loaded as well.",
 )
 @click.option(
     "--stages", type=parse.StageList(), help="Stages of any size, by first and last layer: 0-15,16-31."
@@ -52,10 +52,14 @@ WORTH_A_WORD: Final = 0.01
 @click.option(
     "--kv-dtype",
     type=click.Choice(KV_DTYPES),
-    help="With --device-memory: of the KV cache.  [default: auto]",
+    help="With --device-memory: dtype of the KV cache.  [default: auto]",
 )
-@click.option("--reserve", type=parse.Size(), help="With --device-memory: of each device, as plan takes it.")
-@click.option("--max-part-size", type=parse.Size(), default="1GiB", show_default=True, help="Of one file.")
+@click.option(
+    "--reserve", type=parse.Size(), help="With --device-memory: memory of each device, as plan takes it."
+)
+@click.option(
+    "--max-part-size", type=parse.Size(), default="1GiB", show_default=True, help="Bytes of a file."
+)
 @click.option("--include-code", is_flag=True, help="Copy *.py files too; they are code that others may run.")
 @click.option(
     "--allow-generic", is_flag=True, help="Split a model type without rules: cut the rows of its linears."
@@ -102,11 +106,11 @@ def command(
     SOURCE is a path, s3://bucket/prefix (also gs://, az://) or hf://org/name@revision.
 
     One copy serves every tensor parallel size that divides -tp, and any pipeline stages. DESTINATION must be new
-    or empty; the manifest is written last, and the same command resumes after a kill.
+    or empty. The manifest is written last, and the same command resumes after a kill.
 
-    With a URI (s3://bucket/prefix) for DESTINATION each part is sent to that store as soon as it is whole, as
-    `shardprep push` sends it; about twice the parts that are open at a time, 2 GiB for each rank of -tp at the
-    default size, lie on this machine.
+    Where DESTINATION is a URI (s3://bucket/prefix), each part is sent to that store as soon as it is whole, as
+    `shardprep push` sends it. About 2 GiB for each rank of -tp, at the default size of parts, lie on this machine
+    meanwhile.
     """
     from shardprep.split import SplitOptions, split
 
@@ -203,6 +207,6 @@ def command(
 
 
 def span(bounds: tuple[int, int]) -> str:
-    """[start, stop) as people read it: 0-3."""
+    """Write [start, stop) for people: 0-3."""
     start, stop = bounds
     return "" if start == stop else str(start) if stop - start == 1 else f"{start}-{stop - 1}"

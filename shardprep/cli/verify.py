@@ -20,13 +20,13 @@ from . import parse, render
 def command(
     shard_set: Path, fast: bool, manifest_digest: str | None, max_workers: int | None, as_json: bool
 ) -> None:
-    """Check SHARD_SET: complete, consistent, and every byte the one that was split.
+    """Check that SHARD_SET is complete and consistent, and that every byte is the one that was split.
 
-    A folder that `export --format vllm-sharded-state` wrote is checked against its record, whose digest it is then
-    that --manifest-digest means.
+    A folder that `export --format vllm-sharded-state` wrote is checked against its record. --manifest-digest is then
+    the digest of the record.
     """
     from shardprep.verify import verify
-    from shardprep.vllm.sharded_state import is_sharded_state, verify_record
+    from shardprep.vllm.record import is_sharded_state, verify_record
 
     if is_sharded_state(shard_set):
         found = verify_record(shard_set, fast=fast, record_digest=manifest_digest)

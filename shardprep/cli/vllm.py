@@ -28,7 +28,7 @@ from . import parse, render
 @click.option(
     "--folder",
     type=parse.PATH,
-    help="Where config, tokenizer and manifest of a store's shard set are put.  [default: in the cache]",
+    help="Folder for config, tokenizer and manifest of a store's shard set.  [default: in the cache]",
 )
 @click.option(
     "--no-prefetch", is_flag=True, help="Do not fetch this host's shards while vLLM starts; its ranks will."
@@ -46,13 +46,14 @@ def command(
 ) -> None:
     """Serve the shard set at SOURCE (s3://bucket/prefix, or a folder) with vLLM: each rank loads its own share alone.
 
-    Fetches the config, the tokenizer and the manifest, begins to fetch the shards of this host's ranks, and becomes
-    `vllm serve`, with what stands behind -- as its further options:
+    It fetches the config, the tokenizer and the manifest, begins to fetch the shards of this host's ranks, and becomes
+    `vllm serve` with the options that follow --:
 
         shardprep vllm s3://bucket/llama-70b -- --tensor-parallel-size 4 --port 8000
 
-    Sizes that the shard set does not serve are refused before vLLM is started. SOURCE may also be what `shardprep export
-    --format vllm-sharded-state` wrote: whether its files are this vLLM's and of these sizes is checked, which vLLM does not.
+    Sizes that the shard set does not serve are refused before vLLM is started. SOURCE may also be a folder that `shardprep
+    export --format vllm-sharded-state` wrote: it is refused unless it was made for this vLLM and these sizes, which vLLM
+    itself does not check.
     """
     from shardprep.vllm.serve import become_vllm, prepare_vllm
 

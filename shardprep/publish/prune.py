@@ -1,10 +1,13 @@
 """Show the revisions of a store, and remove the blobs that none of them names.
 
-Pushing and pruning at the same time is safe. A prune first leaves a mark in the store, then lists blobs, then looks at
-the manifests, and removes only what is old and named by none that it has ever seen; every few seconds it looks again
-and renews its mark. A push that has put its manifest waits until every mark is gone, stale or renewed twice, and then
-asks whether its blobs are there: either the prune has seen the manifest, or the push sees what the prune removed, and
-sends it again.
+Pushing and pruning at the same time is safe:
+
+1. A prune puts a mark into the store, then lists the blobs, then reads the manifests.
+2. It removes only blobs that are old and that no manifest names which it has ever seen. Every few seconds it reads the
+   manifests again and renews its mark.
+3. A push puts its manifest, then waits until every mark is gone, stale or renewed twice, then looks for its blobs.
+
+So either the prune has seen the new manifest, or the push finds that blobs are missing and sends them again.
 """
 
 from __future__ import annotations
@@ -40,15 +43,17 @@ from shardprep_runtime.stores.store import Access, Stat, Store, where
 from ..write.conduct import Conduct
 
 GRACE: Final = 7 * 86400.0
-"""Seconds for which a blob that no manifest names is kept: longer than any push takes from its first blob to its manifest."""
+"""Age in seconds below which a blob stays that no manifest names: longer than any push takes from its first blob to its
+manifest."""
 
 FRESH: Final = 300.0
-"""Seconds after which a mark that was not renewed is that of a prune that is dead."""
+"""Seconds without renewal after which a mark counts as left by a prune that died."""
 
 BATCH: Final = 15.0
-"""Seconds for which blobs are removed before the manifests are looked at again."""
+"""Seconds for which blobs are removed before the manifests are read again."""
 
 READERS: Final = 16
+"""Manifests that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +62,31 @@ class Revision:
 
     revision: str
     manifest_digest: str
-    """`sha256:...`"""
+    """`sha256:...` of the manifest."""
     modified: float
-    """Seconds since the epoch."""
+    """Time at which the manifest was put, in seconds since the epoch."""
     size: int
-    """Bytes of its parts and side files, which other revisions may share."""
+    """Bytes of the revision's parts and side files, which other revisions may share."""
     nbytes: int
     """Bytes of its tensors, each once."""
     grain: int
     problem: str | None = None
-    """Why the manifest cannot be followed; the sizes are 0 then."""
+    """The reason why the manifest cannot be read; the sizes are 0 then. None for a good manifest."""
 
 
 def revisions(uri: str | Path, *, access: Access | None = None) -> list[Revision]:
-    """The revisions in the store at `uri`, by name. Raises StoreError where they cannot be listed."""
+    """List the revisions in a store, in the order of their names.
+
+        for each in revisions("s3://models/llama-70b"):
+            print(each.revision, each.manifest_digest)
+
+    Args:
+        uri: A URI, or a store's folder.
+        access: Endpoint, profile and the like.
+
+    Raises:
+        StoreError: Where they cannot be listed.
+    """
     with open_store(uri, access) as store:
         there = list_revisions(store)
         with ThreadPoolExecutor(READERS, thread_name_prefix="shardprep-ask") as pool:
@@ -99,22 +115,22 @@ def _files(manifest: Manifest) -> list[Part | SideFile]:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What prune did, or would do."""
+    """What prune removed, or would remove."""
 
     uri: str
     revisions: tuple[str, ...]
-    """Those that stay."""
+    """Names of the revisions that stay."""
     deleted_revisions: tuple[str, ...]
     blobs_kept: int
-    """Blobs that some revision names."""
+    """Number of blobs that some revision names."""
     blobs_spared: int
-    """Blobs that none names, younger than the grace."""
+    """Number of blobs that no revision names but that are younger than the grace."""
     blobs_removed: int
     bytes_removed: int
     foreign: int
-    """Objects among the blobs that are none; never touched."""
+    """Number of objects that lie among the blobs but are not blobs; prune never touches them."""
     uploads_aborted: int | None
-    """Unfinished uploads older than the grace that were dropped; None in a dry run, which does not look."""
+    """Number of unfinished uploads older than the grace that were dropped; None in a dry run, which does not look."""
     dry_run: bool
 
 
@@ -127,15 +143,24 @@ def prune(
     access: Access | None = None,
     conduct: Conduct | None = None,
 ) -> PruneReport:
-    """Remove the blobs of the store at `uri` that no revision names and that are older than `grace` seconds.
+    """Remove the blobs of a store that no revision names.
 
-    Raises InputError, and removes nothing, where the store has no manifest, or one that cannot be followed (of a newer
-    shardprep, say), and StoreError where a listing fails or lacks what is there.
+        report = prune("s3://models/llama-70b", delete_revisions=["2026-01"], dry_run=True)
+        print(report.blobs_removed, report.bytes_removed)
 
     Args:
-        delete_revisions: Remove these manifests first; one revision at least must stay. Blobs that only they named and
-            that are older than `grace` go at once: whoever reads them loses them.
+        uri: A URI, or a store's folder.
+        grace: Age in seconds below which blobs stay.
+        delete_revisions: Remove these manifests first; at least one revision must stay. Blobs that only these named, and
+            that are older than the grace, go at once, also where a worker still reads them.
         dry_run: Say what would be removed, remove nothing.
+        access: Endpoint, profile and the like.
+        conduct: Who is told of warnings.
+
+    Raises:
+        InputError: Where the store has no manifest, or one that cannot be read, such as one of a newer shardprep.
+            Nothing is removed then.
+        StoreError: Where a listing fails, or lacks an object that is there.
     """
     if grace < 0:
         raise InputError(f"a grace of {grace} s is in the future")
@@ -192,12 +217,12 @@ def _check_deletion(store: Store, there: Sequence[str], deleted: Sequence[str]) 
 
 
 def _remove(store: Store, old: Sequence[Stat], named: _Named, mark: _Mark) -> list[Stat]:
-    """Remove blobs, a few at a time, that no manifest names yet; those that were removed."""
+    """Remove blobs a few at a time, as long as no manifest names them, and list those that were removed."""
     removed: list[Stat] = []
     end = -math.inf
     for stat in old:
         if time.monotonic() >= end:
-            # only here while removing: who sees the mark change twice knows that what was removed by an older look is
+            # renewed only here while removing: two changes of the mark prove that removals by an older look are over
             mark.renew()
             named.look()
             mark.check()
@@ -211,19 +236,25 @@ def _remove(store: Store, old: Sequence[Stat], named: _Named, mark: _Mark) -> li
 
 
 class _Named:
-    """The blobs that manifests name: all manifests that were ever seen, so that a listing that is short adds none to
-    those that are removed."""
+    """The blobs that manifests name. Every manifest that was ever seen counts, so that a listing that lacks some does not
+    cause more removals."""
 
     def __init__(self, store: Store, warn: Callable[[str], None]) -> None:
         self._store, self._warn = store, warn
         self._read: dict[str, str] = {}
-        """Revision -> version that was read."""
+        """Revision -> version of its manifest that was read."""
         self._by_revision: dict[str, set[str]] = {}
         self.keys: set[str] = set()
 
     def look(self, *, leave_out: Sequence[str] = ()) -> list[str]:
-        """List the manifests and read those that are new; the revisions. Raises InputError where there is none, or one
-        that cannot be followed."""
+        """List the manifests, read those that are new, and give the names of all revisions.
+
+        Args:
+            leave_out: Revisions that are not counted.
+
+        Raises:
+            InputError: Where there is no manifest, or one that cannot be read.
+        """
         there = {}
         for stat in self._store.list(MANIFESTS):
             revision = revision_of(stat.key)
@@ -257,14 +288,21 @@ class _Named:
     def _fetch(self, revision: str) -> Manifest | None:
         try:
             found = fetch_manifest(self._store, revision)
-            if found is None:  # removed meanwhile; what it named is not known, and younger than no grace
+            if found is None:  # removed meanwhile: it does not protect its blobs any more
                 return None
             return parse_manifest(found[0], where=where(self._store, manifest_key(revision)))
         except ManifestError as error:
             raise InputError(f"{error}; nothing is removed while a manifest cannot be followed") from None
 
     def check_listing(self, listed: set[str]) -> None:
-        """Raises StoreError where a blob that is there was not listed: such a listing is not to be acted on."""
+        """Check that a listing of blobs has every blob that manifests name and that exists.
+
+        Args:
+            listed: Keys in the listing.
+
+        Raises:
+            StoreError: Where one is missing: nothing may be removed by such a listing.
+        """
         for revision, keys in self._by_revision.items():
             lacking = sorted(keys - listed)
             with ThreadPoolExecutor(READERS, thread_name_prefix="shardprep-ask") as pool:
@@ -282,7 +320,7 @@ class _Named:
 
 
 class _Mark:
-    """Says in the store that a prune is at work."""
+    """An object in the store that says that a prune is at work."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -293,33 +331,42 @@ class _Mark:
         if found is None:
             raise StoreError(f"{where(store, self._key)}: was written and is not there; nothing is removed")
         self.now = found.modified
-        """By the clock of the store, by which blobs have their ages."""
+        """The time by the clock of the store, which gives blobs their ages."""
 
     @property
     def age(self) -> float:
-        """Seconds since it was renewed."""
+        """Seconds since the mark was renewed."""
         return time.monotonic() - self._renewed
 
     def renew(self) -> None:
-        """Put it again, with another content."""
+        """Put the mark again, with another content, so that its version changes."""
         self._renewed = time.monotonic()
         self._count += 1
         self._store.put(self._key, str(self._count).encode())
 
     def check(self) -> None:
-        """Raises StoreError where the mark may have gone stale, so that a push did not wait for us."""
+        """Check that the mark is still fresh.
+
+        Raises:
+            StoreError: Where it may have gone stale, so that a push may not have waited for this prune.
+        """
         if self.age > FRESH / 2:
             raise StoreError(
                 f"{quote(self._store.uri)}: the store (or this process) stood still for too long; run prune again"
             )
 
     def close(self) -> None:
-        with suppress(StoreError):  # it goes stale by itself
+        with suppress(StoreError):  # a mark that stays goes stale
             self._store.delete([self._key])
 
 
 def wait_for_prunes(store: Store, published: Stat, *, warn: Callable[[str], None]) -> None:
-    """Wait until no prune is at work that has not seen the manifest `published`. Who may not list cannot wait."""
+    """Wait until every prune at work has seen a manifest. Returns at once where the store may not be listed.
+
+    Args:
+        published: The manifest's object, as it was put.
+        warn: Is told when the waiting begins.
+    """
     begun = time.monotonic()
     versions: dict[str, set[str]] = {}
     told = False

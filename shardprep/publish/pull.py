@@ -1,8 +1,8 @@
-"""Bring a shard set, or one rank's share of it, from a store into a folder: the ranges of the view and nothing else.
+"""Bring a shard set, or one rank's ranges of it, from a store into a folder.
 
-While it comes, every part stands under its name and `.sparse`, with a map of what is there beside it (`.landed`), so
-that a killed pull goes on where it was and several ranks of a host may pull into one folder at once. Then the parts
-that are whole get their names, the side files come, and the manifest last.
+While bytes arrive, each part has its name with `.sparse`, and a map of the bytes that are there beside it (`.landed`).
+So a pull that was killed can go on, and several ranks of a host can pull into one folder at once. Then the parts that
+are whole get their names, the side files come, and the manifest last.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ from shardprep_runtime.stores.store import Store
 from ..write.conduct import Conduct
 
 SMALL: Final = 32 * 2**20
-"""Side files up to this size are held in memory until the parts are there; nothing gets its name before."""
+"""Bytes of a side file up to which it is held in memory until the parts are there: no file gets its name before."""
 
 
 @dataclass(frozen=True, slots=True)
 class PullReport:
-    """What pull did."""
+    """What pull brought."""
 
     source: str
     revision: str
     manifest_digest: str
     destination: Path
     rank: int | None
-    """None: all of the shard set."""
+    """The rank whose ranges were pulled; None: the whole shard set."""
     nbytes: int
-    """Bytes of tensors that are wanted here."""
+    """Bytes of tensors that are wanted in the folder."""
     bytes_fetched: int
-    """Of them, those that this run brought; the others were here already, or another process brought them."""
+    """The bytes of these that this run fetched; the others were there already, or another process fetched them."""
     parts: tuple[tuple[str, bool], ...]
-    """(path, whether it is whole) of each part that is wanted here."""
+    """(path, whether all of it is here) for each part with wanted bytes."""
     seconds: float
 
 
@@ -76,15 +76,23 @@ def pull(
     weights: bool = True,
     conduct: Conduct | None = None,
 ) -> PullReport:
-    """Pull the shard set at `source` (a URI, a store's folder, or what `open_set` gives) into the folder `destination`.
+    """Pull a revision of a shard set into a folder. Every block is checked against its digest as it lands.
 
-    Every block is checked against its digest as it lands. What an earlier run, or one for another rank, has brought
-    is checked and kept. Raises InputError before anything is written; StoreError, IntegrityError or WriteError later,
-    in which case the same call resumes.
+    Bytes that an earlier run, or one for another rank, has brought are checked and kept.
+
+        report = pull("s3://models/llama-70b", Path("here"), place=Place(rank=3, tensor_parallel_size=8))
+        print(report.bytes_fetched, "of", report.nbytes)
 
     Args:
-        place: A worker whose ranges alone are pulled; None: everything.
-        weights: False: side files and the manifest alone, which is what an engine is started with.
+        source: A URI, a store's folder, or what `open_set` gives.
+        destination: The folder: a new one, or one into which the same revision was pulled before.
+        place: Pull the ranges of this worker alone; None: everything.
+        weights: False: only the side files and the manifest, which suffice to start an engine.
+        conduct: Threads, and who is told of the progress.
+
+    Raises:
+        InputError: Before anything is written.
+        StoreError, IntegrityError, WriteError: Later; the same call then resumes.
     """
     began = time.monotonic()
     conduct = conduct or Conduct()
@@ -132,7 +140,11 @@ def _bring(
     view: View | None,
     conduct: Conduct,
 ) -> tuple[int, int, set[str]]:
-    """Fetch what is wanted of `parts`; bytes of tensors wanted, bytes fetched, and which parts are whole now."""
+    """Fetch the wanted bytes of `parts`.
+
+    Returns:
+        Bytes of tensors that are wanted, bytes fetched, and the paths of the parts that are whole now.
+    """
     landings: list[tuple[Part, str, Landing]] = []
     there: list[Part] = []
     try:
@@ -141,7 +153,7 @@ def _bring(
                 path = folder / (part.path + SPARSE)
                 if (folder / part.path).exists():
                     there.append(part)
-                    for name in (SPARSE, MAP):  # of a run that was killed as it gave the part its name
+                    for name in (SPARSE, MAP):  # left by a run that was killed while it renamed the part
                         (folder / (part.path + name)).unlink(missing_ok=True)
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,14 +174,14 @@ def _bring(
         needed = dict.fromkeys(arrivals, 0)
         for arrival, start, stop in missing:
             needed[arrival] += stop - start
-        # an earlier run, or one beside us, may have set the same bytes aside
+        # an earlier run, or one at the same time, may have reserved the same bytes on disk
         more = sum(max(0, size - each.landing.set_aside(each.bytes_there())) for each, size in needed.items())
         free = shutil.disk_usage(folder).free
         if more > free:
             raise WriteError(
                 f"{quote(folder)}: {more:,} bytes are needed, {free:,} are free; make room or pull elsewhere"
             )
-        if file_system(folder) != "tmpfs":  # which would clear pages that are about to be written
+        if file_system(folder) != "tmpfs":  # tmpfs would zero pages that are about to be written
             for arrival, start, stop in missing:
                 arrival.landing.reserve(start, stop)
         conduct.begin(sum(run.nbytes for run in runs))
@@ -191,9 +203,9 @@ def _bring(
 def _ranges(
     folder: Path, manifest: Manifest, arrivals: Sequence[Arrival], there: Sequence[Part], view: View | None
 ) -> Iterator[tuple[Arrival | Part, int, int]]:
-    """The bytes [start, stop) of each part that are wanted, in the order in which they should come.
+    """Yield the wanted bytes [start, stop) of each part, in the order in which they should come.
 
-    Of a part that is `there` the header is checked. Raises FormatError, IntegrityError or ManifestError.
+    The header of each part that is `there` already is checked. Raises FormatError, IntegrityError or ManifestError.
     """
     of_part = {arrival.part.part.path: arrival for arrival in arrivals}
     opened: list[OpenPart] = []
@@ -215,9 +227,9 @@ def _ranges(
 
 
 def _publish(folder: Path, arrival: Arrival) -> bool:
-    """Bring a part to disk, and give it its name if all of it is there; whether it is."""
+    """Bring a part to disk, and rename it if all of it is there; say whether it is."""
     for number, value in enumerate(arrival.landing.state(len(arrival.blocks))):
-        # another rank's, from before the machine went down: it may not have come to disk
+        # pages that another rank wrote before a crash of the machine may not have reached the disk
         if value in (LANDED, DOUBTED) and number != HEADER:
             try:
                 arrival.block(number).check()
@@ -230,7 +242,7 @@ def _publish(folder: Path, arrival: Arrival) -> bool:
     if not all(arrival.landing.state(len(arrival.blocks))):
         return False
     with alone(folder):
-        # somebody who pulls another rank into this folder may have been first
+        # a process that pulls another rank into this folder may have renamed it first
         with suppress(FileNotFoundError):
             path.with_name(path.name + SPARSE).rename(path)
         path.with_name(path.name + MAP).unlink(missing_ok=True)
@@ -246,10 +258,18 @@ def choose_rank(
     expert_parallel_size: int | None = None,
     engine: str | None = None,
 ) -> int | None:
-    """The rank to pull for; None: everything. Without `rank` that of a worker's environment (torchrun's RANK).
+    """Choose the rank to pull for: the one that is given, else that of a worker's environment (torchrun's RANK).
+
+    Args:
+        rank: What the user gave.
+        everything: The user asks for the whole shard set.
+        tensor_parallel_size: What the user gave; so are the following.
+
+    Returns:
+        The rank; None: everything.
 
     Raises:
-        InputError: Where neither says, and where the environment has another number of workers than the grid.
+        InputError: Where neither gives a rank, and where the environment has more or fewer workers than the grid.
     """
     grid = tensor_parallel_size, pipeline_parallel_size
     if everything:

@@ -1,7 +1,7 @@
-"""Send files to a store as blobs: every byte read once, proved by its digest as it goes, many connections at a time.
+"""Send files to a store as blobs over many connections: each byte is read once, and proved by its digest on the way.
 
-A blob is a file whose first bytes have a sha256 that names it, and whose other bytes have digests in those first ones:
-a part (its header is first) or a side file (all of it is first).
+A blob is a file whose first bytes have a sha256 that names it. Those first bytes hold the digests of all others. In a
+part the first bytes are the header; in a side file they are the whole file.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from ..write.conduct import silent
 from ..write.staging import Written
 
 CONNECTIONS: Final = 16
-"""Threads that send, where nothing else is asked for: S3 gives each connection about 85 MB/s."""
+"""Threads that send by default. S3 gives each connection about 85 MB/s."""
 
 PART_BYTES: Final = 16 * 2**20
-"""Of one request, at least, where the blob is that large; a block more at most."""
+"""Bytes of one request: at least so many, where the blob is that large, and at most a block more."""
 
 MOST_PARTS: Final = 9_000
-"""Of one blob: S3 takes 10,000."""
+"""Requests for one blob at most: S3 takes 10,000."""
 
 BUFFERED: Final = 256 * 2**20
-"""Bytes of all parts together that lie in memory at a time."""
+"""Bytes of all requests together that lie in memory at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +52,28 @@ class Digested:
     start: int
     stop: int
     digest: str
-    """In hex: sha256 of the first run, blake3 of the others."""
+    """The digest in hex: sha256 of the first run, blake3 of the others."""
     what: str
-    """How a message names it."""
+    """The run as error messages name it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """An open file to be sent, and what proves its bytes."""
+    """An open file that will be sent, with the digests that prove its bytes."""
 
     key: str
     fd: int
     where: str
-    """How a message names the file."""
+    """The file as error messages name it."""
     runs: tuple[Digested, ...]
-    """They follow each other from 0 to the end."""
+    """Runs that follow each other from byte 0 to the end of the file."""
 
     @property
     def size(self) -> int:
         return self.runs[-1].stop
 
     def cut(self) -> list[tuple[int, int]]:
-        """Bytes [start, stop) of each part of an upload; they end where digests do."""
+        """Cut the file into requests: bytes [start, stop) of each, which end where runs do."""
         least = max(PART_BYTES, -(-self.size // MOST_PARTS))
         found, start = [], 0
         for run in self.runs:
@@ -83,7 +83,12 @@ class Blob:
         return found or [(0, 0)]
 
     def inside(self, start: int, stop: int) -> Sequence[Digested]:
-        """The runs between two ends of runs."""
+        """List the runs between two bytes.
+
+        Args:
+            start: First byte of a run.
+            stop: One past the last byte of a run.
+        """
         if not self.size:
             return self.runs
         low = bisect_left(self.runs, start, key=lambda each: each.start)
@@ -91,7 +96,15 @@ class Blob:
 
 
 def open_blob(fd: int, written: Written, *, where: str) -> Blob:
-    """The blob that the open file `fd` should be. Raises IntegrityError where its size or header shows that it is not."""
+    """Describe an open file as the blob that it should be.
+
+    Args:
+        written: The size and digest that it should have.
+        where: The file as error messages name it.
+
+    Raises:
+        IntegrityError: Where its size or its header shows that it is another.
+    """
     found = os.fstat(fd).st_size
     if found != written.size:
         raise _changed(where, f"has {found} bytes, {written.size} were expected")
@@ -113,7 +126,11 @@ def open_blob(fd: int, written: Written, *, where: str) -> Blob:
 
 
 def is_there(store: Store, blob: Blob) -> bool:
-    """Whether the store has the blob. Raises StoreError where what has its name cannot be it."""
+    """Whether the store has the blob.
+
+    Raises:
+        StoreError: Where an object of its name has another size.
+    """
     found = store.head(blob.key)
     if found is not None and found.size != blob.size:
         raise StoreError(
@@ -132,8 +149,11 @@ def _changed(where: str, how: str) -> IntegrityError:
 class Sender:
     """Sends blobs over one pool of connections. Use as a context manager.
 
-    In memory are at most BUFFERED bytes of parts (one part at least). Where the store has shown that it checks what
-    it receives against our crc32, parts are digested and then sent from the file itself, by the kernel where it can.
+    At most BUFFERED bytes lie in memory, or one request if it is larger. Once the store has shown that it compares what it
+    receives with our crc32, requests are digested and then sent from the file itself, by the kernel where it can.
+
+    Args:
+        workers: Connections; 16 by default.
     """
 
     def __init__(self, store: Store, *, workers: int | None = None) -> None:
@@ -146,9 +166,9 @@ class Sender:
         self._error: BaseException | None = None
         self._uploads: set[Upload] = set()
         self._proves: bool | None = None
-        """Whether the store checks checksums: not known, seen, or not to be relied on."""
+        """Whether the store compares checksums: unknown, shown, or not to be relied on."""
         self.bytes_sent = 0
-        """Bytes of blobs that crossed to the store; not those that an earlier, killed run had left there."""
+        """Bytes of blobs that crossed the network, without those that an earlier, killed run had left in the store."""
         self._threads = [
             threading.Thread(target=self._work, name=f"shardprep-send-{i}", daemon=True)
             for i in range(workers or CONNECTIONS)
@@ -162,7 +182,7 @@ class Sender:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let the requests under way end, and leave what was sent of unfinished blobs to the next run."""
+        """Let the requests that are under way end. The next run can use what was sent of unfinished blobs."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
@@ -175,9 +195,11 @@ class Sender:
     def add(
         self, blob: Blob, *, sent: Callable[[], None] = lambda: None, progress: Callable[[int], None] = silent
     ) -> None:
-        """Send a blob soon. `sent` is called once the store has it whole, `progress` with bytes; from other threads.
+        """Send a blob soon. Raises whatever has failed before.
 
-        Raises what has failed before.
+        Args:
+            sent: Called from another thread once the store has the whole blob.
+            progress: Called from other threads, each time with the number of bytes that were just sent.
         """
         with self._changed:
             self._raise()
@@ -186,12 +208,16 @@ class Sender:
             self._changed.notify()
 
     def check(self) -> None:
-        """Raise what has failed."""
+        """Raise whatever has failed so far."""
         with self._changed:
             self._raise()
 
     def drain(self) -> None:
-        """Wait until all is sent. Raises StoreError, IntegrityError or SourceError as soon as anything fails."""
+        """Wait until everything is sent.
+
+        Raises:
+            StoreError, IntegrityError, SourceError: As soon as anything fails.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._unsent or self._error is not None)
             self._raise()
@@ -224,7 +250,7 @@ class Sender:
         sending = _Sending(blob, upload, len(upload.parts), sent, progress, threading.Lock())
         with self._changed:
             self._uploads.add(upload)
-            # before the blobs that wait: what was begun should end
+            # ahead of the blobs that wait, so that blobs that were begun end first
             self._tasks.extendleft(
                 self._part_task(sending, number) for number in reversed(range(len(upload.parts)))
             )
@@ -249,7 +275,7 @@ class Sender:
             self._finish(sending)
 
     def _from_memory(self, sending: _Sending, number: int) -> int:
-        """Send a part by way of a buffer: the very bytes that were digested. The bytes sent: 0 where it was there."""
+        """Send a part from a buffer, and so the very bytes that were digested. Gives the bytes sent: 0 if it was there."""
         blob, upload = sending.blob, sending.upload
         start, stop = upload.parts[number]
         with self._buffers.take(stop - start) as buffer:
@@ -262,10 +288,10 @@ class Sender:
         return stop - start
 
     def _from_file(self, sending: _Sending, number: int, *, large: bool) -> int | None:
-        """Send a part from the file itself. None where that did not prove it, and it must be sent another way.
+        """Send a part from the file itself. None where that did not prove the bytes, and it must be sent another way.
 
-        The file could change between digest and sending. The store's checksum of what it received excludes that; for
-        a part too large for memory, which is no more than a strange side file, it is the file's time of change.
+        The file could change between digest and sending. The store's checksum of what it received excludes that. For a
+        part that is too large for memory, which only a strange side file is, the file's time of change excludes it.
         """
         blob, upload = sending.blob, sending.upload
         start, stop = upload.parts[number]
@@ -274,7 +300,7 @@ class Sender:
         if upload.has(number, chunk):
             return 0
         if not upload.send(number, chunk()):
-            if not large:  # it has ceased to check: not to be relied on again
+            if not large:  # the store did not compare this one: its checks are not relied on again
                 self._proves = False
                 return None
             after = os.fstat(blob.fd)
@@ -283,7 +309,7 @@ class Sender:
         return stop - start
 
     def _prove(self, blob: Blob, start: int, stop: int, buffer: memoryview | None) -> int:
-        """Read bytes [start, stop), into `buffer` where there is one, compare their digests, and give their crc32."""
+        """Read bytes [start, stop), into `buffer` if there is one, compare their digests, and give their crc32."""
         scratch = memoryview(bytearray(min(CHUNK, stop - start))) if buffer is None else buffer
         crc = 0
         for run in blob.inside(start, stop):
@@ -324,14 +350,14 @@ class _Sending:
     blob: Blob
     upload: Upload
     left: int
-    """Parts that are not sent yet."""
+    """Number of requests that are not done yet."""
     sent: Callable[[], None]
     progress: Callable[[int], None]
     lock: threading.Lock
 
 
 class _GivenUp(Exception):  # noqa: N818 - no error: another thread has one, or the user stopped
-    """This thread ends."""
+    """Ends a thread because another one has failed, or the user stopped."""
 
 
 def _read(blob: Blob, at: int, into: memoryview) -> None:
@@ -347,7 +373,7 @@ def _read(blob: Blob, at: int, into: memoryview) -> None:
 
 
 class _Buffers:
-    """Memory for parts, used again and again: fresh pages cost more than the digests."""
+    """Memory for requests, which is used again and again: fresh pages would cost more than the digests."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -358,7 +384,7 @@ class _Buffers:
 
     @contextmanager
     def take(self, size: int) -> Iterator[memoryview]:
-        """`size` bytes for as long as the context lasts; waits until so much may be had."""
+        """Lend `size` bytes until the context ends; waits until so many are free."""
         buffer = self._have(max(size, 1))
         try:
             with memoryview(buffer) as whole, whole[:size] as view:
@@ -385,7 +411,7 @@ class _Buffers:
                 self._returned.wait()
 
     def give_up(self) -> None:
-        """Let nobody wait any more."""
+        """End the waiting of all threads."""
         with self._returned:
             self._given_up = True
             self._returned.notify_all()

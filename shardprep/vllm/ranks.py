@@ -1,8 +1,7 @@
-"""Build vLLM's model of any rank of any grid in one process on a CPU, without an engine: what a rank would load, here.
+"""Build vLLM's model of any rank of any grid in one process on a CPU, without an engine.
 
-A gloo world of one process is made, and while `as_rank` holds, vLLM's groups say that the process is another rank of a
-larger grid. Models may be built, filled and made ready for their kernels so; they cannot run. vLLM is imported when
-it is asked for.
+The process makes a gloo world of itself. While `as_rank` holds, vLLM's groups say that it is a rank of a larger grid.
+Models can be built, filled and made ready for their kernels so; they cannot run. vLLM is imported by the functions.
 
     config = build_config("llama-8b", load_format="shardprep")
     with as_rank(tp_rank=3, tp_size=4):
@@ -43,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class EngineRank:
-    """A rank of vLLM's grid. Ranks of one stage are numbered together, as vLLM does it."""
+    """A rank of vLLM's grid: `rank` counts the tensor ranks of one stage, then those of the next."""
 
     tp_rank: int
     tp_size: int
@@ -67,9 +66,13 @@ _RANK: Final[ContextVar[EngineRank | None]] = ContextVar("rank that this process
 def as_rank(
     *, tp_rank: int, tp_size: int, pp_rank: int = 0, pp_size: int = 1, expert_parallel: bool = False
 ) -> Iterator[EngineRank]:
-    """While this holds, vLLM's groups in this process say that it is rank `tp_rank` of `tp_size` of a stage.
+    """Let vLLM's groups in this process say, until the context ends, that it is another rank.
 
     Args:
+        tp_rank: Tensor rank within the stage.
+        tp_size: Tensor ranks of each stage.
+        pp_rank: Number of the stage.
+        pp_size: Number of stages.
         expert_parallel: Whole experts belong to the ranks of a stage, as with vLLM's --enable-expert-parallel.
 
     Raises:
@@ -85,7 +88,7 @@ def as_rank(
 
     chosen = EngineRank(tp_rank, tp_size, pp_rank, pp_size, expert_parallel)
     tensor, pipeline = (tp_rank, tp_size), (pp_rank, pp_size)
-    # vLLM's group of experts is all ranks of a stage, whether or not experts are shared by them whole
+    # vLLM's group of experts is all ranks of a stage, whether or not they share experts whole
     played = {groups._TP: tensor, groups._EP: tensor, groups._PP: pipeline}
     kept = [(group, group.rank_in_group, group.world_size, group.ranks, group.rank) for group in played]
     token = _RANK.set(chosen)
@@ -108,15 +111,16 @@ def build_config(
     extra: Mapping[str, Any] | None = None,
     **engine_args: Any,
 ) -> VllmConfig:
-    """vLLM's config of the model in `folder` for one process. Sizes of a grid are said by `as_rank`, not here.
+    """Make vLLM's config of the model in `folder` for one process. The grid is said by `as_rank`.
 
     Args:
-        dtype: Of what is not quantized: vLLM's word for it; None: config.json's.
-        extra: --model-loader-extra-config.
+        dtype: vLLM's word for the dtype of tensors that are not quantized; None: that of config.json.
+        load_format: vLLM's --load-format.
+        extra: vLLM's --model-loader-extra-config.
         engine_args: Any other of vLLM's EngineArgs.
 
     Raises:
-        UnsupportedError: For a folder without config.json, which vLLM would take for the name of a hub's model.
+        UnsupportedError: For a folder without config.json, which vLLM would take for the name of a model of the hub.
     """
     if not Path(folder, "config.json").is_file():
         raise UnsupportedError(f"{quote(fspath(folder))}: no config.json there, which says what model it is")
@@ -135,14 +139,14 @@ def build_config(
 
 
 def build_model(config: VllmConfig) -> nn.Module:
-    """vLLM's model of the rank that `as_rank` says: its parameters have memory on the CPU, and no values yet.
+    """Build vLLM's model of the rank that `as_rank` says. Its parameters have memory on the CPU, but no values yet.
 
-    `config` serves one model at a time: vLLM notes a model's layers in it.
+    A config serves one model at a time, since vLLM notes the model's layers in it.
     """
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.model_executor.models import utils as models
 
-    # layers that a stage leaves out are remembered by the id of a model, which a model that is gone leaves to another
+    # vLLM remembers the layers that a stage leaves out by the id of the model; a new model may get the id of an old one
     models._model_to_pp_missing_layer_names.clear()
     config.compilation_config.static_forward_context.clear()
     config.compilation_config.static_all_moe_layers.clear()
@@ -152,7 +156,11 @@ def build_model(config: VllmConfig) -> nn.Module:
 
 
 def load_weights(model: nn.Module, config: VllmConfig) -> None:
-    """Fill the model by the loader of the config's load format, as a worker of vLLM does before post-processing."""
+    """Fill the model by the loader of the config's load format, as a worker of vLLM does before post-processing.
+
+    Args:
+        config: The config that the model was built from.
+    """
     from vllm.model_executor.model_loader import get_model_loader
 
     with current(config):
@@ -160,7 +168,11 @@ def load_weights(model: nn.Module, config: VllmConfig) -> None:
 
 
 def process_weights(model: nn.Module, config: VllmConfig) -> None:
-    """What a worker of vLLM does to loaded weights before it runs: packs them anew for its kernels, mostly."""
+    """Process loaded weights as a worker of vLLM does before it runs; mostly this packs them for its kernels.
+
+    Args:
+        config: The config that the model was built from.
+    """
     import torch
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
@@ -169,7 +181,7 @@ def process_weights(model: nn.Module, config: VllmConfig) -> None:
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers of the state dict by name. They are the model's own: a change of it shows in them."""
+    """Give the parameters and buffers of the state dict by name. They share the model's memory."""
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
@@ -183,7 +195,7 @@ def _require() -> None:
 
 
 def _make_world() -> None:
-    """Make the groups of a process alone, unless they are there. Raises LayoutError where others are in them."""
+    """Make the groups of a process alone, unless they exist. Raise LayoutError where other processes are in them."""
     _require()
     import torch.distributed
     from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -207,10 +219,12 @@ def _make_world() -> None:
 
 @contextlib.contextmanager
 def current(config: VllmConfig) -> Iterator[None]:
-    """While this holds, `config` is vLLM's, with the sizes of the grid that is played, and the model's dtype torch's.
+    """Make `config` vLLM's current one, with the grid of `as_rank`, and the model's dtype torch's default.
 
-    It is what a worker has around it while it builds, loads and processes a model. Raises LayoutError outside of
-    `as_rank`.
+    A worker of vLLM builds, loads and processes a model in this state.
+
+    Raises:
+        LayoutError: Outside of `as_rank`.
     """
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype

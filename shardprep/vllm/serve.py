@@ -1,7 +1,7 @@
-"""Start `vllm serve` from a shard set: side files into a folder, the ranks' shards on their way, then vLLM's own command.
+"""Start `vllm serve` from a shard set: bring the side files, begin to fetch the ranks' shards, then become vLLM.
 
-vLLM wants a folder with config.json and tokenizer, and refuses a store's URI for load formats that it does not know by
-itself; its ranks then bring their own weights through our loader (shardprep_runtime/vllm_loader.py).
+vLLM needs a folder with config.json and tokenizer, since it takes the URI of a store only for load formats of its own.
+Its ranks then load their weights through our loader (shardprep_runtime/engines/vllm_loader.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from shardprep_runtime.shard.shard_set import ShardSet, open_set
 from shardprep_runtime.stores.open import open_store
 from shardprep_runtime.stores.store import Access, read_small
 
-from .sharded_state import (
+from .record import (
     MAX_RECORD_BYTES,
     RECORD,
     Record,
@@ -44,12 +44,12 @@ from .sharded_state import (
 GROUP: Final = "vllm.general_plugins"
 
 FORKED: Final = ("s3", "file")
-"""Stores whose clients leave no threads behind that a fork would miss."""
+"""Schemes of stores whose clients start no threads, so that the process can fork afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What `vllm serve` was asked for, as far as it decides who loads what."""
+    """The arguments of `vllm serve` that decide which rank loads what."""
 
     tensor_parallel_size: int
     pipeline_parallel_size: int
@@ -65,13 +65,13 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What is going to be run."""
+    """The command that will run, and the shards that are fetched meanwhile."""
 
     command: tuple[str, ...]
     folder: Path | None
-    """Which vLLM is given; None: a URI."""
+    """The folder that vLLM is given; None where it is given a URI."""
     shard_set: ShardSet
-    """Pinned to its manifest, or, where files were exported, to their record."""
+    """The set, pinned to its manifest; exported files are pinned to their record."""
     places: tuple[Place, ...]
     """Places of this host whose shards are fetched into its cache meanwhile."""
 
@@ -83,12 +83,15 @@ def prepare_vllm(
     folder: Path | None = None,
     prefetch: bool = True,
 ) -> Launch:
-    """Bring what `vllm serve` needs to start from the shard set at `source`, and say how it is to be run.
+    """Bring the files that `vllm serve` needs to start, and make its command.
 
-    `source` may also be what `export_sharded_state` has written, of which the record is checked: vLLM would not.
+        launch = prepare_vllm("s3://models/llama-70b", ["--tensor-parallel-size", "4"])
+        become_vllm(launch)
 
     Args:
-        arguments: For `vllm serve`, without the model.
+        source: A shard set, or files that `export_sharded_state` wrote. Their record is checked here, since vLLM does
+            not know it.
+        arguments: Arguments for `vllm serve`, without the model.
         folder: A folder for the side files of a store's shard set; default: one in the host's cache.
         prefetch: Begin to fetch this host's shards when vLLM is started.
 
@@ -105,7 +108,7 @@ def prepare_vllm(
     options: dict[str, Any] = {} if shard_set.verify == "blocks" else {"verify": shard_set.verify}
     places: tuple[Place, ...] = ()
     if shard_set.is_remote:
-        # without threads of a native client, since what fetches is forked from this process
+        # without a client that starts threads, since the process that fetches is forked from this one
         quiet = replace(shard_set, access=replace(shard_set.access, transfer="native"), cache=None)
         quiet, manifest = quiet.pinned()
         shard_set = replace(shard_set, digest=quiet.digest)
@@ -142,11 +145,11 @@ def prepare_vllm(
 
 
 def _find_record(shard_set: ShardSet) -> tuple[Record, str] | None:
-    """The record of exported sharded_state files there, and its digest; None: it holds none."""
+    """Read the record of exported sharded_state files, and its digest; None where the source is not such an export."""
     source = shard_set.source
     if not shard_set.is_remote:
         return read_record(Path(source)) if is_sharded_state(Path(source)) else None
-    # without threads of a native client, since what fetches may be forked from this process
+    # without a client that starts threads, since the process that fetches may be forked from this one
     with open_store(source, replace(shard_set.access, transfer="native")) as store:
         found = read_small(store, RECORD, most=MAX_RECORD_BYTES)
     if found is None:
@@ -157,7 +160,7 @@ def _find_record(shard_set: ShardSet) -> tuple[Record, str] | None:
 def _launch_exported(
     shard_set: ShardSet, arguments: Sequence[str], given: Sizes, record: Record, digest: str
 ) -> Launch:
-    """How vLLM's own formats load sharded_state files; who may load them the record says."""
+    """Make the command by which vLLM's own load formats read sharded_state files, if the record allows it."""
     if shard_set.digest not in (None, digest):
         raise ManifestError(
             f"{quote(shard_set.source)}: the digest of its record is {digest}, expected {quote(shard_set.digest)}; do "
@@ -190,7 +193,7 @@ def _vllm_version() -> str:
 
 
 def become_vllm(launch: Launch) -> None:
-    """Begin to fetch, and become the command: returns only where it cannot be run, with an error."""
+    """Begin to fetch the shards, and replace this process by vLLM. It returns only by raising an error."""
     if launch.places:
         fetch_beside(launch.shard_set, launch.places)
     sys.stdout.flush()
@@ -201,7 +204,14 @@ def become_vllm(launch: Launch) -> None:
 
 
 def read_sizes(arguments: Sequence[str]) -> Sizes:
-    """What vLLM's own parser would make of the arguments, as far as it matters here. Raises InputError."""
+    """Read the sizes of the grid from arguments as vLLM's own parser does.
+
+    Args:
+        arguments: Arguments for `vllm serve`, without the model.
+
+    Raises:
+        InputError: Where vLLM would refuse one of them.
+    """
     parser = _Parser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
@@ -241,27 +251,34 @@ def read_sizes(arguments: Sequence[str]) -> Sizes:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would end the process."""
+    """Raises InputError where argparse would end the process."""
 
     def error(self, message: str) -> Any:
         raise InputError(f"vllm's arguments: {quote(message)}")
 
 
 def check_sizes(manifest: manifests.Manifest, given: Sizes) -> Stages:
-    """The stages that vLLM will have. Raises LayoutError where the shard set does not serve the sizes."""
+    """Give the stages that vLLM will have.
+
+    Args:
+        given: What vLLM is asked for.
+
+    Raises:
+        LayoutError: Where the shard set does not serve the sizes.
+    """
     stages = _stages(manifest.layers, given.pipeline_parallel_size)
     plan_view(manifest, _place(manifest, given, stages, 0))
     return stages
 
 
 def _place(manifest: manifests.Manifest, given: Sizes, stages: Stages, rank: int) -> Place:
-    """Where vLLM will have a rank."""
+    """The place of one of vLLM's ranks in the shard set."""
     experts = given.tensor_parallel_size if given.expert_parallel and manifest.experts else 1
     return Place(rank, given.tensor_parallel_size, expert_parallel_size=experts, stages=stages, engine="vllm")
 
 
 def _stages(layers: int, pipeline_parallel_size: int) -> Stages:
-    """As vLLM deals layers out, which VLLM_PP_LAYER_PARTITION may say."""
+    """Divide the layers as vLLM does: by VLLM_PP_LAYER_PARTITION, or evenly."""
     counts = environment.vllm_layer_partition()
     if not counts or pipeline_parallel_size == 1:
         return even_stages(layers, pipeline_parallel_size) if layers else ((0, 0),)
@@ -294,14 +311,14 @@ def _check_arguments(given: Sizes) -> None:
 
 
 def _check_plugin() -> None:
-    """Raises UnsupportedError where the vLLM of this environment would not know the load format."""
+    """Raise UnsupportedError where the vLLM of this environment would not know the load format."""
     if find_spec("vllm") is None:
         if shutil.which("vllm") is None:
             raise UnsupportedError(
                 "vLLM is not installed here: install shardprep where vLLM is (pip install 'shardprep[s3]'); it needs no "
                 "other plugin"
             )
-        return  # another environment's; vLLM itself says whether it knows the format
+        return  # `vllm` belongs to another environment; it will itself refuse a format that it does not know
     allowed = environment.vllm_plugins()
     if allowed is not None and LOAD_FORMAT not in allowed.split(","):
         raise UnsupportedError(
@@ -315,20 +332,20 @@ def _check_plugin() -> None:
 
 
 def _vllm() -> tuple[str, ...]:
-    """vLLM's command: of this environment, else the first of PATH."""
+    """Find vLLM's command: that of this environment, else the first in PATH."""
     own = Path(sys.executable).with_name("vllm")
     return (str(own),) if own.exists() else ("vllm",)
 
 
 def _name(shard_set: ShardSet) -> str:
-    """What clients call the model unless --served-model-name says otherwise: the last word of where it is."""
+    """The name of the model for clients, unless --served-model-name says another: the last word of its source."""
     source = shard_set.source
     name = source.rstrip("/").rpartition("/")[2] if shard_set.is_remote else Path(source).resolve().name
     return name or "model"
 
 
 def _options(access: Access) -> dict[str, Any]:
-    """What the ranks must be told of how the store is reached; the rest they find where this process does."""
+    """The options by which ranks reach the store; credentials they find where this process finds them."""
     found = {
         "endpoint_url": access.endpoint_url,
         "profile": access.profile,

@@ -273,10 +273,10 @@ def test_the_command_fails_where_nothing_fits_and_says_what_would(models: dict[s
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--device-memory", "much"], "'much' is no size"),
+        (["--device-memory", "much"], "'much' is not a size"),
         (["--device-memory", "0x24GiB"], "write 24GiB, or 8x24GiB for eight of them"),
-        (["--device-memory", "24GiB,"], "is no size"),
-        (["--device-memory", "24GiB", "--network", "fast"], "'fast' is no rate; write 1Gbps"),
+        (["--device-memory", "24GiB,"], "is not a size"),
+        (["--device-memory", "24GiB", "--network", "fast"], "'fast' is not a rate; write 1Gbps"),
         (["--device-memory", "24GiB", "--network", "0bps"], "at least one byte a second"),
         (["--device-memory", "24GiB", "--context", "0"], "not in the range"),
         ([], "Missing option '--device-memory'"),

@@ -631,7 +631,7 @@ def test_a_side_file_as_large_as_no_side_file_is_not_fetched(store: Path, tmp_pa
         (["-tp", "3", "--rank", "0"], {}, "3"),
         (["-tp", "0", "--rank", "0"], {}, "0 is not in the range"),
         (["-tp", "2", "--rank", "-1"], {}, "-1 is not in the range"),
-        (["-pp", "2", "--stages", "0,1-3,", "--rank", "0"], {}, "is no list of stages"),
+        (["-pp", "2", "--stages", "0,1-3,", "--rank", "0"], {}, "is not a list of stages"),
         (["-pp", "3", "--stages", "0,1-3", "--rank", "0"], {}, "stages"),
         (["--all", "--max-workers", "0"], {}, "0 is not in the range"),
         (["--all", "--revision", "../x"], {}, "is not a revision's name"),

@@ -16,8 +16,8 @@ import pytest
 
 import shardprep_runtime
 from shardprep.split import split
+from shardprep.vllm.record import RECORD, Record, StateFile, dump_record
 from shardprep.vllm.serve import Sizes, prepare_vllm, read_sizes
-from shardprep.vllm.sharded_state import RECORD, Record, StateFile, dump_record
 from shardprep_runtime.engines.options import find_shard_set, read_options
 from shardprep_runtime.errors import InputError, LayoutError, ManifestError
 from shardprep_runtime.format.manifest import FILE_NAME, digest_of

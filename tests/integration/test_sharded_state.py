@@ -318,13 +318,13 @@ def test_a_size_that_the_shard_set_does_not_have_is_refused_and_nothing_is_writt
 KILLED = """
 import os
 from pathlib import Path
-from shardprep.vllm import sharded_state
-write = sharded_state._write_rank
+from shardprep.vllm import rank_state, sharded_state
+write = rank_state._write_rank
 def once(job, rank, *more):
     if rank.tp_rank == 1:
         os._exit(9)
     return write(job, rank, *more)
-sharded_state._write_rank = once
+rank_state._write_rank = once
 sharded_state.export_sharded_state(Path({shards!r}), Path({folder!r}), tensor_parallel_size=2)
 """
 
@@ -368,15 +368,15 @@ def test_what_vllm_makes_only_while_it_loads_a_checkpoint_cannot_be_exported(
 DAMAGED = """
 import sys
 from pathlib import Path
-from shardprep.vllm import sharded_state
+from shardprep.vllm import rank_state, sharded_state
 from shardprep_runtime.errors import IntegrityError
-write = sharded_state.write_all
+write = rank_state.write_all
 def flip(fd, data, offset):
     data = bytearray(data)
     if offset:
         data[-1] ^= 1
     write(fd, data, offset)
-sharded_state.write_all = flip
+rank_state.write_all = flip
 try:
     sharded_state.export_sharded_state(Path({shards!r}), Path({folder!r}), tensor_parallel_size=2)
 except IntegrityError as error:

@@ -19,7 +19,8 @@ import torch
 import small_models
 from processes import ended
 from s3server import S3Server
-from shardprep.publish.push import StoreStaging, push
+from shardprep.publish.push import push
+from shardprep.publish.store_staging import StoreStaging
 from shardprep.split import SplitOptions, split
 from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import ConflictError, InputError, IntegrityError, StoreError

@@ -18,18 +18,17 @@ from quantized_models import write_quantized
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme
 from shardprep.split import split
-from shardprep.vllm.sharded_state import (
+from shardprep.vllm.record import (
     RECORD,
     Record,
     StateFile,
     check_record,
     dump_record,
-    explicit_config,
-    export_sharded_state,
     parse_record,
     read_record,
     verify_record,
 )
+from shardprep.vllm.sharded_state import explicit_config, export_sharded_state
 from shardprep_runtime.errors import (
     FormatError,
     InputError,
