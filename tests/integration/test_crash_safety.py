@@ -27,6 +27,7 @@ from shardprep.convert import convert
 from shardprep.split import split
 from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import IntegrityError, SourceError
+from sweeps import swept
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))
 PARTIAL = ".shardprep-partial"
@@ -113,6 +114,7 @@ def kill_when(
     try:
         while not ready() and process.poll() is None:
             assert time.monotonic() < end
+            time.sleep(0.0005)
         process.send_signal(number)
         process.wait(60)
     finally:
@@ -149,7 +151,8 @@ def test_a_run_that_was_killed_is_resumed_keeping_its_finished_parts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
+# of each command one draw: a draw is but other moments of the same kill
+@pytest.mark.parametrize("seed", swept(range(8), but=(0,)))
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_run_that_was_killed_again_and_again_is_resumed(
     model: Path, tmp_path: Path, command: str, seed: int
@@ -167,7 +170,7 @@ def test_a_kill_at_any_time_leaves_all_or_nothing(model: Path, tmp_path: Path, c
         args = arguments(command, model, destination)
         process = start(args)
         with ended(process):
-            time.sleep(rng.uniform(0, 0.6))
+            time.sleep(rng.uniform(0, 0.3))
             process.kill()
             process.wait()
         if destination.exists() and process.returncode:

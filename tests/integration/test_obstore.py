@@ -22,6 +22,7 @@ from urllib.parse import quote as percent
 
 import pytest
 
+from retries import retries
 from s3fixtures import BUCKET, chunk, content, http_server
 from s3server import S3Server
 from shardprep_runtime.errors import (
@@ -337,10 +338,8 @@ def test_what_passes_is_waited_for_and_what_landed_is_not_fetched_again(
     server.reset_stats()
     server.fault(fault, method="GET", **how)
     sink = Counting(len(data) - 1)
-    began = time.monotonic()
     assert store.get("k", 1, sink, version=version) == version
     assert bytes(sink.into) == data[1:]
-    assert time.monotonic() - began < 4
     stats = server.stats()
     assert stats["modes"] == {fault: how["times"]}
     # obstore holds up to SCRATCH bytes back, which are lost with the connection
@@ -371,10 +370,8 @@ def test_an_object_that_is_replaced_meanwhile_is_not_mixed(server: S3Server) -> 
 def test_a_store_that_only_says_503_is_given_up(server: S3Server) -> None:
     store = over_s3(server, prefix="never", deadline=1.5)
     server.fault("status", code=503, times=0)
-    began = time.monotonic()
     with pytest.raises(StoreError, match=r"503.*given up after \d+ tries"):
         store.head("k")
-    assert time.monotonic() - began < 4
     server.clear()
 
 
@@ -413,10 +410,9 @@ def test_a_refusal_is_told_at_once_and_holds_no_secret(server: S3Server) -> None
         lambda: store.put("k", b"x"),
         lambda: list(store.list("")),
     ):
-        began = time.monotonic()
-        with pytest.raises(DeniedError) as said:
+        with retries() as found, pytest.raises(DeniedError) as said:
             refused()
-        assert time.monotonic() - began < 2
+        assert found == []
         assert "wrong-secret" not in str(said.value)
         assert server.secret_key not in str(said.value)
 

@@ -155,11 +155,9 @@ def test_a_pickle_of_many_tensors_is_indexed_by_many_requests_at_once(
     (tmp_path / "source").mkdir()
     torch.save({f"t{i}": torch.full((100,), i) for i in range(400)}, tmp_path / "source/model.pt", **options)
     with watched(monkeypatch, tmp_path / "source", delay=0.02) as store:
-        began = time.monotonic()
         assert len(inspect(uri(tmp_path / "source")).tensors) == 400
-        took = time.monotonic() - began
+    assert store.requests > 200
     assert store.most_at_once > 8
-    assert took < store.requests * 0.02 / 3  # one after the other it would be this without the third
 
 
 def test_small_neighbours_are_indexed_by_few_requests(

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import s3fixtures
 import small_models
+from retries import retries
 from s3fixtures import BUCKET, chunk, content, opened
 from s3server import S3Server
 from shardprep.cli import main
@@ -233,10 +234,8 @@ def test_what_passes_is_survived_through_boto3_too(
     tmp_path: Path,
 ) -> None:
     server.fault(mode, **{"match": "blobs/", "method": "GET"} | how)
-    began = time.monotonic()
     assert same(bring("memory", tmp_path, transfer="boto3"), expected)
     assert server.stats()["modes"] == {mode: how["times"]}
-    assert time.monotonic() - began < 6
     if mode in ("truncate", "stall"):
         assert server.stats()["sent"] == clean["memory"][0]
 
@@ -348,10 +347,8 @@ def test_what_lasts_ends_clearly_and_what_has_come_is_kept(
     """One part's blocks cannot be had; a second run, once they can, brings what is missing and nothing else."""
     hit = large_parts(shards)[0]
     server.fault(mode, times=0, match=blob_key(hit.digest), min_bytes=hit.header_size + 1, **how)
-    began = time.monotonic()
     with pytest.raises(error, match=words) as caught:
         bring(way, tmp_path, deadline=1.0, idle_timeout=0.3)
-    assert time.monotonic() - began < 4
     assert caught.type is error
     assert "\n" not in str(caught.value)
     stats = server.stats()
@@ -421,12 +418,12 @@ def test_a_store_whose_copy_is_damaged_never_gives_a_tensor_of_it(
 def test_an_error_reaches_whoever_waits_and_closing_does_not_hang(server: S3Server) -> None:
     server.fault("status", code=403, times=0, match="blobs/", min_bytes=LARGE)
     shard: Shard = load(URI, cache=None, access=Access(deadline=5.0))
-    began = time.monotonic()
-    for _ in range(2):
-        with pytest.raises(DeniedError, match="403 AccessDenied"):
-            shard.wait()
-    shard.close()
-    assert time.monotonic() - began < 2
+    with retries() as found:
+        for _ in range(2):
+            with pytest.raises(DeniedError, match="403 AccessDenied"):
+                shard.wait()
+        shard.close()
+    assert found == []
 
 
 def test_what_is_not_transient_ends_a_pull_at_once_although_others_still_try(
@@ -436,10 +433,8 @@ def test_what_is_not_transient_ends_a_pull_at_once_although_others_still_try(
     one, other = large_parts(shards)[:2]
     server.fault("status", code=503, times=0, match=blob_key(one.digest), min_bytes=LARGE)
     server.fault("status", code=403, times=0, match=blob_key(other.digest), min_bytes=LARGE, skip=1)
-    began = time.monotonic()
     with pytest.raises(DeniedError):
-        bring("pull", tmp_path, deadline=30.0)
-    assert time.monotonic() - began < 8
+        bring("pull", tmp_path, deadline=1e6)  # patience until the end of which no test waits
 
 
 # -------------------------------------------------------------------------------------------------------- the command

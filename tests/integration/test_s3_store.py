@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import s3fixtures
+from retries import retries
 from s3fixtures import BUCKET, chunk, content, opened
 from s3server import S3Server
 from shardprep_runtime.errors import (
@@ -158,13 +159,13 @@ def test_a_certificate_that_is_not_trusted_is_refused_at_once(
 ) -> None:
     s3fixtures.isolate(monkeypatch, tmp_path, secure)
     monkeypatch.delenv("AWS_CA_BUNDLE")
-    began = time.monotonic()
     with (
+        retries() as found,
         opened(transfer=transfer) as store,
         pytest.raises(StoreError, match=r"certificate is not trusted.*AWS_CA_BUNDLE"),
     ):
         read(store, "k", 0, 1) if verb == "get" else store.head("k")
-    assert time.monotonic() - began < 2
+    assert found == []
 
 
 def test_a_ca_bundle_that_is_not_there_is_refused(
@@ -311,13 +312,13 @@ def test_an_upload_that_nobody_takes_is_given_up(
         endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         body = FileRange(file.fileno(), 0, len(large)) if source == "file" else memoryview(large)
         little = {"idle_timeout": 0.3, "connect_timeout": 0.3, "deadline": 0.5}
-        began = time.monotonic()
         with (
+            retries() as found,
             opened(transfer=transfer, endpoint_url=endpoint, **little) as store,
             pytest.raises(StoreError, match=r"given up after \d+ tries"),
         ):
             store.upload("k", [(0, len(large))]).send(0, Chunk(body))
-        assert time.monotonic() - began < 5
+        assert len(found) <= 3  # two last longer than the deadline
 
 
 @pytest.mark.parametrize(
@@ -337,10 +338,9 @@ def test_what_will_not_pass_is_asked_once(
     server.fault("status", times=0, **how)
     for verb in verbs(store).values():
         server.reset_stats()
-        began = time.monotonic()
-        with pytest.raises(error):
+        with retries() as found, pytest.raises(error):
             verb()
-        assert time.monotonic() - began < 2
+        assert found == []
         assert server.stats()["requests"] <= most
 
 
@@ -798,13 +798,13 @@ def test_a_store_that_never_answers_is_given_up_before_the_deadline(
     server: S3Server, transfer: Transfer, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_client, "UNREACHED", 0.5)
-    began = time.monotonic()
     with (
+        retries() as found,
         opened(transfer=transfer, endpoint_url="http://127.0.0.1:9", deadline=60.0) as store,
         pytest.raises(StoreError, match=r"given up after \d+ tries"),
     ):
         verbs(store)[verb]()
-    assert time.monotonic() - began < 2
+    assert {each.deadline for each in found} == {0.5}
 
 
 def test_a_store_that_answers_slow_down_is_there(
@@ -839,10 +839,12 @@ def test_an_endpoint_that_gives_pages_is_no_store(
         opened(transfer=transfer, endpoint_url=endpoint) as store,
     ):
         for verb in verbs(store).values():
-            began = time.monotonic()
-            with pytest.raises(StoreError, match=r"(an endpoint of S3|knows no ranges, or is not a store)"):
+            with (
+                retries() as found,
+                pytest.raises(StoreError, match=r"(an endpoint of S3|knows no ranges, or is not a store)"),
+            ):
                 verb()
-            assert time.monotonic() - began < 4
+            assert len(found) <= 4
 
 
 @pytest.mark.parametrize(
