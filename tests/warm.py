@@ -60,8 +60,8 @@ PRELOADED: Final = (
 READ_AT_IMPORT: Final = ("CUDA_", "HF_HOME", "HF_HUB_CACHE", "LD_", "MALLOC_", "PYTHON", "TRANSFORMERS_")
 """Beginnings of names of variables that are read when something is imported; one that differs makes a process cold."""
 
-SETTLED_HERE: Final = ("PYTHONPATH", "PYTHONUNBUFFERED")
-"""Such variables that a forked process can still obey."""
+SETTLED_HERE: Final = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONUNBUFFERED")
+"""Such variables that a forked process still obeys: a device is looked for when it is first used."""
 
 SUBREAPER: Final = 36
 """PR_SET_CHILD_SUBREAPER of Linux."""

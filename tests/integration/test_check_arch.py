@@ -59,6 +59,20 @@ SLOW: dict[str, tuple[int, dict[str, Any]]] = {
 }  # fmt: skip
 """The same; a key that is None is left out, as published configs leave it out."""
 
+CHOSEN = (
+    "llama",
+    "phi3",
+    "gpt_neox",
+    "mixtral",
+    "deepseek_v3",
+    "gemma3_text",
+    "falcon",
+    "bert",
+    "qwen3_next",
+)
+"""Those that run without `--sweep`: each has a rule that most others share, or one of its own. Projections apart, side by
+side, and interleaved by head; experts; latent attention; a tied head and windows; one KV head; no decoder; states."""
+
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
@@ -96,8 +110,10 @@ def of(report: CheckReport, name: str) -> list[str]:
     [
         *((name, grain, changes) for name, (grain, changes) in QUICK.items()),
         *(
-            pytest.param(name, grain, changes, marks=pytest.mark.slow)
-            for name, (grain, changes) in SLOW.items()
+            pytest.param(
+                name, *SLOW[name], marks=[pytest.mark.slow, *([] if name in CHOSEN else [pytest.mark.sweep])]
+            )
+            for name in SLOW
         ),
     ],
 )

@@ -130,7 +130,14 @@ def test_greedy_tokens_are_those_of_the_whole_model(
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.9, 0), (1.5, 0.95, 40), (0.3, 1.0, 5)]
+    ("temperature", "top_p", "top_k"),
+    [
+        (1.5, 0.95, 40),  # all of them at once
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in ((1.0, 1.0, 0), (0.7, 0.9, 0), (0.3, 1.0, 5))
+        ),
+    ],
 )
 def test_drawn_tokens_are_those_of_the_whole_model_with_the_same_seed(
     generator: Generator, model: Any, tokenizer: Any, temperature: float, top_p: float, top_k: int
@@ -196,6 +203,7 @@ def test_a_text_ends_where_the_model_ends_it(
     assert found.finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_a_text_ends_before_a_stop_string_wherever_its_tokens_begin(
     generator: Generator, model: Any, tokenizer: Any
 ) -> None:
@@ -343,7 +351,7 @@ def made(folder: Path, model_type: str, **more: Any) -> str:
     return str(folder / "set")
 
 
-@pytest.mark.parametrize("guesses", [1, 4, 7])
+@pytest.mark.parametrize("guesses", [4, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 7))])
 def test_a_draft_model_gives_the_same_tokens_in_fewer_trips(
     shards: str, pipeline: Pipeline, generator: Generator, guesses: int
 ) -> None:
@@ -359,6 +367,7 @@ def test_a_draft_model_gives_the_same_tokens_in_fewer_trips(
             assert all(trip.drafting > 0 for trip in each.breakdowns[1:-1])
 
 
+@pytest.mark.slow
 def test_a_draft_model_that_guesses_wrong_costs_trips_but_no_tokens(
     shards: str, other: str, pipeline: Pipeline, generator: Generator
 ) -> None:
@@ -370,6 +379,7 @@ def test_a_draft_model_that_guesses_wrong_costs_trips_but_no_tokens(
         assert sum(each.trips for each in found) > 0.9 * sum(each.trips for each in plain)
 
 
+@pytest.mark.slow
 def test_with_a_draft_model_a_text_ends_within_a_run_of_guesses_as_it_does_without(
     shards: str, pipeline: Pipeline, generator: Generator, tokenizer: Any
 ) -> None:

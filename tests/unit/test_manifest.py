@@ -559,8 +559,10 @@ def test_a_tensor_of_more_pieces_than_any_has_is_refused_before_they_are_made() 
             parse_fields(found)
 
 
-def test_structured_mutation_raises_nothing_but_manifest_errors() -> None:
-    rng = random.Random(0)
+# the others are more of the same chance
+@pytest.mark.parametrize("seed", swept(range(4), but=(0,)))
+def test_structured_mutation_raises_nothing_but_manifest_errors(seed: int) -> None:
+    rng = random.Random(seed)
     values = [
         *WRONG,
         1,
@@ -579,7 +581,7 @@ def test_structured_mutation_raises_nothing_but_manifest_errors() -> None:
     ]
     values += [each for path in PATHS for each in [_at(fields(), path)]]
     refused = 0
-    for _ in range(3000):
+    for _ in range(750):
         found = fields()
         for _ in range(rng.choice((1, 2, 3))):
             path = rng.choice(paths_of(found))
@@ -588,7 +590,7 @@ def test_structured_mutation_raises_nothing_but_manifest_errors() -> None:
             dump_manifest(parse_fields(found))
         except ManifestError:
             refused += 1
-    assert refused > 1500
+    assert refused > 375
 
 
 def _at(value: Any, path: tuple[Any, ...]) -> Any:
