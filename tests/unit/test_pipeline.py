@@ -583,11 +583,9 @@ def test_a_step_under_way_ends_as_soon_as_the_transport_notices_the_loss() -> No
             return super().step(route, step, inputs, timeout=timeout)
 
     transport = Silent(3, spares=1)
-    with opened(transport, replace(QUICK, step_timeout=60)) as pipeline, pipeline.sequence() as sequence:
+    with opened(transport, replace(QUICK, step_timeout=1e6)) as pipeline, pipeline.sequence() as sequence:
         threading.Timer(0.1, lambda: transport.kill("w1", notice=True)).start()
-        began = time.monotonic()
-        assert tokens(sequence, 5) == gold(5)
-        assert time.monotonic() - began < 5
+        assert tokens(sequence, 5) == gold(5)  # long before a step is given up
 
 
 def test_a_step_without_any_answer_is_given_up_and_all_workers_are_asked() -> None:
@@ -650,12 +648,10 @@ def test_closing_ends_a_step_that_waits() -> None:
 
 def test_closing_ends_a_mending_that_waits() -> None:
     transport = Memory(3, can_replace=True, faults={0: (1, "kill before")})
-    pipeline = Pipeline(transport, 3, replace(QUICK, replacement_timeout=60))
+    pipeline = Pipeline(transport, 3, replace(QUICK, replacement_timeout=1e6))
     threading.Timer(0.2, pipeline.close).start()
-    began = time.monotonic()
     with pytest.raises(WorkerError, match="is closed"), pipeline.sequence() as sequence:
         tokens(sequence, 1)
-    assert time.monotonic() - began < 5
 
 
 def test_one_thread_mends_while_the_others_wait() -> None:
