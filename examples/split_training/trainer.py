@@ -49,7 +49,7 @@ from shardprep_runtime.format.manifest import PLACEMENTS, Layer, Manifest, lines
 from shardprep_runtime.format.read_manifest import read_named
 from shardprep_runtime.format.view import Place, choose_stages
 from shardprep_runtime.shard.filesystem import sync_folder
-from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_manifest
+from shardprep_runtime.shard.revisions import DEFAULT_REVISION, read_revision
 from shardprep_runtime.shard.shard import Shard, Verify
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.shard.side_files import write_small
@@ -391,7 +391,7 @@ def _manifest_of(
 ) -> tuple[Manifest, str]:
     if is_uri(source):
         with open_store(str(source), access) as store:
-            raw, manifest = read_manifest(store, revision, digest)
+            raw, manifest = read_revision(store, revision, digest)
         return manifest, manifests.digest_of(raw)
     return read_named(source, digest=digest)
 

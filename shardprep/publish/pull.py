@@ -26,7 +26,7 @@ from shardprep_runtime.shard.filesystem import file_system
 from shardprep_runtime.shard.landing import ABSENT, DOUBTED, HEADER, LANDED, VERIFIED, Landing, land_in_file
 from shardprep_runtime.shard.loading import SPARSE
 from shardprep_runtime.shard.parts import OpenPart, open_part
-from shardprep_runtime.shard.revisions import blob_key, read_manifest
+from shardprep_runtime.shard.revisions import blob_key, read_revision
 from shardprep_runtime.shard.shard import Shard
 from shardprep_runtime.shard.shard_set import ShardSet, open_set
 from shardprep_runtime.shard.side_files import (
@@ -98,7 +98,7 @@ def pull(
     conduct = conduct or Conduct()
     shard_set = open_set(source)
     with open_store(shard_set.source, shard_set.access) as store:
-        raw, manifest = read_manifest(store, shard_set.revision, shard_set.digest)
+        raw, manifest = read_revision(store, shard_set.revision, shard_set.digest)
         digest = manifests.digest_of(raw)
         view = None if place is None else plan_view(manifest, place)
         make_folder(destination)

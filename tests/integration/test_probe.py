@@ -346,7 +346,7 @@ def test_a_store_is_given_the_same_probe(probed: Path, tmp_path: Path) -> None:
         TRAINED, uri, tensor_parallel_size=2, options=SplitOptions(probe=True, scratch=tmp_path / "scratch")
     )
     with open_store(uri) as store:
-        raw, manifest = revisions.read_manifest(store, "main", report.manifest_digest)
+        raw, manifest = revisions.read_revision(store, "main", report.manifest_digest)
     assert raw == (probed / "shardprep.json").read_bytes()
     assert manifest.probe is not None
     assert not list((tmp_path / "scratch").iterdir())

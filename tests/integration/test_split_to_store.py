@@ -24,7 +24,7 @@ from shardprep.publish.store_staging import StoreStaging
 from shardprep.split import SplitOptions, split
 from shardprep.write.conduct import Conduct
 from shardprep_runtime.errors import ConflictError, InputError, IntegrityError, StoreError
-from shardprep_runtime.shard.revisions import read_manifest
+from shardprep_runtime.shard.revisions import read_revision
 from shardprep_runtime.stores.folder import FolderStore
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))
@@ -205,7 +205,7 @@ def test_parts_that_are_in_the_store_are_not_written_again(
     assert not {f"{name}.receipt" for name in created} & kept
     assert steps[0] == sum(
         each.size
-        for each in read_manifest(FolderStore(store), "main")[1].parts
+        for each in read_revision(FolderStore(store), "main")[1].parts
         if f"{each.path}.receipt" in kept
     )
     assert contents(store) == contents(model / "store")

@@ -62,32 +62,32 @@ def test_foreign_keys_are_no_revisions(key: str) -> None:
 
 
 def test_a_manifest_is_read_as_its_exact_bytes(store: FolderStore) -> None:
-    raw, manifest = remote.read_manifest(store, "main")
+    raw, manifest = remote.read_revision(store, "main")
     assert raw == RAW
     assert manifest == read_manifest(SHARDS)
-    assert remote.read_manifest(store, "main", digest_of(RAW))[0] == RAW
+    assert remote.read_revision(store, "main", digest_of(RAW))[0] == RAW
 
 
 def test_a_manifest_with_another_digest_is_refused(store: FolderStore) -> None:
     with pytest.raises(ManifestError, match="do not load it"):
-        remote.read_manifest(store, "main", digest_of(b"another"))
+        remote.read_revision(store, "main", digest_of(b"another"))
 
 
 def test_a_missing_revision_is_an_error_that_names_those_there_are(store: FolderStore) -> None:
     with pytest.raises(MissingError, match=r"no revision mian; there are main$"):
-        remote.read_manifest(store, "mian")
+        remote.read_revision(store, "mian")
     for i in range(11):
         store.put(f"manifests/v{i:02}.json", RAW)
     with pytest.raises(MissingError, match=r"there are main, v00, .*v08 and 2 more$"):
-        remote.read_manifest(store, "mian")
+        remote.read_revision(store, "mian")
 
 
 def test_an_empty_store_is_an_error_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError, match="nothing has been pushed there"):
-        remote.read_manifest(FolderStore(tmp_path / "empty"), "main")
+        remote.read_revision(FolderStore(tmp_path / "empty"), "main")
     with pytest.raises(MissingError, match="cannot be listed"):
-        remote.read_manifest(FolderStore(tmp_path / "none"), "main")
+        remote.read_revision(FolderStore(tmp_path / "none"), "main")
 
 
 def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(
@@ -96,13 +96,13 @@ def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(
     monkeypatch.setattr(manifests, "MAX_BYTES", len(RAW) - 1)
     monkeypatch.setattr(store, "get", None)
     with pytest.raises(ManifestError, match=f"{len(RAW)} bytes, more than"):
-        remote.read_manifest(store, "main")
+        remote.read_revision(store, "main")
 
 
 def test_a_manifest_that_is_damaged_is_an_error_that_names_its_object(store: FolderStore) -> None:
     store.put("manifests/bad.json", RAW[:-20])
     with pytest.raises(ManifestError, match=r"manifests/bad\.json"):
-        remote.read_manifest(store, "bad")
+        remote.read_revision(store, "bad")
 
 
 def test_revisions_are_listed_by_name_and_other_objects_are_not(store: FolderStore) -> None:

@@ -113,7 +113,7 @@ def _may_be_of(version: str, raw: bytes) -> bool:
     return hashlib.md5(raw, usedforsecurity=False).hexdigest() == etag
 
 
-def read_manifest(store: Store, revision: str, digest: str | None = None) -> tuple[bytes, Manifest]:
+def read_revision(store: Store, revision: str, digest: str | None = None) -> tuple[bytes, Manifest]:
     """Fetch and parse a revision's manifest.
 
     Args:

@@ -29,7 +29,7 @@ from .cache import Cache, open_cache
 from .filesystem import Io, check_io
 from .loading import fetched, folder_shard
 from .prefetch import Prefetch
-from .revisions import DEFAULT_REVISION, blob_key, read_manifest
+from .revisions import DEFAULT_REVISION, blob_key, read_revision
 from .shard import Shard, Verify, check_verify
 from .side_files import bring_side_files, is_here
 
@@ -110,7 +110,7 @@ class ShardSet:
             raw = cache.manifest(self.digest)
             if raw is not None and manifests.digest_of(raw) == self.digest:
                 return raw, parse_manifest(raw)
-        raw, manifest = read_manifest(store, self.revision, self.digest)
+        raw, manifest = read_revision(store, self.revision, self.digest)
         if cache is not None:
             cache.keep_manifest(manifests.digest_of(raw), raw)
         return raw, manifest
@@ -204,7 +204,7 @@ class ShardSet:
             StoreError, IntegrityError, WriteError: Later; the same call then resumes.
         """
         with open_store(self.source, self.access) as store:
-            raw, manifest = read_manifest(store, self.revision, self.digest)
+            raw, manifest = read_revision(store, self.revision, self.digest)
             return bring_side_files(store, raw, manifest, destination)
 
 
