@@ -28,7 +28,7 @@ import json
 from typing import Literal
 
 Missing = Literal["object", "bucket", "upload", "revision", "repository"]
-"""What a store may not have; a repository is a model or a data set of a hub."""
+"""Kinds of things that a store may lack; a repository is a model or a data set of a hub."""
 
 
 class ShardprepError(Exception):
@@ -72,15 +72,15 @@ class WriteError(ProblemError):
 
 
 class StoreError(ProblemError):
-    """An object store refused, or could not be reached in time. Code asks its facts, never its message."""
+    """An object store refused, or could not be reached in time. Code reads `status` and `code`, never the message."""
 
     def __init__(self, message: str, *, status: int | None = None, code: str | None = None) -> None:
         """Keep what the store answered.
 
         Args:
-            message: What people read.
-            status: The status of the HTTP answer; None where there was none, or none is known.
-            code: The store's own name of the error, as S3 has it: `NoSuchBucket`; None as for `status`.
+            message: The text for people.
+            status: The status of the HTTP answer; None without an answer, or where it is unknown.
+            code: The store's own name of the error, such as S3's `NoSuchBucket`; None as for `status`.
         """
         super().__init__(message)
         self.status = status
@@ -101,25 +101,25 @@ class MissingError(StoreError):
         """Keep what is missing.
 
         Args:
-            message: What people read.
-            missing: What is not there.
-            status: As a StoreError's.
-            code: As a StoreError's.
+            message: The text for people.
+            missing: The kind of thing that is not there.
+            status: As StoreError has it.
+            code: As StoreError has it.
         """
         super().__init__(message, status=status, code=code)
         self.missing = missing
 
 
 class DeniedError(StoreError):
-    """A store that does not let us: credentials, clock or region."""
+    """A store denied access: credentials, clock or region are wrong."""
 
 
 class ConflictError(StoreError):
-    """A conditional put came too late."""
+    """A conditional put came too late: somebody else's was first."""
 
 
 class WorkerError(ProblemError):
-    """A worker of a split model failed; it says how."""
+    """A worker of a split model failed; the message is the worker's own."""
 
 
 class WorkerLostError(WorkerError):
@@ -129,14 +129,19 @@ class WorkerLostError(WorkerError):
         super().__init__(message)
         self.worker = worker
         self.is_certain = is_certain
-        """Its process is known to have ended: to ask it again is no use."""
+        """Whether the worker's process is known to have ended, so that asking it again is useless."""
 
 
 class CacheLostError(WorkerError):
-    """A worker does not hold a sequence as far as a step needs it."""
+    """A worker's cache lacks positions of a sequence that a step needs; the whole sequence must be sent again."""
 
 
 def quote(name: object, *, limit: int = 120) -> str:
-    """`name` as printable ASCII on one line, control characters escaped, at most about `limit` characters."""
+    """Write a name from outside as printable ASCII on one line, with control characters escaped.
+
+    Args:
+        name: The name; anything else is turned into text first.
+        limit: Characters at most, roughly; the middle of a longer name is left out.
+    """
     text = json.dumps(str(name))[1:-1].replace('\\"', '"').replace("\x7f", "\\u007f")
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 2) :]}"

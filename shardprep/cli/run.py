@@ -35,11 +35,11 @@ else:  # only the newest clicks let the class be subscripted when it runs
 TRANSPORTS: Final = ("links", "rpc", "ray", "local")
 
 ENDED: Final = 128 + signal.SIGTERM
-"""The exit status of who was asked to end, as a shell tells it."""
+"""The exit status of a process that a SIGTERM ends, as a shell reports it."""
 
 
 class StageCount(_CountType):
-    """How many even stages, or the layers of each: 2, or 0-5,6-11."""
+    """The number of even stages, or the layers of each: 2, or 0-5,6-11."""
 
     name = "stages"
 
@@ -56,7 +56,7 @@ class StageCount(_CountType):
         stages = parse_stages(value)
         if stages is None:
             self.fail(
-                f"{value!r} is no list of stages; write how many, or the layers of each: 0-15,16-31",
+                f"{value!r} is not a list of stages; write how many, or the layers of each: 0-15,16-31",
                 param,
                 ctx,
             )
@@ -75,13 +75,13 @@ class Tokens(_TokensType):
             return value
         words = value.split(",")
         if not all(word.strip().isdecimal() and len(word) < 12 for word in words):
-            self.fail(f"{value!r} is no list of token ids; write 1,2,3", param, ctx)
+            self.fail(f"{value!r} is not a list of token ids; write 1,2,3", param, ctx)
         return tuple(map(int, words))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How a model is split over workers, as the options of `run` and `serve` have it."""
+    """The options of `run` and `serve` that say how a model is split over workers."""
 
     shard_set: ShardSet
     stages: int | Stages | None
@@ -100,9 +100,9 @@ class Split:
 
 
 def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a model is split over workers, the same for `run` and `serve`; the command gets one `split: Split`."""
+    """Add the options that say how a model is split over workers to a command, which gets them as one `split: Split`."""
 
-    @functools.wraps(command)  # which takes the options along that are declared below this decorator
+    @functools.wraps(command)  # keeps the options that are declared below this decorator
     def with_split(*arguments: Any, **options: Any) -> Any:
         given = {each.name: options.pop(each.name) for each in fields(Split)}
         return command(*arguments, split=Split(**given), **options)
@@ -121,21 +121,23 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--step-timeout",
             type=parse.Duration(),
-            help="After which a step counts as hung.  [default: 30s, and more for long prompts]",
+            help="Time after which a step counts as hung.  [default: 30s, and more for long prompts]",
         ),
-        click.option("--dtype", help="Of the model: float32, bfloat16, ...  [default: as stored]"),
+        click.option("--dtype", help="dtype of the model: float32, bfloat16, ...  [default: as stored]"),
         click.option(
             "--threads",
             type=click.IntRange(1, 4096),
-            help="Of each worker, to compute with.  [default: a share of this host's cores]",
+            help="Threads that each worker computes with.  [default: a share of this host's cores]",
         ),
-        click.option("--device", default="cpu", show_default=True, help="Of each worker: cpu, cuda, cuda:1."),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Device of each worker: cpu, cuda, cuda:1."
+        ),
         click.option(
             "--max-in-flight",
             type=click.IntRange(1, 1024),
             default=8,
             show_default=True,
-            help="Sequences at once; the stages work on different ones.",
+            help="Sequences that are computed at once; the stages work on different ones.",
         ),
         click.option(
             "--draft-tokens", type=click.IntRange(1, 64), default=5, show_default=True, help="Guessed at a time."
@@ -150,7 +152,7 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--no-fallback", is_flag=True, help="Never compute in this process where no worker can be had."
         ),
-        click.option("--no-replace", is_flag=True, help="Start no worker for one that was lost."),
+        click.option("--no-replace", is_flag=True, help="Do not start a worker for one that was lost."),
         click.option(
             "--transport",
             type=click.Choice(TRANSPORTS),
@@ -162,8 +164,8 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Workers that hold no stage until one is lost."),
         click.option("-tp", "--tensor-parallel-size", type=click.IntRange(1, 4096), default=1, show_default=True,
                      help="Processes that share each stage."),
-        click.option("--stages", type=StageCount(), help="How many, or the layers of each: 2, or 0-5,6-11.  [default: "
-                     "those of the shard set]"),
+        click.option("--stages", type=StageCount(), help="Number of stages, or the layers of each: 2, or 0-5,6-11.  "
+                     "[default: those of the shard set]"),
         click.argument("source", type=parse.STORE),
     ):  # fmt: skip
         found = option(found)
@@ -203,7 +205,7 @@ def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
                 **where,
             )
         )
-        # of the manifest that the workers hold, whatever the revision is moved to meanwhile
+        # side files of the manifest that the workers hold, even if the revision has moved meanwhile
         held = replace(split.shard_set, digest=running.pipeline.manifest_digest)
         folder = stack.enter_context(held.side_files())
         draft = None
@@ -222,12 +224,16 @@ def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
 
 @contextmanager
 def ended_by_sigterm(status: int) -> Iterator[None]:
-    """A SIGTERM, like a Ctrl-C, ends this process as an exception does: whoever holds something lets go of it."""
+    """Turn a SIGTERM into an exception, as Python does with Ctrl-C, so that everything that is open is closed.
+
+    Args:
+        status: The exit status that the process then ends with.
+    """
     asked, is_over = threading.Event(), threading.Event()
     repeating: list[threading.Thread] = []
 
     def repeat(number: int) -> None:
-        # what is raised while C code looks whether something has an attribute, as an import does, is lost
+        # an exception is lost where C code looks for an attribute just then, as an import does: raise it again
         while not is_over.wait(0.5):
             os.kill(os.getpid(), number)
 
@@ -239,7 +245,7 @@ def ended_by_sigterm(status: int) -> Iterator[None]:
         handled = sys.exc_info()[1]
         while handled is not None:
             if isinstance(handled, SystemExit | KeyboardInterrupt):
-                return  # it is on its way
+                return  # the exception is under way
             handled = handled.__context__
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(status)
 
@@ -256,19 +262,19 @@ def ended_by_sigterm(status: int) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------------------- what is told
 def tell(line: str) -> None:
-    """A line of what happens, on stderr; from any thread, and whoever mends a route is not to fail for want of a reader."""
+    """Print a line on stderr, from any thread. A closed stderr is ignored: it must not stop a route from being mended."""
     with suppress(OSError):
         click.echo(line, err=True)
 
 
 def tell_start(pipeline: Pipeline) -> None:
-    """Who holds what, on stderr."""
+    """Print on stderr which worker holds what."""
     for info in pipeline.workers():
         tell(started(info))
 
 
 def started(info: WorkerInfo) -> str:
-    """A worker that is ready, in one line."""
+    """Describe a worker that is ready, in one line."""
     what = "spare" if info.pp_rank is None else f"stage {info.pp_rank}"
     if info.layers is not None:
         what += f" (layers {info.layers[0]} to {info.layers[1] - 1})"
@@ -279,12 +285,12 @@ def started(info: WorkerInfo) -> str:
 
 
 def tell_event(event: Event) -> None:
-    """What happened to the workers, on stderr."""
+    """Print on stderr what happened to a worker."""
     tell(told(event))
 
 
 def told(event: Event) -> str:
-    """An event, in one line."""
+    """Describe an event in one line."""
     worker = "" if event.worker is None else f"worker {quote(event.worker)}"
     stage = "" if event.stage is None or event.stage < 0 else f"stage {event.stage}"
     of_stage = f" ({stage})" if stage else ""
@@ -307,7 +313,11 @@ def told(event: Event) -> str:
 @click.command("run")
 @split_options
 @click.option(
-    "--prompt", "prompts", multiple=True, metavar="TEXT", help="To go on with; may be given several times."
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Text to go on with; may be given several times.",
 )
 @click.option(
     "--prompt-file",
@@ -327,14 +337,18 @@ def told(event: Event) -> str:
     "--chat", is_flag=True, help="Prompts are a user's messages, put into the model's chat template."
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(1, 10**6), default=64, show_default=True, help="For each prompt."
+    "--max-tokens",
+    type=click.IntRange(1, 10**6),
+    default=64,
+    show_default=True,
+    help="Tokens for each prompt.",
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(0, 2),
     default=0.0,
     show_default=True,
-    help="0: the likeliest token.",
+    help="0: always the likeliest token.",
 )
 @click.option(
     "--top-p",
@@ -346,10 +360,14 @@ def told(event: Event) -> str:
 @click.option(
     "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Tokens to draw from; 0: all."
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Of the draws.  [default: another each time]")
-@click.option("--stop", multiple=True, metavar="TEXT", help="Ends a text; may be given several times.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of the sampling.  [default: another each time]"
+)
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help="Text that ends an answer; may be given several times."
+)
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model has ended a text.")
-@click.option("--breakdown", is_flag=True, help="Say on stderr where the time of a token went.")
+@click.option("--breakdown", is_flag=True, help="Print on stderr where the time of a token went.")
 @parse.json_option
 def command(
     split: Split,
@@ -369,13 +387,13 @@ def command(
 ) -> None:
     """Run the model of the shard set SOURCE (a folder, or s3://bucket/prefix) on workers of this host, and print text.
 
-    Each worker is a process that fetches, verifies and holds its own stage alone. Where one is lost a spare takes its
-    place, else one that is started then, else this process; the text comes out the same.
+    Each worker is a process that fetches, verifies and holds its own stage alone. When one is lost, a spare takes its
+    place, else a new process, else this one. The text comes out the same.
 
     \b
         shardprep run s3://bucket/llama --stages 2 --spares 1 --prompt "Once upon a time"
 
-    The text goes to stdout as it comes, what happens meanwhile to stderr.
+    The text goes to stdout as it comes; stderr tells what happens meanwhile.
     """
     given: list[str | tuple[int, ...]] = [*prompts, *(file.read() for file in prompt_files), *token_lists]
     if not given:
@@ -434,7 +452,15 @@ def _plain(completion: Completion, *, breakdown: bool) -> dict[str, Any]:
 
 
 def encode(generator: Generator, prompts: Sequence[str | tuple[int, ...]], *, chat: bool) -> list[list[int]]:
-    """The tokens of prompts. Raises InputError where there is no tokenizer, or no chat template."""
+    """Turn prompts into ids of tokens.
+
+    Args:
+        prompts: Texts, or ids of tokens.
+        chat: Put each text into the model's chat template, as a user's message.
+
+    Raises:
+        InputError: Where the model has no tokenizer, or no chat template.
+    """
     if generator.tokenizer is None and any(isinstance(each, str) for each in prompts):
         raise InputError("this shard set has no tokenizer; give --tokens 1,2,3 instead of text")
     if chat:
@@ -445,7 +471,7 @@ def encode(generator: Generator, prompts: Sequence[str | tuple[int, ...]], *, ch
 
 
 class Printer:
-    """The texts on stdout, one after the other; several have a line before each that says which it is."""
+    """Prints texts on stdout, one after the other. Where there are several, a line before each names it."""
 
     def __init__(self, are_ids: Sequence[bool], prompts: Sequence[str | tuple[int, ...]]) -> None:
         self._are_ids, self._prompts = are_ids, prompts
@@ -471,7 +497,13 @@ class Printer:
 def complete(
     generator: Generator, prompts: Sequence[Sequence[int]], sampling: Any, said: Printer | None
 ) -> list[Completion]:
-    """All prompts at once; what is said of the first comes as it is made, and that of the others in order."""
+    """Complete all prompts at once. The first text is printed as it comes, the others after it, in order.
+
+    Args:
+        prompts: Ids of tokens of each prompt.
+        sampling: How tokens are chosen.
+        said: Prints the texts; None: nothing is printed.
+    """
     import queue
     from concurrent.futures import ThreadPoolExecutor
 
@@ -488,7 +520,7 @@ def complete(
                 if is_over.is_set():
                     break
             places[index].put(None)
-        except BaseException as error:  # noqa: BLE001 - raised by who waits for the tokens
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for the tokens
             places[index].put(error)
 
     threads = ThreadPoolExecutor(min(len(prompts), generator.max_in_flight), "shardprep-run")

@@ -23,23 +23,26 @@ from .run import Split, ended_by_sigterm, open_generator, split_options, tell, t
     type=click.Choice(["here", "elsewhere"]),
     default="here",
     show_default=True,
-    help="Start the workers on this host, or wait for those that `shardprep worker` starts on others.",
+    help="Start the workers on this host, or wait for workers that `shardprep worker` starts on others.",
 )
 @click.option(
     "--master",
     metavar="HOST:PORT",
-    help="Where workers from elsewhere find this front end.  [default: this host's private address, a free port]",
+    help="Address at which workers from elsewhere find this front end.  [default: this host's private address, a free "
+    "port]",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve HTTP at.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: one that is free."
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any port that is free."
 )
 @click.option("--allow-public", is_flag=True, help="Serve at addresses that the Internet may reach, too.")
-@click.option("--model", metavar="NAME", help="In requests.  [default: the last word of SOURCE]")
+@click.option(
+    "--model", metavar="NAME", help="Name of the model in requests.  [default: the last word of SOURCE]"
+)
 @click.option(
     "--api-key",
     metavar="KEY",
-    help="That requests to /v1 must send. Other users of this host can see it here.  [default: SHARDPREP_API_KEY]",
+    help="Key that requests to /v1 must send. Other users of this host can see it here.  [default: SHARDPREP_API_KEY]",
 )
 @click.option(
     "--max-waiting",
@@ -53,7 +56,7 @@ from .run import Split, ended_by_sigterm, open_generator, split_options, tell, t
     type=parse.Duration(),
     default="30s",
     show_default=True,
-    help="After a SIGTERM, for what has been begun.",
+    help="Time that requests get to end after a SIGTERM.",
 )
 def command(
     split: Split,
@@ -69,15 +72,15 @@ def command(
 ) -> None:
     """Serve the model of the shard set SOURCE with OpenAI's HTTP interface, on workers that hold a stage each.
 
-    /v1/completions, /v1/chat/completions, /v1/models; /health computes a forward in every stage; /metrics for Prometheus;
-    /control needs the secret of the environment's SHARDPREP_SECRET, as do workers on other hosts:
+    It serves /v1/completions, /v1/chat/completions and /v1/models. /health computes a forward in every stage, and /metrics
+    is for Prometheus. /control needs the secret of the environment's SHARDPREP_SECRET, as do workers on other hosts:
 
     \b
         export SHARDPREP_SECRET=...
         shardprep serve s3://bucket/llama --stages 2 --workers elsewhere --master 10.0.0.1:29400
         shardprep worker --manifest s3://bucket/llama --pp-rank 1 --master 10.0.0.1:29400
 
-    A SIGTERM ends it once what has been begun is finished.
+    After a SIGTERM it finishes the requests that have been begun, and ends.
     """
     if master is not None and workers == "here":
         raise click.UsageError("--master is where workers from elsewhere come; add --workers elsewhere")
@@ -97,7 +100,7 @@ def command(
         where["host"], where["port"] = parse_address(master)
     name = model or Path(split.shard_set.source.rstrip("/")).name
     with ended_by_sigterm(0), suppress(KeyboardInterrupt), ExitStack() as stack:
-        # first, so that a port that is taken is known before anything is started
+        # first, so that a port in use is refused before anything is started
         listener = stack.enter_context(bind(host, port, allow_public=allow_public))
         generator = stack.enter_context(open_generator(split, **where))
         tell_start(generator.pipeline)
@@ -112,7 +115,16 @@ def command(
 
 
 def bind(host: str, port: int, *, allow_public: bool) -> socket.socket:
-    """A socket at that address, which does not listen yet. Raises InputError."""
+    """Bind a socket, which does not listen yet.
+
+    Args:
+        host: Address of this machine.
+        port: 0: any port that is free.
+        allow_public: Let the address be one that the Internet may reach.
+
+    Raises:
+        InputError: Where the address is public or in use.
+    """
     from shardprep_runtime.workers.meeting import check_host
 
     family, address = check_host(host, allow_public=allow_public)
@@ -130,7 +142,14 @@ def bind(host: str, port: int, *, allow_public: bool) -> socket.socket:
 
 
 def serve(app: Any, listener: socket.socket, name: str, grace: float) -> None:
-    """Until a signal comes; then what has been begun is finished, for at most `grace` seconds."""
+    """Serve until a signal comes.
+
+    Args:
+        app: The ASGI application.
+        listener: A bound socket.
+        name: Name of the model, for the line that says where it is served.
+        grace: Seconds that requests get to end after the signal.
+    """
     import uvicorn
 
     config = uvicorn.Config(
@@ -140,8 +159,8 @@ def serve(app: Any, listener: socket.socket, name: str, grace: float) -> None:
         ws="none",
         timeout_graceful_shutdown=max(1, round(grace)),
     )
-    listener.listen(2048)  # who is told now where to come is not sent away
+    listener.listen(2048)  # before the address is printed, so that nobody who reads it is refused
     host, port = listener.getsockname()[:2]
     tell(f"{quote(name)} is served at http://{f'[{host}]' if ':' in host else host}:{port}")
-    # the signals that it catches it raises again when it has ended: whoever called this is then told
+    # uvicorn raises the signals that it caught again when it has ended, so that our caller gets them
     uvicorn.Server(config).run([listener])

@@ -13,7 +13,7 @@ from shardprep_runtime.shard.shard_set import ShardSet
 from . import parse
 
 ENDED = 128 + signal.SIGTERM
-"""The exit status of who was asked to end, as a shell tells it."""
+"""The exit status of a process that a SIGTERM ends, as a shell reports it."""
 
 
 @click.command("worker")
@@ -38,8 +38,8 @@ ENDED = 128 + signal.SIGTERM
 @click.option(
     "--stages",
     type=parse.StageList(),
-    help="The layers of all stages, if they are to be fetched while the imports run: 0-15,16-31.  [default: as the "
-    "front end says, once it is there]",
+    help="Layers of all stages, so that fetching can begin before the front end is there: 0-15,16-31.  [default: as the "
+    "front end says]",
 )
 @click.option(
     "-tp",
@@ -48,38 +48,44 @@ ENDED = 128 + signal.SIGTERM
     help="Processes that share the stage; with --stages.  [default: as the front end says]",
 )
 @click.option(
-    "--tp-rank", type=click.IntRange(0), default=0, show_default=True, help="Which of them this is."
+    "--tp-rank",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of this process among them.",
 )
 @click.option(
     "--group",
     metavar="NAME",
-    help="What the tensor ranks of one worker have in common, and no others.  [default: the worker's name]",
+    help="Name that the tensor ranks of one worker share, and no others.  [default: the worker's name]",
 )
-@click.option("--name", metavar="NAME", help="By which the front end calls it.  [default: stage-N, or spare]")
+@click.option(
+    "--name", metavar="NAME", help="Name by which the front end calls it.  [default: stage-N, or spare]"
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--dtype", help="float32, bfloat16, ...  [default: as the front end says]")
 @click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="To compute with.  [default: as torch has it]"
+    "--threads", type=click.IntRange(1), metavar="N", help="Threads to compute with.  [default: torch's]"
 )
 @click.option(
     "--max-sequences",
     type=click.IntRange(1),
     default=64,
     show_default=True,
-    help="Whose caches are kept; the least recently used go first.",
+    help="Sequences whose caches are kept; the least recently used go first.",
 )
 @click.option(
     "--wait",
     type=parse.Duration(),
     default="10m",
     show_default=True,
-    help="How long to wait for the front end.",
+    help="Time to wait for the front end.",
 )
 @click.option(
     "--reconnect/--no-reconnect",
     default=True,
     show_default=True,
-    help="When the front end goes: keep the stage, and wait for the next one at the same address; else end.",
+    help="When the front end goes, keep the stage and wait for the next one at the same address, or end.",
 )
 @parse.revision_option
 @click.option("--manifest-digest", metavar="sha256:...", help="The digest that the manifest must have.")
@@ -88,12 +94,12 @@ ENDED = 128 + signal.SIGTERM
     type=click.Choice(["blocks", "headers", "off"]),
     default="blocks",
     show_default=True,
-    help="What is checked of the weights.",
+    help="What this worker checks of its weights.",
 )
 @click.option(
     "--cache",
     metavar="DIR",
-    help="Where this host's workers keep what they fetch.  [default: SHARDPREP_CACHE_DIR]",
+    help="Folder in which this host's workers keep what they fetch.  [default: SHARDPREP_CACHE_DIR]",
 )
 @click.option("--no-cache", is_flag=True, help="Fetch into memory alone.")
 @parse.connections_option
@@ -102,7 +108,7 @@ ENDED = 128 + signal.SIGTERM
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="That fetch, with as many connections each.",
+    help="Processes that fetch, with as many connections each.",
 )
 @parse.set_options
 def command(
@@ -125,16 +131,16 @@ def command(
 ) -> None:
     """Hold one stage of a model for `shardprep serve --workers elsewhere`, on this host.
 
-    Fetches and verifies that stage's tensors alone, proves them by a forward, and joins the front end at --master, which
-    shares the secret SHARDPREP_SECRET with it:
+    It fetches and verifies the tensors of that stage alone, proves them by a forward, and joins the front end at --master,
+    with which it shares the secret SHARDPREP_SECRET:
 
     \b
         export SHARDPREP_SECRET=...
         shardprep worker --manifest s3://bucket/llama-70b --pp-rank 1 --master 10.0.0.5:7070
 
     It may be started before the front end. It ends with status 1 when the front end refuses it, does not come in time, or
-    (with --no-reconnect) goes away; and, with tensor ranks, when one of them is lost: have it started again by what
-    watches it (systemd, Kubernetes).
+    (with --no-reconnect) goes away. A tensor rank also ends when another one of its stage is lost. Have systemd or
+    Kubernetes start it again.
     """
     from shardprep_runtime.workers.worker import Compute, WorkerOptions
     from shardprep_runtime.workers.worker_process import WorkerJob, run_worker
@@ -157,7 +163,7 @@ def command(
         compute=Compute(device, dtype, threads, max_sequences),
     )
     job = WorkerJob(options=options, master=master, name=name, group=group, wait=wait, reconnect=reconnect)
-    # the first process of a container ignores SIGTERM unless it says otherwise
+    # the first process of a container ignores a SIGTERM for which it has no handler
     signal.signal(signal.SIGTERM, _end)
     try:
         run_worker(job, say=click.echo)

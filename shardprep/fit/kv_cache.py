@@ -177,7 +177,12 @@ class _Reader:
         return self.guessed(kind, layer)
 
     def guessed(self, kind: str, layer: int) -> Kept:
-        """Count a layer of unknown type as full attention, which keeps the most."""
+        """Count a layer of unknown type as full attention, which keeps the most.
+
+        Args:
+            kind: The type that the config names.
+            layer: Number of the layer.
+        """
         return replace(self.attention(kind, layer), guessed=True)
 
     def is_mamba(self) -> bool:

@@ -128,6 +128,9 @@ def open_blob(fd: int, written: Written, *, where: str) -> Blob:
 def is_there(store: Store, blob: Blob) -> bool:
     """Whether the store has the blob.
 
+    Args:
+        blob: The file that would be sent.
+
     Raises:
         StoreError: Where an object of its name has another size.
     """

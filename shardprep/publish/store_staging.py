@@ -249,7 +249,11 @@ class StoreStaging:
         return open_store(self._uri, self._access), lambda file: blob_key(file.digest)
 
     def complete(self, name: str, data: bytes) -> None:
-        """Publish the manifest once all blobs are in the store, look for them again, and remove the scratch folder."""
+        """Publish the manifest once all blobs are in the store, look for them again, and remove the scratch folder.
+
+        Args:
+            data: Bytes of the manifest.
+        """
         self._sender.drain()
         self._all_there()
         key = manifest_key(self.revision)

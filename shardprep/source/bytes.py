@@ -258,7 +258,12 @@ class _Block(Protocol):
     """One block of a tensor."""
 
     def read_into(self, into: memoryview, start: int) -> None:
-        """Fill `into`, which holds zeros, with the bytes of the packed block from byte `start` on."""
+        """Fill `into` with bytes of the packed block.
+
+        Args:
+            into: Memory that holds zeros.
+            start: First byte, counted from the start of the block.
+        """
 
 
 class _Zeros:

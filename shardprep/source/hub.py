@@ -157,7 +157,12 @@ class _Ranges:
         self.uri = "/".join(word for word in (f"hf://{named.repo}", named.folder) if word)
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
-        """Bring a range into `sink`, as `Store.get` does."""
+        """Bring a range into `sink`, as `Store.get` does.
+
+        Args:
+            key: Path of the file in the repository.
+            start: First byte; the last is where the sink is full (exclusive).
+        """
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 

@@ -33,7 +33,12 @@ class Ranges(Protocol):
     def uri(self) -> str: ...
 
     def get(self, key: str, start: int, sink: Sink, *, version: str | None = None) -> str:
-        """Bring a range into `sink`, as `Store.get` does."""
+        """Bring a range into `sink`, as `Store.get` does.
+
+        Args:
+            start: First byte; the last is where the sink is full (exclusive).
+            version: The version of the object that the bytes must come from; None: any.
+        """
 
     def close(self) -> None: ...
 

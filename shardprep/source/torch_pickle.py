@@ -472,7 +472,11 @@ class _Machine:
         raise self.hostile(f"calls {quote(path)}")
 
     def instance(self, target: object, args: object, kwargs: object = None) -> Opaque:
-        """Describe an object of a class that stays unknown. To make it would run the class's `__new__`."""
+        """Describe an object of a class that stays unknown. To make it would run the class's `__new__`.
+
+        Args:
+            target: The class, as a symbol.
+        """
         if not isinstance(target, Global) or not target.name.isidentifier():
             raise self.hostile(f"makes an instance of {describe(target)}")
         return Opaque(target.path, [args, kwargs])

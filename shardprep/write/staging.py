@@ -233,7 +233,11 @@ class Staging:
         )
 
     def finish(self, name: str, fd: int, written: Written) -> None:
-        """Bring the file to disk, close `fd`, and rename the file to its name among the finished ones."""
+        """Bring the file to disk, and rename it to its name among the finished ones.
+
+        Args:
+            fd: Its descriptor, which this closes.
+        """
         try:
             os.fsync(fd)
         finally:
@@ -241,7 +245,11 @@ class Staging:
         (self.folder / (name + UNFINISHED)).rename(self.folder / name)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file at once."""
+        """Write a small file at once.
+
+        Args:
+            data: All of its bytes.
+        """
         fd = self.create(name)
         try:
             view = memoryview(data)

@@ -183,7 +183,7 @@ def test_a_set_without_a_tokenizer_takes_tokens_alone(tmp_path: Path, greedy: di
         ((), "Missing option '--prompt'"),
         (("--prompt", "a", "--stages", "7"), "6 layers cannot fill 7 pipeline stages"),
         (("--prompt", "a", "--stages", "0-3,5-5"), "stage"),
-        (("--prompt", "a", "--stages", "two"), "'two' is no list of stages"),
+        (("--prompt", "a", "--stages", "two"), "'two' is not a list of stages"),
         (("--prompt", "a", "--stages", "0"), "expected 1 to 4096"),
         (("--tokens", "1,x"), "no list of token ids"),
         (("--tokens", "5000"), "not below 2048"),

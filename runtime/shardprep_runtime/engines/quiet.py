@@ -1,4 +1,4 @@
-"""Keep from our user what transformers, and what it imports, say of themselves and of what we made."""
+"""Keep messages of transformers, and of what it imports, from a user who can do nothing about them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 NOISY: Final = ("torchao", "torch.utils._pytree")
-"""Loggers that complain, as transformers is imported where torchao is installed, of kernels that are not for this machine."""
+"""Loggers that complain of kernels for other machines when transformers is imported beside torchao."""
 
 
 def hush_loggers() -> None:
-    """Have them say errors alone, from now on; before transformers is imported."""
+    """Let the noisy loggers report only errors from now on. Call it before transformers is imported."""
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of transformers, and no progress bars, within this."""
+    """Switch off transformers' warnings and progress bars until the context ends."""
     hush_loggers()
     import transformers
 

@@ -1,4 +1,4 @@
-"""Have ray.serve.llm start vLLM from a shard set: nodes get side files and their own ranks' bytes, never the whole model.
+"""Have ray.serve.llm start vLLM from a shard set: each node gets side files and its own ranks' bytes.
 
     LLMConfig(
         model_loading_config={"model_id": "llama-70b", "model_source": "/var/lib/shardprep/llama-70b"},
@@ -10,8 +10,8 @@
         callback_config={"callback_class": "shardprep_runtime.engines.ray_llm.ShardprepCallback"},
     )
 
-`model_source` is a folder that is made on each node; where the weights come from is said once, to vLLM's loader
-(vllm_loader.py). Imports Ray: nothing imports this module but Ray, by its name.
+`model_source` is a folder that is made on each node. Only the options of vLLM's loader (vllm_loader.py) say where the
+weights come from. This module imports Ray, and only Ray imports it, by its name.
 """
 
 from __future__ import annotations
@@ -41,19 +41,23 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What an LLMConfig says of its shard set."""
+    """The shard set and the grid that an LLMConfig asks for."""
 
     shard_set: ShardSet
-    """As vLLM's `model_loader_extra_config` names it."""
+    """The set that vLLM's `model_loader_extra_config` names."""
     folder: Path
-    """The same on every node; vLLM's model."""
+    """The folder that vLLM takes as its model; every node makes one at the same path."""
     tensor_parallel_size: int
     pipeline_parallel_size: int
     is_expert_parallel: bool
 
 
 def read_config(llm_config: Any) -> Wanted:
-    """Raises InputError for an LLMConfig that would have Ray, or vLLM, take the weights from elsewhere."""
+    """Read an LLMConfig.
+
+    Raises:
+        InputError: Where Ray or vLLM would take the weights from elsewhere.
+    """
     engine = llm_config.engine_kwargs
     source = llm_config.model_loading_config.model_source
     if engine.get("load_format") != LOAD_FORMAT:
@@ -81,10 +85,12 @@ def read_config(llm_config: Any) -> Wanted:
 
 
 class ShardprepCallback(CallbackBase):
-    """Ray's callback. On each node: side files and the manifest into the folder, and a fetch of its ranks begun.
+    """Ray's callback: on each node it puts side files and the manifest into the folder, and begins to fetch its ranks.
 
-    `callback_kwargs` may have prefetch: false, where others fill the nodes' caches, or where VLLM_RAY_BUNDLE_INDICES or
-    VLLM_PP_LAYER_PARTITION deal ranks and layers out in an order of their own.
+    Args:
+        prefetch: False where others fill the nodes' caches, or where VLLM_RAY_BUNDLE_INDICES or VLLM_PP_LAYER_PARTITION
+            give ranks and layers an order of their own. It is said in `callback_kwargs`.
+        kwargs: Ray's own arguments.
     """
 
     def __init__(self, *, prefetch: bool = True, **kwargs: Any) -> None:
@@ -95,13 +101,17 @@ class ShardprepCallback(CallbackBase):
         self.ctx.worker_node_download_model = NodeModelDownloadable.NONE
 
     async def on_before_node_init(self) -> None:
-        """In the replica, beside the engine: vLLM gives the first ranks to its node."""
+        """Run in the replica, beside the engine. Its node gets the first ranks from vLLM."""
         import ray
 
         self._engine_node = ray.get_runtime_context().get_node_id()
 
     def on_before_download_model_files_distributed(self) -> None:
-        """On each node of the replica. Raises what fetching the side files does."""
+        """Run on each node of the replica.
+
+        Raises:
+            ShardprepError: Where the side files cannot be fetched.
+        """
         wanted = self.wanted
         wanted.shard_set.fetch_side_files(wanted.folder)
         if not self._prefetch or wanted.shard_set.cache is None:
@@ -110,7 +120,7 @@ class ShardprepCallback(CallbackBase):
         if not ranks:
             logger.info("shardprep: which ranks this node gets is not known yet; they fetch when they load")
             return
-        # a process of its own, which outlives this task; vLLM's workers find in the cache what has come
+        # a process of its own outlives this task; vLLM's workers find in the cache what it has fetched
         subprocess.run(  # noqa: S603 - our own command
             [
                 sys.executable,
@@ -124,7 +134,7 @@ class ShardprepCallback(CallbackBase):
         logger.info("shardprep: began to fetch ranks %d to %d into the host's cache", ranks[0], ranks[-1])
 
     def _own_ranks(self) -> range:
-        """The ranks that vLLM will put on this node; none where that is open."""
+        """The ranks that vLLM will put on this node; empty where that is not known."""
         import ray
 
         size = self.wanted.tensor_parallel_size * self.wanted.pipeline_parallel_size
@@ -146,9 +156,20 @@ def ranks_of(
     node: str,
     engine_node: str | None,
 ) -> range:
-    """The ranks of `node` of `size` that vLLM deals out to bundles of devices: its engine's node first, then the others.
+    """Find the ranks that vLLM will put on a node: it fills the engine's node first, then the others.
 
-    Of three nodes and more, vLLM's versions order those after the first differently: then only the first is known.
+    Versions of vLLM differ in the order of nodes after the first. So with three nodes or more only the ranks of the
+    engine's node are known.
+
+    Args:
+        bundles: Number of a bundle -> its resources, of Ray's placement group.
+        nodes: Number of a bundle -> id of its node.
+        size: Ranks in all.
+        node: Id of the node.
+        engine_node: Id of the engine's node; None: not known.
+
+    Returns:
+        The ranks; empty where they are not known.
     """
     with_device = [
         index for index in sorted(bundles) if bundles[index].get("GPU") or bundles[index].get("TPU")
@@ -167,7 +188,12 @@ def ranks_of(
 
 
 def prefetch_arguments(wanted: Wanted, ranks: range) -> list[str]:
-    """Of `shardprep-prefetch`, for `ranks` as vLLM loads them; `wanted.folder` has the manifest that they pin."""
+    """Make the arguments of `shardprep-prefetch` that fetch `ranks` as vLLM loads them.
+
+    Args:
+        wanted: The set and the grid; its folder has the manifest, to whose digest the fetch is pinned.
+        ranks: Ranks of this node.
+    """
     manifest, digest = read_named(wanted.folder)
     arguments = [wanted.shard_set.source, "--engine", "vllm", "--ranks", f"{ranks[0]}-{ranks[-1]}"]
     arguments += ["--manifest-digest", digest]
@@ -175,7 +201,7 @@ def prefetch_arguments(wanted: Wanted, ranks: range) -> list[str]:
     if wanted.pipeline_parallel_size > 1:
         stages = even_stages(
             manifest.layers, wanted.pipeline_parallel_size
-        )  # vLLM's, whatever the split has made
+        )  # vLLM's stages, which may differ from those of the split
         arguments += ["--stages", ",".join(f"{start}-{stop - 1}" for start, stop in stages)]
     if wanted.is_expert_parallel:
         arguments += ["--expert-parallel-size", str(wanted.tensor_parallel_size)]

@@ -1,8 +1,8 @@
 """Experimental: give SGLang's own weight loaders a rank's shard, where the model's folder is a shard set.
 
-`register` is an entry point of the group `sglang.srt.plugins`, which every process of SGLang calls; a folder without a
-shardprep.json is loaded as ever. No engine was run with it, only SGLang 0.5.23's weight loaders (tools/check_sglang.py):
-compare the first tokens with those of the checkpoint before you rely on it.
+`register` is an entry point of the group `sglang.srt.plugins`, which every process of SGLang calls. A folder without a
+shardprep.json is loaded as before. It was tried with the weight loaders of SGLang 0.5.23 (tools/check_sglang.py), and
+never with an engine that runs: compare the first tokens with those of the checkpoint before you rely on it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Weights = Iterator[tuple[str, "torch.Tensor"]]
 TARGET: Final = "sglang.srt.model_loader.loader.DefaultModelLoader._get_all_weights"
 
 ENGINE: Final = "vllm"
-"""SGLang pads vocabularies and cuts experts as vLLM does."""
+"""The engine whose cuts are followed: SGLang pads vocabularies and cuts experts as vLLM does."""
 
 
 def register() -> None:
@@ -35,7 +35,13 @@ def register() -> None:
 
 
 def weights(original: Callable[..., Weights], loader: Any, model_config: Any, model: Any) -> Weights:
-    """(name, tensor) of this rank's shard in full shapes, or what `original` gives for a folder that is no shard set.
+    """Yield (name, tensor) of this rank's shard in full shapes; for any other folder whatever `original` gives.
+
+    Args:
+        original: SGLang's own method.
+        loader: SGLang's loader, whose method this is.
+        model_config: SGLang's config of the model.
+        model: The model that is loaded.
 
     Raises:
         UnsupportedError: For pipeline, expert and data parallelism, which were not tried.

@@ -1,8 +1,8 @@
-"""Hand an engine's own loader tensors of the checkpoint's full shape, of which only this rank's block is there.
+"""Hand an engine's own loader tensors of the checkpoint's full shape that hold only this rank's block.
 
 A loader narrows, transposes and views a full tensor until it has its rank's block, and copies that. Views of a
-ShardTensor move its window in the same way; one in which nothing is missing is the plain tensor, not copied. Whoever
-reads what the rank does not hold gets an error. Imports torch: nothing imports this module before tensors are made.
+ShardTensor move its window in the same way. A view in which nothing is missing is a plain tensor, without a copy. A
+loader that reads outside the block gets an error. This module imports torch, so it is imported when tensors are made.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Span = tuple[int, int]
 """Indices [start, stop) of a dim."""
 
 Spans = tuple[Span, ...]
-"""What is held of a dim: ascending, none empty, none touching the next. The held indices lie side by side in `local`."""
+"""The indices of a dim that are held: ascending spans, none empty, none touching the next. In `local` they lie side by
+side."""
 
 MAX_SPANS: Final = 2**16
-"""Of one dim: a view that would need more is refused rather than computed."""
+"""Spans that a dim may have: a view that would need more is refused rather than computed."""
 
 
 class ShardTensor(torch.Tensor):
-    """A tensor of which `local` is what is there: along each dim the indices of `held`, side by side.
+    """A tensor of full shape that holds only `local`: along each dim the indices in `held`, side by side.
 
-    Has no storage of its own. Operations that give a view of a tensor, copies of it (casts and moves to a device too)
-    and functions of single elements give ShardTensors, or plain tensors where all of the result is there; every other
-    operation raises LayoutError.
+    It has no storage of its own. Views, copies (casts and moves to a device too) and functions of single elements give
+    ShardTensors, or plain tensors where nothing is missing in the result. Every other operation raises LayoutError.
     """
 
     local: torch.Tensor
@@ -47,14 +47,14 @@ class ShardTensor(torch.Tensor):
     twin: torch.Tensor
     origin: str
 
-    # functions that are made of others come as those
+    # composite functions then reach __torch_dispatch__ as the basic operations that they are made of
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
         cls, local: torch.Tensor, held: Sequence[Spans], twin: torch.Tensor, origin: str
     ) -> ShardTensor:
-        """`twin` has the full tensor's shape and strides, on the meta device; `origin` is what messages call it."""
+        """`twin` is a tensor of the full shape and strides on the meta device; `origin` names the tensor in messages."""
         made: ShardTensor = torch.Tensor._make_wrapper_subclass(
             cls, twin.shape, strides=twin.stride(), storage_offset=twin.storage_offset(), dtype=local.dtype,
             device=local.device, requires_grad=False,
@@ -94,7 +94,7 @@ class ShardTensor(torch.Tensor):
 
 
 class AwaitedTensor(torch.Tensor):
-    """A tensor that is not brought before anybody touches it: then `bring` gives it, and stands in its place."""
+    """A tensor that is loaded when it is first touched: `bring` then gives the tensor that stands in for it."""
 
     bring: Callable[[], torch.Tensor]
 
@@ -122,7 +122,16 @@ class AwaitedTensor(torch.Tensor):
 
 
 def shard_tensor(name: str, view: TensorView, local: torch.Tensor) -> torch.Tensor:
-    """The tensor `name` of the checkpoint as the rank with this view of it, which is `local`, can give it."""
+    """Make the full tensor of which a rank holds a block.
+
+    Args:
+        name: The tensor's name in the checkpoint.
+        view: What the rank holds of it.
+        local: The rank's block.
+
+    Raises:
+        LayoutError: Where the rank's blocks do not lie in the order of the tensor.
+    """
     form: Form = view.form
     shape = form.shape
     if form.dtype == "F4":  # torch counts pairs
@@ -148,14 +157,16 @@ def shard_tensor(name: str, view: TensorView, local: torch.Tensor) -> torch.Tens
 def shard_tensors(
     shard: Shard, more: Callable[[str], Shard] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of what `shard` holds, under all names that the checkpoint has for it, in a forward pass's order.
+    """Yield (name, tensor) for all that a shard holds, under all names of the checkpoint, in the order of a forward pass.
 
-    Those of other ranks alone are not there, but for tensors outside of the layers where `more` is given, which loads
-    one of them: some models have an embedding or a head in stages that never use it. It is called if it is touched.
+    Args:
+        shard: This rank's shard. Tensors that it does not hold are left out.
+        more: Loads one tensor that is in no layer. With it, such tensors are yielded too, and loaded when they are
+            touched: some models have an embedding or a head in stages that never use it.
     """
     manifest = shard.manifest
     for name, tensor in shard.iter_tensors():
-        if name not in manifest.tied:  # which the checkpoint does not have
+        if name not in manifest.tied:  # the checkpoint does not have tied names
             yield name, shard_tensor(name, shard.describe(name), tensor)
     if more is None:
         return
@@ -177,7 +188,7 @@ def _bring(name: str, more: Callable[[str], Shard]) -> torch.Tensor:
 
 
 def _places(spans: Iterator[Span] | Sequence[Span]) -> Iterator[int]:
-    """Where each span begins among what is held."""
+    """The places at which spans begin among the held indices."""
     at = 0
     for start, stop in spans:
         yield at
@@ -193,7 +204,7 @@ def _is_whole(spans: Spans, size: int) -> bool:
 
 
 def _clip(spans: Spans, start: int, stop: int) -> tuple[Spans, int]:
-    """The spans within [start, stop), counted from `start`; and where the first begins among what is held."""
+    """Cut spans to [start, stop), counted from `start`; also give the place of the first among the held indices."""
     kept: list[Span] = []
     first = 0
     for (low, high), at in zip(spans, _places(spans), strict=True):
@@ -206,7 +217,7 @@ def _clip(spans: Spans, start: int, stop: int) -> tuple[Spans, int]:
 
 
 def _merge(sizes: Sequence[int], held: Sequence[Spans]) -> Spans:
-    """The spans of the one dim that several dims become when they are flattened."""
+    """Give the spans of the dim that several dims become when they are flattened."""
     found: Spans = ((0, 1),)
     for size, spans in zip(sizes, held, strict=True):
         if _is_whole(spans, size):
@@ -234,7 +245,7 @@ def _joined(spans: Iterator[Span]) -> Spans:
 
 
 def _unmerge(spans: Spans, sizes: Sequence[int]) -> list[Spans]:
-    """The spans of each of the dims that one dim becomes. Raises _UnsayableError where they are no block of those."""
+    """Give the spans of each dim that one dim is divided into. Raise _UnsayableError where they are not a block there."""
     if not sizes:
         return []
     inner = prod(sizes[1:])
@@ -259,13 +270,13 @@ def _unmerge(spans: Spans, sizes: Sequence[int]) -> list[Spans]:
 
 
 class _UnsayableError(Exception):
-    """What a view holds cannot be said dim by dim."""
+    """The held elements of a view cannot be described dim by dim."""
 
 
 def _wrap(
     source: ShardTensor, local: torch.Tensor, held: Sequence[Spans], twin: torch.Tensor
 ) -> torch.Tensor:
-    """A view of `source`: plain where all of it is there."""
+    """Make a view of `source`: a plain tensor where nothing is missing in it."""
     if all(_is_whole(spans, size) for spans, size in zip(held, twin.shape, strict=True)):
         return local
     return ShardTensor(local, held, twin, source.origin)
@@ -283,7 +294,7 @@ def _refusal(asked: ShardTensor | None, function: str) -> str:
         return f"{function}: called on part of a tensor in a way that is not known"
     return (
         f"{asked.origin}: {function} was called on a block {list(asked.shape)} of it of which "
-        f"{_show(asked.held)} is there: the engine needs more of it than the view gives it, so it cuts otherwise; "
+        f"{_show(asked.held)} is there: the engine cuts the tensor otherwise than the view; "
         "nothing was loaded. Check that the engine runs the sizes that it was started with, and please report the model"
     )
 
@@ -317,11 +328,11 @@ def _slice(
 
 
 def _drop(source: torch.Tensor, dim: int) -> torch.Tensor:
-    """Without the dim `dim`, of size 1."""
+    """Remove the dim `dim`, which has size 1."""
     if not isinstance(source, ShardTensor):
         return source.squeeze(dim)
     held = source.held
-    if not held[dim]:  # what is left must still know that nothing is there
+    if not held[dim]:  # the result must still know that nothing of it is held
         held = tuple(() for _ in held)
     twin = source.twin.squeeze(dim)
     rest = [*held[:dim], *held[dim + 1 :]]
@@ -334,13 +345,13 @@ def _drop(source: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _select(source: ShardTensor, dim: int, index: int) -> torch.Tensor:
     dim = _dim(source, dim)
-    source.twin.select(dim, index)  # which knows what is out of range
+    source.twin.select(dim, index)  # raises for an index out of range
     index %= source.shape[dim]
     return _drop(_slice(source, dim, index, index + 1), dim)
 
 
 def _index(source: ShardTensor, indices: Sequence[Any]) -> torch.Tensor:
-    """By a list of indices along one dim: a run of them is a slice; any others can be had of what is whole."""
+    """Index by a list along one dim: a run of indices is a slice; any other list needs a dim that is whole."""
     twin = aten.index.Tensor(source.twin, [each if each is None else each.to("meta") for each in indices])
     given = [(dim, each) for dim, each in enumerate(indices) if each is not None]
     if len(given) != 1 or given[0][1].dim() != 1 or given[0][1].dtype == torch.bool:
@@ -348,7 +359,7 @@ def _index(source: ShardTensor, indices: Sequence[Any]) -> torch.Tensor:
     dim, picked = given[0][0], [int(each) % source.shape[given[0][0]] for each in given[0][1].tolist()]
     if picked and picked == list(range(picked[0], picked[0] + len(picked))):
         found = _slice(source, dim, picked[0], picked[0] + len(picked))
-        if isinstance(found, ShardTensor):  # torch would have made a copy, which lies otherwise than a slice
+        if isinstance(found, ShardTensor):  # torch gives a copy here, whose strides are not those of a slice
             return ShardTensor(found.local, found.held, twin, source.origin)
         return found
     place = {
@@ -413,7 +424,7 @@ def _split(source: ShardTensor, size: int, dim: int = 0) -> list[torch.Tensor]:
 
 
 def _split_with_sizes(source: ShardTensor, sizes: Sequence[int], dim: int = 0) -> list[torch.Tensor]:
-    aten.split_with_sizes.default(source.twin, sizes, dim)  # which knows what does not add up
+    aten.split_with_sizes.default(source.twin, sizes, dim)  # raises for sizes that do not add up
     return [
         _slice(source, dim, at, at + size)
         for size, at in zip(sizes, _places([(0, n) for n in sizes]), strict=True)
@@ -425,7 +436,7 @@ def _unbind(source: ShardTensor, dim: int = 0) -> list[torch.Tensor]:
 
 
 def _view(source: ShardTensor, size: Sequence[int]) -> torch.Tensor:
-    """Dims that become others are flattened, and cut anew: groups of neighbours with as many elements on both sides."""
+    """Give another shape: neighbouring dims with as many elements before and after are flattened and divided anew."""
     twin = source.twin.view(size)
     if not all(source.held):
         rest = tuple(() for _ in twin.shape)
@@ -488,4 +499,4 @@ COPIES: Final = {
     aten.alias.default,
     aten.lift_fresh.default,
 }
-"""What gives the same elements."""
+"""Operations that give the same elements."""

@@ -1,7 +1,7 @@
-"""Let an engine's own loader read a shard as if it were the checkpoint: full shapes, of which only the shard is there.
+"""Let an engine's own loader read a shard as if it were the checkpoint: tensors of full shape that hold only the shard.
 
-A loader that asks for what its rank holds gets it, without knowing that there is nothing else; one that asks for
-anything outside gets an error that says so. Wrong weights never load.
+A loader that asks for its rank's block gets it, and does not notice that nothing else is there. A loader that asks for
+anything outside gets an error. Wrong weights never load.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Indices [start, stop) of a tensor's dim that a rank holds, beginning at index `at` of what it holds."""
+    """Indices [start, stop) of a dim of the full tensor, which lie at index `at` of the rank's own block."""
 
     start: int
     stop: int
@@ -32,7 +32,7 @@ class Run:
 
 
 def runs_of(view: TensorView) -> tuple[Run, ...]:
-    """What a rank holds along the dim of the tensor's layout, neighbours joined. A whole tensor has none."""
+    """List what a rank holds along the dim that is cut, with neighbouring runs joined; empty for a whole tensor."""
     found: list[Run] = []
     at = 0
     if view.form.layout.dim is None:
@@ -48,8 +48,9 @@ def runs_of(view: TensorView) -> tuple[Run, ...]:
 
 
 class ShardSlice:
-    """A tensor of the checkpoint, of which a rank holds a block: `get_shape`, `get_dtype` and `[...]`, as the slices of
-    safetensors have them. An index outside of the block raises LayoutError; nothing is read before it is asked for.
+    """A tensor of the checkpoint of which a rank holds a block, with the methods of safetensors' slices.
+
+    `[...]` reads what is asked for, and raises LayoutError for an index outside the block.
     """
 
     __slots__ = ("_experts", "_form", "_name", "_read", "_runs")
@@ -57,7 +58,7 @@ class ShardSlice:
     def __init__(
         self, name: str, form: Form, view: TensorView | None, read: Callable[[], torch.Tensor] | None
     ) -> None:
-        """`view` is what the rank holds, and `read` gives it; None: nothing of this tensor."""
+        """`view` describes the rank's block and `read` gives it; both are None where the rank holds nothing."""
         self._name = name
         self._form = form
         self._runs = runs_of(view) if view is not None else ()
@@ -65,11 +66,11 @@ class ShardSlice:
         self._read = read
 
     def get_shape(self) -> list[int]:
-        """Of the full tensor."""
+        """The shape of the full tensor."""
         return list(self._form.shape)
 
     def get_dtype(self) -> str:
-        """As safetensors names it."""
+        """The dtype as safetensors names it."""
         return self._form.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -85,7 +86,7 @@ class ShardSlice:
         return self._read()[tuple(local)]
 
     def _bounds(self, index: Any) -> Iterator[tuple[int, int, bool]]:
-        """Of each dim the indices [start, stop) that are asked for, and whether it was one number that leaves no dim."""
+        """Yield, for each dim, the indices [start, stop) asked for, and whether a single number asked, which drops the dim."""
         shape = self._form.shape
         given = list(index) if isinstance(index, tuple) else [index]
         if Ellipsis in given:
@@ -107,7 +108,7 @@ class ShardSlice:
                 yield at, at + 1, True
 
     def _local(self, dim: int, start: int, stop: int) -> int:
-        """Where [start, stop) of `dim` begins in what the rank holds. Raises LayoutError where it does not hold it all."""
+        """The index at which [start, stop) of `dim` begins in the rank's block. Raise LayoutError where it is not all held."""
         if start == stop:
             return 0
         if dim == self._form.layout.dim:
@@ -127,8 +128,9 @@ class ShardSlice:
 
 
 class _Reader(threading.local):
-    """Gives a tensor for several slices of it, and keeps of each thread none but the last: whoever copies them to a
-    device needs no second copy of the shard in memory.
+    """Reads tensors for several slices of each, and keeps only the last tensor of each thread.
+
+    So a loader that copies tensors to a device needs no second copy of the shard in memory.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -138,13 +140,17 @@ class _Reader(threading.local):
 
     def __call__(self, name: str) -> torch.Tensor:
         if self.name != name or self.tensor is None:
-            self.tensor = None  # before there is another
+            self.tensor = None  # free it before the next is read
             self.name, self.tensor = name, self.shard.read(name)
         return self.tensor
 
 
 def shard_slices(shard: Shard) -> Mapping[str, ShardSlice]:
-    """Every tensor of the checkpoint by name, as `shard` holds it; what it does not hold is there and raises when read."""
+    """Give every tensor of the checkpoint by name. One that the shard does not hold raises LayoutError when it is read.
+
+    slices = shard_slices(shard)
+    rows = slices["lm_head.weight"][0:8]
+    """
     found, read = {}, _Reader(shard)
     for name, entry in shard.manifest.tensors.items():
         if name in shard.view.tensors:
