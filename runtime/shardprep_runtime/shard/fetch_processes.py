@@ -60,10 +60,10 @@ class HelperProcesses:
                     arrival.version,
                     arrival.landing.data,
                     arrival.landing.chart,
+                    arrival.landing.in_memory,
                 ]
                 for arrival in fetch.arrivals
             ],
-            "in_memory": [arrival.landing.in_memory for arrival in fetch.arrivals],
             "runs": [[number[run.arrival], run.first, run.last] for run in fetch.runs],
         }
         text = json.dumps(job).encode()
@@ -121,7 +121,7 @@ def _fetch(job: dict[str, Any]) -> None:
     manifest = parse_manifest(job["manifest"].encode())
     parts = {part.path: part for part in manifest.parts}
     arrivals = []
-    for (path, key, version, data, chart), in_memory in zip(job["arrivals"], job["in_memory"], strict=True):
+    for path, key, version, data, chart, in_memory in job["arrivals"]:
         part = parts[path]
         raw = os.pread(data, part.header_size, 0)
         opened = OpenPart(data, raw, part, manifest, where=path, check_digest=False)

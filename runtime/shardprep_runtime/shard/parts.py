@@ -56,16 +56,13 @@ def part_metadata(
             blocks.
         block_bytes: Bytes of each block but the last.
     """
-    sharding, own = [], []
-    for name, (shape, offset, digests) in pieces.items():
-        its_sharding, its_own = piece_texts(encode_basestring_ascii(name), shape, offset, digests)
-        sharding.append(its_sharding)
-        own.append(its_own)
+    texts = [piece_texts(encode_basestring_ascii(name), *piece) for name, piece in pieces.items()]
+    sharding, own = (",".join(text[i] for text in texts) for i in (0, 1))
     return {
         "format": "pt",
         "DCP_VERSION": "1.0",
-        "DCP_SHARDING_INFO": f"{{{','.join(sharding)}}}",
-        METADATA_KEY: f'{{"block_bytes":{block_bytes},"pieces":{{{",".join(own)}}}}}',
+        "DCP_SHARDING_INFO": f"{{{sharding}}}",
+        METADATA_KEY: f'{{"block_bytes":{block_bytes},"pieces":{{{own}}}}}',
     }
 
 
