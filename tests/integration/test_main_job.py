@@ -420,6 +420,7 @@ def test_perplexity_of_the_loaded_shards_is_that_of_the_training(shards: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.sweep  # five minutes of a core; scripts/demo is a run of its own
 def test_the_demo_proves_what_it_claims() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "demo.py", "--json"], check=True, stdout=subprocess.PIPE

@@ -38,6 +38,7 @@ from shardprep.source import open_source, read_checkpoint
 from shardprep.split import split
 from shardprep_runtime import load
 from shardprep_runtime.errors import InputError, LayoutError, ProblemError, UnsupportedError
+from sweeps import swept
 
 pytestmark = pytest.mark.xdist_group("quantize")
 
@@ -370,7 +371,9 @@ def killed(command: list[str], layers: int) -> str:
     return "".join(said)
 
 
+# a journal of layers knows no method: gptq stands for both
 @pytest.mark.slow
+@pytest.mark.parametrize("made", swept(["gptq", "awq"], but=["gptq"]), indirect=True)
 def test_a_run_that_is_killed_at_any_layer_goes_on_there_to_the_same_bytes(
     made: Made, tmp_path: Path
 ) -> None:
@@ -397,6 +400,7 @@ def test_a_run_that_is_killed_at_any_layer_goes_on_there_to_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.sweep  # three runs more, of what the one above does with the type that users have most
 def test_a_model_type_that_the_engine_would_not_resume_is_resumed_all_the_same(tmp_path: Path) -> None:
     source = random_model(
         tmp_path / "source", "qwen2", vocab_size=2048, num_hidden_layers=4, layer_types=None
