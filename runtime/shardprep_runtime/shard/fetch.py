@@ -2,7 +2,7 @@
 
 Several processes of a host may fetch into the same files at once. How a fetch goes:
 
-1. `open_arrivals` opens each part. Its header is read from where it has landed, or fetched.
+1. `open_arrivals` opens each part. Its header is read where it landed, or fetched: without a claim, so perhaps twice.
 2. `plan_runs` joins wanted blocks that lie beside each other to runs of at most 16 MiB, most urgent first.
 3. Each thread takes the most urgent run that is left, and reads in the part's map which of its blocks are missing.
 4. It claims them in the map (landing.py). If another fetch is at any of them, the run is put aside for 20 ms.

@@ -8,16 +8,16 @@ killed fetch goes on from it, and processes that fill the same file tell each ot
 2. A thread claims a run of blocks: it locks their bytes of the map. The lock is one of the open file description
    (fcntl(2), F_OFD_SETLK). It never waits, and ends with the last descriptor, however the process ends.
 3. Under the claim the thread reads the map again: whoever held the blocks before may have brought some of them.
-4. It writes the bytes that come into the data, and digests them on the way.
-5. It marks the block in the map once all bytes are written and the digest is right. A mark never precedes its bytes.
+4. It writes the bytes that come into the data. Where they are to be verified, it digests them on the way.
+5. It marks the block in the map once all bytes are written and no digest differs. A mark never precedes its bytes.
 6. It releases the claim.
 
-Other locks come before the claim, in this order. A cache's `lock`, or a pull's lock on its folder, is held around step 1.
-A cache then keeps a shared flock on the data while that is open or mapped, so that nobody evicts it (cache.py).
+Other locks come before the claim, in this order. A cache's `lock`, or a pull's lock on its folder, is held while the
+files are opened. A cache then keeps a shared flock on the data while it is open or mapped: nobody evicts it (cache.py).
 
-A process that crashes leaves marked blocks, which are whole, and others, which the next fetch writes over. A machine that
-crashes may lose bytes and keep their marks. So the head names the boot: after another one all marks become DOUBTED, and
-digests decide.
+A process that crashes leaves marked blocks, which are whole, and others, which the next fetch writes over. A machine
+that crashes may lose bytes and keep their marks. So the head names the boot: after another one all marks become
+DOUBTED, and digests decide.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ class Landing:
 def _fallocate(fd: int, start: int, count: int) -> int:
     """Call fallocate(2), and give its errno: 0 where it succeeded.
 
-    posix_fallocate will not do. Where the file system cannot allocate, it writes zeros, perhaps over what another process
-    has just written.
+    posix_fallocate will not do. Where the file system cannot allocate, it writes zeros, perhaps over what another
+    process has just written.
     """
     import ctypes
 
@@ -223,8 +223,8 @@ def land_in_file(part: Part, path: Path, *, trust: bool) -> Landing:
     Args:
         part: The part that arrives.
         path: The data's file. Its map is `path` + `.landed`. Both are made where they are missing.
-        trust: Believe marks from before the machine last booted, though their bytes may not have come to disk. Otherwise
-            they become DOUBTED.
+        trust: Believe marks from before the machine last booted, though their bytes may not have come to disk.
+            Otherwise they become DOUBTED.
 
     Raises:
         OSError: Where either file cannot be opened or written.
@@ -282,7 +282,8 @@ def read_map(path: Path, part: Part, count: int) -> bytearray | None:
         count: How many blocks the part has.
 
     Returns:
-        One byte for the header and one for each block, by number; None where the file has no map, or one of another part.
+        One byte for the header and one for each block, by number; None where the file has no map, or one of another
+        part.
     """
     try:
         raw = path.with_name(path.name + ".landed").read_bytes()
