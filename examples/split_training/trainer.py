@@ -446,7 +446,7 @@ def _make_new(folder: Path) -> None:
                 f"{quote(folder)}: is not empty; nothing is overwritten: choose an empty or new folder"
             )
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{quote(folder)}: exists and is no folder; choose another one") from None
+        raise InputError(f"{quote(folder)}: exists and is not a folder; choose another one") from None
     except OSError as error:
         raise WriteError(f"{quote(folder)}: cannot be written: {error.strerror}") from None
 

@@ -94,14 +94,9 @@ def run(args: list[str], code: int = 0) -> str:
     return found.stdout if code == 0 else found.stderr
 
 
-def begin(model: Path, store: str, scratch: Path, **options: Any) -> None:
-    split(
-        model / "source",
-        store,
-        tensor_parallel_size=2,
-        options=SplitOptions(max_part_bytes=2 * 10**6, scratch=scratch),
-        **options,
-    )
+def begin(model: Path, store: str, scratch: Path, *, conduct: Conduct | None = None, **options: Any) -> None:
+    how = SplitOptions(max_part_bytes=2 * 10**6, scratch=scratch, **options)
+    split(model / "source", store, tensor_parallel_size=2, options=how, conduct=conduct)
 
 
 def test_a_split_into_a_store_puts_what_a_push_of_the_split_puts(
