@@ -20,9 +20,6 @@ from importlib.machinery import ModuleSpec, PathFinder
 from threading import RLock
 from typing import Any
 
-from shardprep_runtime.format.view import Place
-from shardprep_runtime.shard.shard_set import open_set
-
 EVENTS = "BENCH_EVENTS"
 PROMPT = [1, 20, 300, 4000, 50, 600, 7000, 80]
 SPENT = {"fetch": 0.0, "verify": 0.0, "map": 0.0}
@@ -263,6 +260,8 @@ def transformers(spec: dict[str, Any]) -> None:
     """A rank of transformers until it has the first token."""
     rank = int(os.environ["RANK"])
     if spec.get("begun"):
+        from shardprep_runtime import Place, open_set
+
         note("begun", disk=disk_read())
         pin, verify = spec["manifest_digest"], spec["verify"]
         begun = open_set(spec["source"], verify=verify, digest=pin).prefetch(
@@ -284,6 +283,7 @@ def transformers(spec: dict[str, Any]) -> None:
     }
     note("grouped", disk=disk_read(), **so_far())
     if spec["how"] == "ours":
+        from shardprep_runtime import open_set
         from shardprep_runtime.engines.transformers_state import transformers_state
 
         config = LlamaConfig.from_pretrained(spec["side_files"])
