@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from shardprep_runtime.errors import quote
 from shardprep_runtime.format.grid import Grid
+from shardprep_runtime.format.manifest import TORCH
+from shardprep_runtime.format.view import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +16,16 @@ class Workers(Grid):
 
     engine: str | None = None
     """The engine of the workers; None: any."""
+
+    def place_of(self, rank: int) -> Place:
+        """Say which shard a rank owns."""
+        return Place(
+            rank,
+            self.tensor_parallel_size,
+            self.pipeline_parallel_size,
+            self.expert_parallel_size,
+            engine=self.engine or TORCH,
+        )
 
     def __str__(self) -> str:
         words = f"tp {self.tensor_parallel_size}"

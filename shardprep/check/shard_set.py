@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-import shardprep_runtime
 from shardprep_runtime.errors import InputError, ProblemError
+from shardprep_runtime.shard.shard_set import open_set
 
 from ..export import export
 from ..split import SplitOptions, split
@@ -72,7 +71,7 @@ def _joined(small: SmallModel, workers: Workers) -> dict[str, torch.Tensor]:
 
     state = {name: torch.zeros_like(full) for name, full in small.tensors.items()}
     for rank in range(workers.world_size):
-        with shardprep_runtime.load(small.shard_set, rank=rank, verify="headers", **asdict(workers)) as shard:
+        with open_set(small.shard_set, verify="headers").load(workers.place_of(rank)) as shard:
             for name, view in shard.view.tensors.items():
                 for block, local in blocks_of(view):
                     state[name][block] = shard[name][local]

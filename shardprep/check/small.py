@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +12,6 @@ import shardprep_runtime
 from shardprep_runtime.errors import LayoutError, ProblemError, UnsupportedError, quote
 from shardprep_runtime.format.grid import Stages, even_stages
 from shardprep_runtime.format.manifest import Manifest
-from shardprep_runtime.format.view import Place
 
 from ..layout import ModelLayout, derive_layout
 from ..model import skeleton
@@ -137,7 +135,7 @@ class SmallModel:
         found = []
         for rank in range(workers.world_size):
             try:
-                view = shardprep_runtime.plan_view(self.manifest, Place(rank=rank, **asdict(workers)))
+                view = shardprep_runtime.plan_view(self.manifest, workers.place_of(rank))
             except LayoutError as error:
                 raise Differs(
                     "views", "the shard set", rank, workers, expected="a view", found=str(error)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, Final
 
-import shardprep_runtime
 from shardprep_runtime.format.view import TensorView
+from shardprep_runtime.shard.shard_set import open_set
 
 from .blocks import Block, Views, blocks_of, same_bits
 from .report import Differs, Proof, Workers
@@ -101,7 +100,7 @@ def _check_reads(views: Views, rank: int, workers: Workers) -> None:
 
 def _check_bytes(small: SmallModel, names: set[str], views: Views, rank: int, workers: Workers) -> None:
     """Check that a rank loads the very blocks of the original that its view names."""
-    with shardprep_runtime.load(small.shard_set, rank=rank, **asdict(workers)) as shard:
+    with open_set(small.shard_set).load(workers.place_of(rank)) as shard:
         for name in names:
             tensor = shard[name]
             held = 0
