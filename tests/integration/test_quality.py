@@ -57,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 WALKED = (
     "mistral", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma4_text", "gpt_neox", "gpt_oss", "glm4", "glm4_moe",
     "olmo2", "granite", "granitemoe", "starcoder2", "cohere", "falcon", "opt", "bloom", "mpt", "llama4_text",
-    "qwen3_next", "exaone4", "minimax", "jamba", "nemotron", "deepseek_v2", "hunyuan_v1_dense", "mamba2", "falcon_h1",
+    "qwen3_next", "exaone4", "minimax", "jamba", "nemotron", "deepseek_v2", "deepseek_v4", "hunyuan_v1_dense", "mamba2", "falcon_h1",
     "nemotron_h", "phimoe", "dbrx", "smollm3", "cohere2", "olmoe", "ernie4_5_moe", "bamba",
 )  # fmt: skip
 """Model types, of their default configs made small."""

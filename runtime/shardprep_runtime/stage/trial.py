@@ -65,7 +65,8 @@ def try_cuts(
         )
     built.relay.returns = returns
     shape = pairs[0][0].given[0].shape
-    if len(shape) != 3 or tuple(shape[:2]) != (2, len(TRIAL[0])):
+    # several streams a token are handed on within a process, but not from one stage to another
+    if (len(shape) != 3 and not embeds) or tuple(shape[:2]) != (2, len(TRIAL[0])):
         raise UnsupportedError(
             f"{kind}: its layers hand on a tensor of shape {list(shape)} for {[2, len(TRIAL[0])]} tokens, not one hidden "
             "state for each; such a model cannot be run in parts here"
