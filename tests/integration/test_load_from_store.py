@@ -174,8 +174,10 @@ def test_every_view_equals_the_one_from_the_folder(
     store = make_store(sets[name], tmp_path / "store")
     for grid in GRIDS[name]:
         with (
-            load(sets[name], **grid) as expected,
-            load(uri(store), verify=verify, cache=tmp_path / "cache" if cached else None, **grid) as shard,
+            open_set(sets[name]).load(Place(**grid)) as expected,
+            open_set(uri(store), verify=verify, cache=tmp_path / "cache" if cached else None).load(
+                Place(**grid)
+            ) as shard,
         ):
             assert list(shard) == list(expected)
             assert contents(shard) == contents(expected)
@@ -438,13 +440,12 @@ def test_processes_that_help_share_the_blocks_out(
         server.fault("delay", times=0, method="GET", match="blobs/", delay=0.1)
         before = open_files()
         with (
-            load(
+            open_set(
                 "s3://shards/x",
                 cache=tmp_path / "cache" if cached else None,
                 processes=3,
-                workers=1,
-                **WHOLE,
-            ) as shard,
+                connections=1,
+            ).load(Place(**WHOLE)) as shard,
             load(sets["small"], **WHOLE) as expected,
         ):
             assert contents(shard) == contents(expected)

@@ -311,6 +311,7 @@ import importlib, os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from shardprep.write.conduct import Conduct
+from shardprep_runtime.format.view import Place
 from shardprep_runtime.stores.folder import FolderStore
 from stores import CountingStore
 module = importlib.import_module("shardprep.publish.pull")
@@ -322,7 +323,8 @@ def landing(key, start, stop):
 store.portion = 100
 store.landing = landing
 module.open_store = lambda *_: store
-module.pull("file:///x", Path({folder!r}), conduct=Conduct(workers={workers}), **{grid!r})
+place = Place(**{grid!r}) if {grid!r} else None
+module.pull("file:///x", Path({folder!r}), place=place, conduct=Conduct(workers={workers}))
 """
 
 
