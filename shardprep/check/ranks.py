@@ -18,6 +18,7 @@ def prove_ranks(small: SmallModel, ranks: Ranks) -> Iterator[Proof]:
     """Make one proof for each size, without expert parallelism and with as much as the model allows.
 
     Args:
+        small: The model.
         ranks: The processes that compute.
     """
     for size in small.sizes()[1:]:

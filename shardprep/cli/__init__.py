@@ -59,7 +59,12 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command as click does, with its hint about similar names: click looks for those in `commands` alone."""
+        """Find a command as click does, with its hint about similar names: click looks for those in `commands` alone.
+
+        Args:
+            ctx: click's context of the group.
+            args: The words of the command line, the command's name first.
+        """
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             from difflib import get_close_matches
 

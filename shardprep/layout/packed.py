@@ -125,7 +125,7 @@ def pack(
         bits: Bits of a packed number.
         group: Numbers of a row that share a scale; None: all of them.
         skip: Linears that stay as they are: parts of their names, or patterns after `re:`.
-        symmetric: Whether there are no zero points; None: as the method is used, AWQ with them and the others without.
+        symmetric: Whether zero points are left out; None: as the method is used, AWQ with them and the others without.
         act_order: Whether inputs belong to groups by a permutation (`g_idx`).
     """
     if symmetric is None:

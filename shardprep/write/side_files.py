@@ -67,6 +67,7 @@ def check_side_file(folder: Folder, side: SideFile) -> None:
 
     Args:
         folder: The shard set.
+        side: The side file as the manifest names it.
 
     Raises:
         IntegrityError: Where it is not the file that the manifest names.

@@ -185,7 +185,7 @@ def test_a_set_without_a_tokenizer_takes_tokens_alone(tmp_path: Path, greedy: di
         (("--prompt", "a", "--stages", "0-3,5-5"), "stage"),
         (("--prompt", "a", "--stages", "two"), "'two' is not a list of stages"),
         (("--prompt", "a", "--stages", "0"), "expected 1 to 4096"),
-        (("--tokens", "1,x"), "no list of token ids"),
+        (("--tokens", "1,x"), "not a list of token ids"),
         (("--tokens", "5000"), "not below 2048"),
         (("--tokens", "1", "--chat"), "--chat puts texts"),
         (("--prompt", "a", "--max-tokens", "1000"), "together they exceed the 256"),
