@@ -194,3 +194,26 @@ def test_what_is_not_something_is_not_said_to_be_no_such_thing() -> None:
         if IS_NO.search(line.replace("there is no ", "").replace("There is no ", ""))
     ]
     assert not wrong
+
+
+LONGEST = 30
+"""Words of a sentence: 25 is the rule, and some need a few more."""
+
+
+def sentences(said: str) -> Iterator[str]:
+    """The sentences of a docstring, or what a colon or semicolon parts; tables and examples are not prose."""
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|\n(?=\s+[\w*, ]+: )", said):
+        if paragraph.startswith("        ") or re.search(r"\S {2,}\S|[├└]", paragraph):
+            continue
+        yield from re.split(r"(?<=[.!?:;])\)?\s+", " ".join(paragraph.split()))
+
+
+def test_sentences_of_docstrings_are_short() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {sentence}"
+        for path, tree in held()
+        for line, said in said_in(tree)
+        for sentence in sentences(said)
+        if len(sentence.split()) > LONGEST
+    ]
+    assert not wrong
