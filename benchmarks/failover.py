@@ -34,7 +34,9 @@ import benchlib
 from benchlib import ROOT, Goal
 from shardprep_runtime.engines.quiet import quiet
 from shardprep_runtime.workers.launch import Launch, launch
-from shardprep_runtime.workers.pipeline import Event, Policy
+from shardprep_runtime.workers.launchers.launcher import Listener
+from shardprep_runtime.workers.launchers.words import LAUNCHERS
+from shardprep_runtime.workers.policy import Event, Policy
 from shardprep_runtime.workers.text.generate import Generator, Sampling
 from shardprep_runtime.workers.worker import Compute
 
@@ -73,19 +75,23 @@ class Way:
 
 
 @contextmanager
-def open_way(name: str, shards: Path) -> Iterator[Way]:
+def open_way(name: str, shards: Path, spares: int = 0) -> Iterator[Way]:
+    """Start what a way needs; with `spares`, so many are kept ready, others started for those that are used."""
     transport, _, how = name.partition(", ")
     events: list[Event] = []
     with launch(
         shards,
         stages=STAGES,
-        spares=1 if how == "a spare" else 0,
-        transport="rpc" if transport == "rpc" else "links",
-        replace=how == "a cold replacement",
-        fallback=how == "this process",
-        policy=Policy(replacement_timeout=60 if how == "a cold replacement" else 0, probe_period=0),
-        on_event=events.append,
+        launcher=LAUNCHERS[transport],
         compute=Compute(threads=1, dtype="float32"),
+        policy=Policy(
+            spares=spares or (1 if how == "a spare" else 0),
+            replace=bool(spares) or how == "a cold replacement",
+            fallback=how == "this process",
+            replacement_timeout=60 if how == "a cold replacement" else 0,
+            probe_period=0,
+        ),
+        listener=Listener(event=events.append),
     ) as running:
         yield Way(name, running, Generator.from_folder(running.pipeline, shards), events)
 
@@ -212,9 +218,7 @@ def kill_many(
     is_over = threading.Event()
     lock = threading.Lock()
     with ExitStack() as stack:
-        way = stack.enter_context(open_way(WAYS[0], shards))
-        for _ in range(options.spares - 1):
-            way.running.start(None)
+        way = stack.enter_context(open_way(WAYS[0], shards, options.spares))
 
         def write(seed: int) -> None:
             nonlocal texts
@@ -239,7 +243,6 @@ def kill_many(
                 while way.running.pipeline.route is None:
                     time.sleep(0.001)
                 at = kill(way, chance.randrange(STAGES))
-                way.running.start(None)
                 deadline = time.monotonic() + 60
                 while not any(each.kind in ("promoted", "replaced", "fallback") for each in list(way.events)):
                     if time.monotonic() > deadline:

@@ -34,7 +34,8 @@ from typing import Any
 import benchlib
 from benchlib import Goal
 from shardprep_runtime.workers.launch import Launch, launch
-from shardprep_runtime.workers.pipeline import Policy
+from shardprep_runtime.workers.launchers.words import LAUNCHERS
+from shardprep_runtime.workers.policy import Policy
 from shardprep_runtime.workers.text.breakdown import Breakdown
 from shardprep_runtime.workers.text.breakdown import table as where_it_goes
 from shardprep_runtime.workers.text.generate import Generator, Sampling
@@ -143,9 +144,15 @@ def generate_split(generator: Generator, tokens: int) -> tuple[list[int], list[f
     return ids, [b - a for a, b in itertools.pairwise(times)], breakdowns
 
 
-def start(stack: ExitStack, shards: Path, **options: Any) -> Launch:
+def start(stack: ExitStack, shards: Path, transport: str, **options: Any) -> Launch:
     return stack.enter_context(
-        launch(shards, fallback=False, policy=Policy(probe_period=0), **options, compute=Compute(threads=1))
+        launch(
+            shards,
+            launcher=LAUNCHERS[transport],
+            compute=Compute(threads=1),
+            policy=Policy(fallback=False, probe_period=0),
+            **options,
+        )
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 
 from shardprep_runtime.errors import CacheLostError, InputError, IntegrityError
-from shardprep_runtime.workers.links.transport import serve_links
+from shardprep_runtime.workers.links.served import serve_links
 from shardprep_runtime.workers.meeting import join
 from shardprep_runtime.workers.transport import Health, Step, Timing, WorkerInfo
 

@@ -1,4 +1,4 @@
-"""A front end of Ray actors, in a process of its own that takes orders, for test_ray_transport.
+"""A front end whose workers are Ray's actors, in a process of its own that takes orders, for test_ray_actors.
 
     python ray_driver.py RAY'S FOLDER
 
@@ -12,170 +12,115 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from echo_worker import EchoWorker, expected
-from shardprep_runtime.errors import ShardprepError, WorkerLostError
+from shardprep_runtime.errors import ShardprepError
 from shardprep_runtime.shard.shard_set import open_set
-from shardprep_runtime.workers.ray_actors import GROUPS, RayTransport, StageActor, start_actors
-from shardprep_runtime.workers.transport import Step
-from shardprep_runtime.workers.worker import Compute, WorkerOptions
-from split_greedy import OTHER, STAGES, greedy
-
-IDS = torch.tensor([[1, 2, 3]])
-
-
-class EchoActor(StageActor):
-    """Holds no model."""
-
-    def __init__(self, name: str, pp_rank: int | None) -> None:
-        self._failure = None
-        self._worker: Any = EchoWorker(name, pp_rank, 2)
+from shardprep_runtime.workers.launch import Launch, launch
+from shardprep_runtime.workers.launchers.launcher import Listener
+from shardprep_runtime.workers.launchers.ray_actors import RayActors
+from shardprep_runtime.workers.policy import Policy
+from shardprep_runtime.workers.worker import Compute
+from split_greedy import COUNT, STAGES
 
 
 class Driver:
     def __init__(self) -> None:
-        self.transport: Any = None
-        self.lost: list[tuple[str, float]] = []
+        self.running: Launch | None = None
+        self.said: list[str] = []
+        self._stack = ExitStack()
 
-    def begin(self, transport: RayTransport) -> list[str]:
-        self.transport = transport
-        self.lost = []
-        transport.watch(lambda worker, why: self.lost.append((worker, time.monotonic())))
-        return list(transport.workers())
-
-    def start(self, source: str, digest: str, spares: int, **how: Any) -> list[str]:
-        options = WorkerOptions(
-            shard_set=open_set(source, digest=digest, cache=None),
-            stages=STAGES,
-            compute=Compute(dtype="float32", threads=1),
+    def start(
+        self,
+        source: str,
+        digest: str | None,
+        *,
+        how: dict[str, Any],
+        policy: dict[str, Any],
+        **more: Any,
+    ) -> list[str]:
+        """Names of the workers; `how` and `policy`: fields of RayActors and Policy."""
+        self.said.clear()
+        self.running = self._stack.enter_context(
+            launch(
+                open_set(source, digest=digest, cache=None),
+                **{"stages": STAGES, "timeout": 150, **more},
+                launcher=RayActors(**how),
+                compute=Compute(dtype="float32"),
+                policy=Policy(**{"probe_period": 0, "fallback": False, **policy}),
+                listener=Listener(self.said.append),
+            )
         )
-        return self.begin(start_actors(options, spares=spares, **how))
+        return sorted(self.running.transport.workers())
 
-    def start_echoes(self, names: dict[str, int | None], max_restarts: int) -> list[str]:
-        import ray
+    def close(self) -> None:
+        self._stack.close()
 
-        actors = {
-            name: ray.remote(concurrency_groups=GROUPS)(EchoActor)
-            .options(num_cpus=0, max_restarts=max_restarts, allow_out_of_order_execution=True)
-            .remote(name, pp_rank)
-            for name, pp_rank in names.items()
-        }
-        return self.begin(RayTransport(actors, group=None, is_ours=False))
-
-    def close(self) -> float:
-        began = time.monotonic()
-        self.transport.close()
-        return time.monotonic() - began
+    @property
+    def launched(self) -> Launch:
+        assert self.running is not None
+        return self.running
 
     def workers(self) -> dict[str, Any]:
-        return {
-            name: {"pp_rank": info.pp_rank, "layers": info.layers, "pid": info.pid}
-            for name, info in self.transport.workers().items()
-        }
+        return {name: asdict(info) for name, info in self.launched.transport.workers().items()}
 
-    def greedy(self, route: Sequence[str], sequence: str) -> list[int]:
-        return greedy(self.transport, route, sequence)
+    def processes(self) -> dict[str, list[int | None]]:
+        """Of each worker that runs, one for each tensor rank."""
+        return {name: [each.pid for each in ranks] for name, ranks in self.launched.workers.items()}
 
-    def two_greedy(self, route: Sequence[str]) -> list[list[int]]:
-        with ThreadPoolExecutor(2) as pool:
-            one = pool.submit(greedy, self.transport, route, "one")
-            other = pool.submit(greedy, self.transport, route, "other", OTHER)
-            return [one.result(), other.result()]
+    def lines(self) -> list[str]:
+        return self.said
 
-    def step(self, route: Sequence[str], sequence: str, past: int, timeout: float) -> dict[str, Any]:
-        """Seconds that it took, and what came of it."""
-        began = time.monotonic()
-        try:
-            found = self.transport.step(route, Step(sequence, past), IDS, timeout=timeout).result(60)
-        except ShardprepError as error:
-            return told(error) | {"seconds": time.monotonic() - began}
-        return {
-            "right": torch.equal(found.logits, expected(IDS, 2)),
-            "timings": [replace(each, compute=0, packing=0).worker for each in found.timings],
-            "packing": found.packing,
-            "seconds": time.monotonic() - began,
-        }
+    def secret(self) -> str:
+        """What front end and workers share here."""
+        meeting = self.launched.meeting
+        assert meeting is not None
+        return meeting._secret
 
-    def steps(self, route: Sequence[str], sequences: Sequence[str]) -> dict[str, Any]:
-        """All in flight together."""
-        began = time.monotonic()
-        steps = [self.transport.step(route, Step(each, 0), IDS, timeout=60) for each in sequences]
-        right = [torch.equal(each.result(60).logits, expected(IDS, 2)) for each in steps]
-        return {"right": right, "seconds": time.monotonic() - began}
+    def route(self) -> Any:
+        return self.launched.pipeline.route
 
-    def step_of(self, route: Sequence[str], tokens: Sequence[int], past: int) -> dict[str, Any]:
-        try:
-            self.transport.step(route, Step("one", past), torch.tensor([tokens]), timeout=60).result(60)
-        except ShardprepError as error:
-            return told(error)
-        return {}
+    def events(self) -> list[str]:
+        return [each.kind for each in self.launched.pipeline.events]
 
-    def harm_in_step(self, route: Sequence[str], sequence: str, worker: str, number: int) -> dict[str, Any]:
-        pid = self.transport.workers()[worker].pid
-        step = self.transport.step(route, Step(sequence, 0), IDS, timeout=60)
-        time.sleep(0.5)
-        began = time.monotonic()
-        os.kill(pid, number)
-        try:
-            step.result(60)
-        except WorkerLostError as error:
-            return told(error) | {"seconds": time.monotonic() - began, "pid": pid}
-        return {}
+    def health(self) -> list[str | None]:
+        """What a forward of each stage gave."""
+        return [each.probe for each in self.launched.pipeline.health()]
 
-    def kill_idle(self, worker: str) -> dict[str, Any]:
-        pid = self.transport.workers()[worker].pid
-        self.lost.clear()
-        began = time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        while not self.lost and time.monotonic() - began < 30:
-            time.sleep(0.002)
-        name, at = self.lost[0]
-        return {
-            "worker": name,
-            "seconds": at - began,
-            "pid": pid,
-            "there": list(self.transport.workers()),
-        }
+    def greedy(self, prompt: list[int], stage: int | None = None, number: int = 0) -> list[int]:
+        """Tokens after the prompt; `number` is sent to the worker that holds `stage` in the middle of it."""
+        found: list[int] = []
+        given = torch.tensor([prompt])
+        with self.launched.pipeline.sequence() as sequence:
+            while len(found) < COUNT:
+                if stage is not None and len(found) == COUNT // 2:
+                    self.signal(stage, number)
+                    stage = None
+                given = sequence.feed(given)[:, -1:].argmax(-1)
+                found.append(int(given))
+        return found
 
-    def wait_for(self, worker: str, other_than: int) -> int:
-        """The process of a worker that is there again."""
-        end = time.monotonic() + 90
+    def signal(self, stage: int, number: int) -> int:
+        """The process of the worker that holds a stage, which is sent a signal."""
+        route = self.launched.pipeline.route
+        assert route is not None
+        pid = self.launched.transport.workers()[route[stage]].pid
+        os.kill(pid, signal.Signals(number))
+        return pid
+
+    def wait_for_spare(self) -> str:
+        end = time.monotonic() + 120
         while time.monotonic() < end:
-            info = self.transport.workers().get(worker)
-            if info is not None and info.pid != other_than:
-                return int(info.pid)
-            time.sleep(0.02)
-        raise TimeoutError(worker)
-
-    def health(self, worker: str, probe: bool) -> dict[str, Any]:
-        found = self.transport.health(worker, probe=probe, timeout=30)
-        return {"sequences": found.sequences, "probe": found.probe}
-
-    def reset(self, worker: str, sequence: str) -> None:
-        self.transport.reset(worker, sequence)
-
-    def promote(self, worker: str, pp_rank: int) -> Any:
-        found = self.transport.promote(worker, pp_rank, timeout=60)
-        return found.layers
-
-    def signal(self, pid: int, number: int) -> None:
-        os.kill(pid, number)
-
-
-def told(error: Exception) -> dict[str, Any]:
-    return {
-        "error": type(error).__name__,
-        "message": str(error),
-        "worker": getattr(error, "worker", None),
-        "is_certain": getattr(error, "is_certain", None),
-    }
+            for name, info in self.launched.transport.workers().items():
+                if info.pp_rank is None:
+                    return name
+            time.sleep(0.05)
+        raise TimeoutError
 
 
 def main() -> None:
@@ -203,12 +148,12 @@ def main() -> None:
         name, arguments, named = json.loads(line)
         try:
             answer(getattr(driver, name)(*arguments, **named))
+        except ShardprepError as error:
+            answer(error={"error": type(error).__name__, "message": str(error)})
         except Exception as error:  # noqa: BLE001 - the test sees it
-            answer(error=told(error))
+            answer(error={"error": type(error).__name__, "message": repr(error)})
     ray.shutdown()
 
 
 if __name__ == "__main__":
-    import ray_driver
-
-    ray_driver.main()  # not of __main__, which Ray would send by value
+    main()

@@ -23,7 +23,9 @@ from shardprep_runtime.shard.shard_set import ShardSet, open_set
 from . import parse, render
 
 if TYPE_CHECKING:
-    from shardprep_runtime.workers.pipeline import Event, Pipeline
+    from shardprep_runtime.workers.launchers.launcher import Launcher
+    from shardprep_runtime.workers.pipeline import Pipeline
+    from shardprep_runtime.workers.policy import Event
     from shardprep_runtime.workers.text.generate import Completion, Generator
     from shardprep_runtime.workers.transport import WorkerInfo
 
@@ -173,17 +175,24 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
-    """The workers, the pipeline, the draft model and the tokenizer; `where`: further arguments of `launch`."""
+def open_generator(split: Split, launcher: Launcher | None = None) -> Iterator[Generator]:
+    """Open the workers, the pipeline, the draft model and the tokenizer.
+
+    Args:
+        launcher: Who starts the workers; default: the one that `--transport` names.
+    """
     from shardprep_runtime.workers.launch import launch
+    from shardprep_runtime.workers.launchers.launcher import Listener
+    from shardprep_runtime.workers.launchers.words import LAUNCHERS
     from shardprep_runtime.workers.local import open_local
-    from shardprep_runtime.workers.pipeline import Pipeline, Policy
+    from shardprep_runtime.workers.pipeline import Pipeline
+    from shardprep_runtime.workers.policy import Policy
     from shardprep_runtime.workers.text.generate import Generator
     from shardprep_runtime.workers.worker import Compute
     from shardprep_runtime.workers.worker_process import quiet
 
     quiet()
-    policy = Policy()
+    policy = Policy(spares=split.spares, replace=not split.no_replace, fallback=not split.no_fallback)
     if split.step_timeout is not None:
         policy = replace(policy, step_timeout=split.step_timeout)
     with ExitStack() as stack:
@@ -192,22 +201,15 @@ def open_generator(split: Split, **where: Any) -> Iterator[Generator]:
                 split.shard_set,
                 stages=split.stages,
                 tensor_parallel_size=split.tensor_parallel_size,
-                spares=split.spares,
-                transport=split.transport,
-                replace=not split.no_replace,
-                fallback=not split.no_fallback,
+                launcher=launcher or LAUNCHERS[split.transport],
                 compute=Compute(
                     split.device, split.dtype, split.threads, max_sequences=max(64, 2 * split.max_in_flight)
                 ),
                 policy=policy,
-                say=tell,
-                on_event=tell_event,
-                **where,
+                listener=Listener(tell, tell_event),
             )
         )
-        # side files of the manifest that the workers hold, even if the revision has moved meanwhile
-        held = replace(split.shard_set, digest=running.pipeline.manifest_digest)
-        folder = stack.enter_context(held.side_files())
+        folder = stack.enter_context(running.shard_set.side_files())
         draft = None
         if split.draft is not None:
             draft = stack.enter_context(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .run import Split, ended_by_sigterm, open_generator, split_options, tell, t
 @split_options
 @click.option(
     "--workers",
+    "start_workers",  # `workers` is a word of shard sets
     type=click.Choice(["here", "elsewhere"]),
     default="here",
     show_default=True,
@@ -60,7 +62,7 @@ from .run import Split, ended_by_sigterm, open_generator, split_options, tell, t
 )
 def command(
     split: Split,
-    workers: str,
+    start_workers: str,
     master: str | None,
     host: str,
     port: int,
@@ -82,27 +84,34 @@ def command(
 
     After a SIGTERM it finishes the requests that have been begun, and ends.
     """
-    if master is not None and workers == "here":
+    if master is not None and start_workers == "here":
         raise click.UsageError("--master is where workers from elsewhere come; add --workers elsewhere")
-    if workers == "elsewhere" and split.transport not in ("links", "rpc"):
-        raise click.UsageError(
-            f"--transport {split.transport} has no workers from elsewhere; use links or rpc"
-        )
+    from shardprep_runtime.workers.addresses import parse_address
     from shardprep_runtime.workers.http.app import build_app, check_installed
-    from shardprep_runtime.workers.meeting import check_secret, parse_address
+    from shardprep_runtime.workers.kinds import KINDS
+    from shardprep_runtime.workers.launchers.elsewhere import Elsewhere
+    from shardprep_runtime.workers.sealed import check_secret
+
+    if start_workers == "elsewhere" and split.transport not in KINDS:
+        raise click.UsageError(
+            f"--transport {split.transport} has no workers from elsewhere; use {' or '.join(KINDS)}"
+        )
 
     check_installed()
     secret = environment.secret()
     if secret is not None:
         check_secret(secret)
-    where: dict[str, Any] = {"workers": workers, "allow_public": allow_public}
-    if master is not None:
-        where["host"], where["port"] = parse_address(master)
+    elsewhere: Elsewhere | None = None
+    if start_workers == "elsewhere":
+        elsewhere = Elsewhere(transport=KINDS[split.transport], allow_public=allow_public)
+        if master is not None:
+            host_of_workers, port_of_workers = parse_address(master)
+            elsewhere = replace(elsewhere, host=host_of_workers, port=port_of_workers)
     name = model or Path(split.shard_set.source.rstrip("/")).name
     with ended_by_sigterm(0), suppress(KeyboardInterrupt), ExitStack() as stack:
         # first, so that a port in use is refused before anything is started
         listener = stack.enter_context(bind(host, port, allow_public=allow_public))
-        generator = stack.enter_context(open_generator(split, **where))
+        generator = stack.enter_context(open_generator(split, elsewhere))
         tell_start(generator.pipeline)
         app = build_app(
             generator,
@@ -125,7 +134,7 @@ def bind(host: str, port: int, *, allow_public: bool) -> socket.socket:
     Raises:
         InputError: Where the address is public or in use.
     """
-    from shardprep_runtime.workers.meeting import check_host
+    from shardprep_runtime.workers.addresses import check_host
 
     family, address = check_host(host, allow_public=allow_public)
     found = socket.socket(family)

@@ -17,7 +17,7 @@ from shardprep.split import split
 from shardprep_runtime.errors import WorkerError
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.launch import Launch, launch
-from shardprep_runtime.workers.pipeline import Policy
+from shardprep_runtime.workers.policy import Policy
 from shardprep_runtime.workers.text.generate import Generator, Sampling
 from shardprep_runtime.workers.worker import Compute
 
@@ -65,8 +65,7 @@ def running(shards: Path) -> Iterator[Launch]:
     with launch(
         shards,
         stages=STAGES,
-        spares=1,
-        policy=Policy(probe_period=0),
+        policy=Policy(spares=1, probe_period=0),
         compute=Compute(threads=1, dtype="float32"),
     ) as found:
         yield found
@@ -187,8 +186,7 @@ def test_without_a_replacement_this_process_takes_over(shards: Path, right: dict
     with launch(
         shards,
         stages=2,
-        replace=False,
-        policy=Policy(replacement_timeout=0),
+        policy=Policy(replace=False),
         compute=Compute(threads=1, dtype="float32"),
     ) as running:
         found = []
@@ -205,9 +203,7 @@ def test_with_nothing_left_an_error_says_what_was_tried(shards: Path) -> None:
     with launch(
         shards,
         stages=2,
-        replace=False,
-        fallback=False,
-        policy=Policy(replacement_timeout=0),
+        policy=Policy(replace=False, fallback=False),
         compute=Compute(threads=1),
     ) as running:
         tokens = generator_of(running, shards).stream(PROMPT, sampling())
@@ -221,7 +217,7 @@ def test_with_nothing_left_an_error_says_what_was_tried(shards: Path) -> None:
 
 def test_a_worker_with_another_shard_does_not_join(shards: Path, tmp_path: Path) -> None:
     """The same model but for one weight: names, shapes and layers are those of the plan."""
-    from shardprep_runtime.workers.launch import start_worker
+    from shardprep_runtime.workers.launchers.processes import start_worker
     from shardprep_runtime.workers.worker import WorkerOptions
     from shardprep_runtime.workers.worker_process import WorkerJob
 
@@ -239,9 +235,8 @@ def test_a_worker_with_another_shard_does_not_join(shards: Path, tmp_path: Path)
         options = WorkerOptions(
             shard_set=open_set(str(tmp_path / "shards")), stages=stages, pp_rank=1, compute=Compute(threads=1)
         )
-        process = start_worker(
-            WorkerJob(options=options, master=running.meeting.address, name="wrong"), secret=running._secret
-        )
+        job = WorkerJob(options=options, master=running.meeting.address, name="wrong")
+        process = start_worker(job, running.meeting._secret).process
         assert process.stdout is not None and process.stdin is not None
         with process.stdout, process.stdin:  # it ends where its stdin is closed
             said = process.stdout.read()

@@ -25,16 +25,10 @@ from shardprep_runtime.format.grid import Stages, even_stages
 from shardprep_runtime.format.read_manifest import read_manifest
 from shardprep_runtime.shard.shard_set import load, open_set
 from shardprep_runtime.shard.tensors import is_mapped
-from shardprep_runtime.workers.local import (
-    LayerByLayer,
-    LocalTransport,
-    choose_cuts,
-    free_memory,
-    memory_of_view,
-    open_fallback,
-    open_local,
-)
-from shardprep_runtime.workers.pipeline import Pipeline, Policy
+from shardprep_runtime.workers.local import LayerByLayer, LocalTransport, open_fallback, open_local
+from shardprep_runtime.workers.memory import choose_cuts, free_memory, memory_of_view
+from shardprep_runtime.workers.pipeline import Pipeline
+from shardprep_runtime.workers.policy import Policy
 from shardprep_runtime.workers.text.generate import Completion, Generator, Sampling, Token
 from shardprep_runtime.workers.transport import Health, Output, Step, WorkerInfo
 from shardprep_runtime.workers.worker import Compute
@@ -524,6 +518,8 @@ def test_a_model_is_opened_whole_where_memory_suffices_and_layer_by_layer_where_
 
 ANONYMOUS = """
 import sys, threading
+from shardprep_runtime.shard.shard_set import open_set
+from shardprep_runtime.workers.worker import Compute
 from shardprep_runtime.workers.text.generate import Generator, Sampling
 from shardprep_runtime.workers.local import open_fallback
 from shardprep_runtime.workers.pipeline import Pipeline
@@ -544,7 +540,8 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-with Pipeline(open_fallback(sys.argv[1], memory=int(sys.argv[2]), dtype="float32"), 1) as pipeline:
+found = open_fallback(open_set(sys.argv[1]), memory=int(sys.argv[2]), compute=Compute(dtype="float32"))
+with Pipeline(found, 1) as pipeline:
     print(*Generator(pipeline).generate([[1, 2, 3]], Sampling(max_tokens=3))[0].tokens)
 is_over.set()
 watcher.join()

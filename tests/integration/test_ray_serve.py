@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -22,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +40,14 @@ from shardprep_runtime.format.manifest import digest_of
 from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stores.open import open_store
-from shardprep_runtime.workers.ray_serve import Options, Wanted, read_options, read_request
+from shardprep_runtime.stores.store import Access
+from shardprep_runtime.workers.ray_serve import Options, read_options
 
 TINY = Path(__file__).parents[1] / "data/tiny-llama"
 MANIFESTS = Path(__file__).parents[2] / "manifests/ray"
 PROMPT = "def "
 TOKENS = 12
+SECRET = "what the test has made up for /control"
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or importlib.util.find_spec("starlette") is None,
@@ -167,13 +171,13 @@ class Cluster:
     def ask(self, path: str, body: object = None, *, timeout: float = 60) -> tuple[int, Any]:
         """Status and JSON of an answer; status 0 where there was none in time."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
-        )
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {SECRET}"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=timeout) as answer:
-                return answer.status, json.loads(answer.read())
+                text = answer.read().decode()
+                return answer.status, json.loads(text) if text.startswith("{") else text
         except urllib.error.HTTPError as error:
             with error:
                 text = error.read().decode()
@@ -196,14 +200,25 @@ class Cluster:
         return tokens
 
     def healthy(self, app: str, *, other_than: int, seconds: float = 120) -> dict[str, Any]:
-        """What /health says once a replica other than that of process `other_than` answers."""
+        """What a worker of the application says, once one other than that of process `other_than` is healthy."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            status, found = self.ask(f"/{app}/health", timeout=5)
-            if status == 200 and found["pid"] != other_than:
-                return dict(found)
+            if self.ask(f"/{app}/health", timeout=15)[0] == 200:
+                status, found = self.ask(f"/{app}/control/workers", timeout=5)
+                if status == 200 and found["workers"][0]["pid"] != other_than:
+                    return dict(found["workers"][0])
             time.sleep(0.2)
         raise AssertionError(f"no replica in {seconds} s:\n{self.log()[-5000:]}")
+
+
+def processes(title: str) -> list[int]:
+    """Those that Ray calls so."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if each.read_bytes().startswith(f"ray::{title}".encode()):
+                found.append(int(each.parent.name))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +243,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "SHARDPREP_CACHE_DIR": str(folder / "cache"),
+            "SHARDPREP_SECRET": SECRET,
         }.items():
             patch.setenv(name, value)
         with (folder / "log").open("w") as log:
@@ -298,38 +314,52 @@ class TestServe:
         cluster.order(
             "run", "one", {"source": str(cluster.shards), "model": "tiny", "health_check_period_s": 0.5}
         )
-        health = cluster.healthy("one", other_than=0)
-        assert health["manifest_digest"] == cluster.digest
-        (worker,) = health["workers"]
+        worker = cluster.healthy("one", other_than=0)
+        assert worker["manifest_digest"] == cluster.digest
         assert list(worker["seconds"]) == [
-            "interpreter",
-            "imports",
-            "config and tokenizer",
-            "fetch and verify",
-            "model",
-            "first forward",
-        ]
-        assert (
-            f"shardprep: rank 0 ready in {sum(worker['seconds'].values()):.2f} s: interpreter"
-            in cluster.log()
-        )
+            "imports", "front end", "config", "fetch and verify", "build", "first forward",
+        ]  # fmt: skip
+        assert "shardprep: stage-0: stage 0, layers 0 to 5: " in cluster.log()
         assert cluster.ask("/one/v1/models")[1]["data"][0]["id"] == "tiny"
         assert cluster.greedy_tokens("one") == cluster.greedy["bfloat16"]
         for body, status, reason in (
-            ({"prompt": PROMPT, "max_tokens": 1000}, 400, "together they exceed the 256"),
-            ({"prompt": [1, 2048]}, 400, "not below 2048"),
-            ({"prompt": PROMPT, "stream": True}, 400, "stream: True was asked for"),
+            ({"prompt": PROMPT, "max_tokens": 1000}, 400, "256"),
+            ({"prompt": [1, 2048]}, 400, "2048"),
+            ({"prompt": PROMPT, "n": 2}, 400, "n: 2 was asked for"),
             ({"prompt": PROMPT, "model": "gpt"}, 404, "no model gpt; there is tiny"),
         ):
             found = cluster.ask("/one/v1/completions", body)
             assert found[0] == status
             assert reason in found[1]["error"]["message"]
             assert "Traceback" not in found[1]["error"]["message"]
-        os.kill(health["pid"], signal.SIGKILL)
-        again = cluster.healthy("one", other_than=health["pid"])
-        assert again["workers"][0]["pid"] != worker["pid"]
+        self.check_streams(cluster)
+        (replica,) = processes("ServeReplica:one:")
+        os.kill(replica, signal.SIGKILL)
+        again = cluster.healthy("one", other_than=worker["pid"])
+        assert again["pid"] not in (replica, worker["pid"])
         assert cluster.greedy_tokens("one") == cluster.greedy["bfloat16"]
         cluster.order("delete", "one")
+
+    @staticmethod
+    def check_streams(cluster: Cluster) -> None:
+        """Texts come token by token, and end where they are told to."""
+        whole = cluster.ask("/one/v1/completions", {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0})
+        text = whole[1]["choices"][0]["text"]
+        body = {
+            "prompt": PROMPT,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "top_k": 5,
+            "stop": [text[-3:]],
+            "stream": True,
+        }
+        status, said = cluster.ask("/one/v1/completions", body)
+        assert status == 200
+        events = [line.removeprefix("data: ") for line in said.split("\n\n") if line]
+        assert events[-1] == "[DONE]"
+        assert len(events) > 3
+        streamed = "".join(json.loads(each)["choices"][0]["text"] for each in events[:-1])
+        assert streamed == text[: text.index(text[-3:])]
 
     def test_two_workers_share_a_model_from_a_store_and_a_killed_one_is_replaced(
         self, cluster: Cluster
@@ -341,11 +371,18 @@ class TestServe:
             "health_check_period_s": 0.5,
         }
         cluster.order("run", "two", args)
-        health = cluster.healthy("two", other_than=0)
+        leader = cluster.healthy("two", other_than=0)
         total = read_manifest(cluster.shards).nbytes
-        assert [each["rank"] for each in health["workers"]] == [0, 1]
-        assert max(each["nbytes"] for each in health["workers"]) < 0.51 * total
-        assert total <= sum(each["bytes_fetched"] for each in health["workers"]) < 1.02 * total
+        ready = re.findall(
+            r"stage-0: (tensor rank 1: )?stage 0.*: ([\d,]+) bytes, ([\d,]+) of them", cluster.log()
+        )
+        held, fetched = ([int(each[which].replace(",", "")) for each in ready[-2:]] for which in (1, 2))
+        assert sorted(each[0] for each in ready[-2:]) == ["", "tensor rank 1: "]
+        assert max(held) < 0.51 * 2 * total  # in float32, of 2 bytes each that are stored
+        assert total <= sum(fetched) < 1.02 * total
+        workers = processes("WorkerActor")
+        assert len(workers) == 2
+        assert leader["pid"] in workers
         assert cluster.greedy_tokens("two") == cluster.greedy["float32"]
         sampled = {"prompt": PROMPT, "max_tokens": 20, "seed": 7, "temperature": 1.5}
         texts = [cluster.ask("/two/v1/completions", sampled)[1]["choices"][0]["text"] for _ in range(2)]
@@ -357,14 +394,14 @@ class TestServe:
             asked = pool.submit(cluster.ask, "/two/v1/completions", long)
             time.sleep(1)
             assert not asked.done()
-            os.kill(health["workers"][1]["pid"], signal.SIGKILL)
+            os.kill(next(each for each in workers if each != leader["pid"]), signal.SIGKILL)
             status, found = asked.result()
         assert status == 503, found
-        assert "a worker has " in found["error"]["message"]
-        again = cluster.healthy("two", other_than=health["pid"])
+        assert "stage 0" in found["error"]["message"]
+        again = cluster.healthy("two", other_than=leader["pid"])
         assert cluster.greedy_tokens("two") == cluster.greedy["float32"]
-        assert [each["bytes_fetched"] for each in again["workers"]] == [0, 0]  # the host's cache has it all
-        assert cluster.log().count("shardprep: rank 1 ready in") == 2
+        assert again["bytes_fetched"] == 0  # the host's cache has it all
+        assert len(processes("WorkerActor")) == 2
         cluster.order("delete", "two")
 
     def test_the_callback_brings_a_node_its_ranks_and_no_more(self, cluster: Cluster) -> None:
@@ -446,12 +483,12 @@ def test_a_side_file_that_was_edited_is_refused(tmp_path: Path) -> None:
     ("args", "reason"),
     [
         ({}, "source: give the folder or URI"),
-        ({"source": "x", "tp": 2}, "no option tp; there are source, model, tensor_parallel_size"),
+        ({"source": "x", "tp": 2}, "tp is not known; shardprep takes source, .*tensor_parallel_size"),
         ({"source": "x", "tensor_parallel_size": "two"}, "tensor_parallel_size is two, expected int"),
         ({"source": "x", "tensor_parallel_size": 0}, "tensor_parallel_size is 0, expected at least 1"),
         ({"source": "x", "tensor_parallel_size": True}, "tensor_parallel_size is True, expected int"),
         ({"source": "x", "no_sign_request": "maybe"}, "no_sign_request is maybe, expected bool"),
-        ({"source": "x", "verify": "some"}, "verify is some, expected blocks, headers or off"),
+        ({"source": "x", "verify": "some"}, "verify is some; use blocks, headers or off"),
     ],
 )
 def test_options_that_are_none_are_refused(args: dict[str, object], reason: str) -> None:
@@ -469,38 +506,9 @@ def test_options_from_a_command_line_are_text() -> None:
             "workers": "4",
         }
     )
-    assert found == Options(
-        source="s3://b/m/", tensor_parallel_size=2, cache=None, no_sign_request=True, workers=4
-    )
+    expected = open_set("s3://b/m/", cache=None, access=Access(anonymous=True), connections=4)
+    assert found == Options(shard_set=expected, tensor_parallel_size=2)
     assert found.name == "m"
-    assert found.access.anonymous
-
-
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ({}, "prompt: expected one text"),
-        ({"prompt": ["a", "b"]}, "prompt: expected one text"),
-        ({"prompt": []}, "prompt: expected one text"),
-        ({"prompt": "a", "n": 2}, "n: 2 was asked for; these workers know only 1"),
-        ({"prompt": "a", "stop": ["x"]}, "stop: "),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens is 0, expected a number from 1"),
-        ({"prompt": "a", "temperature": True}, "temperature is True"),
-        ({"prompt": "a", "seed": 1.5}, "seed is 1.5"),
-        ({"prompt": "a", "tools": []}, "no parameter tools is known here"),
-    ],
-)
-def test_requests_that_these_workers_cannot_do_are_refused(body: dict[str, object], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        read_request(body)
-
-
-def test_a_request_may_say_what_is_so_anyway() -> None:
-    found = read_request(
-        {"prompt": [5, 6], "n": 1, "stream": False, "seed": 3, "logprobs": None, "temperature": 0}
-    )
-    assert found == Wanted((5, 6), temperature=0, seed=3)
-    assert read_request({"prompt": "a"}).seed != read_request({"prompt": "a"}).seed
 
 
 @needs_ray
@@ -514,7 +522,7 @@ def test_the_manifests_are_configs_of_serve() -> None:
         "for path in sys.argv[1:]:\n"
         "    ServeDeploySchema.model_validate(yaml.safe_load(open(path)))\n"
         "args = yaml.safe_load(open(sys.argv[1]))['applications'][0]['args']\n"
-        "print(read_config(LLMConfig.model_validate(args['llm_configs'][0])).uri)\n"
+        "print(read_config(LLMConfig.model_validate(args['llm_configs'][0])).shard_set.source)\n"
     )
     paths = [str(MANIFESTS / name) for name in ("vllm.yaml", "workers.yaml")]
     done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
@@ -533,8 +541,8 @@ gpus = {index: {"GPU": 1.0} for index in range(4)}
 def ranks(nodes, node, engine_node, bundles=gpus):
     return list(ranks_of(bundles, dict(enumerate(nodes)), size=4, node=node, engine_node=engine_node))
 
-options = read_options({"revision": "r1", "workers": 8, "anonymous": True, "uri": "s3://b/m"})
-wanted = Wanted("s3://b/m", Path(sys.argv[1]), 2, 4, True, options)
+shard_set = read_options({"revision": "r1", "workers": 8, "anonymous": True, "uri": "s3://b/m"}).shard_set
+wanted = Wanted(shard_set, Path(sys.argv[1]), 2, 4, True)
 print(json.dumps([
     ranks("aaaa", "a", "a"),
     ranks("aabb", "a", "a"), ranks("aabb", "b", "a"),

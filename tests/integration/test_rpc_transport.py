@@ -25,9 +25,12 @@ from shardprep_runtime.errors import (
     WorkerError,
     WorkerLostError,
 )
-from shardprep_runtime.workers.launch import Launch
-from shardprep_runtime.workers.meeting import Meeting, Plan, RpcPlan, open_meeting
-from shardprep_runtime.workers.rpc import RpcTransport
+from shardprep_runtime.workers.kinds import RPC
+from shardprep_runtime.workers.launchers.launcher import Listener
+from shardprep_runtime.workers.launchers.processes import Processes
+from shardprep_runtime.workers.meeting import Meeting, Plan, open_meeting
+from shardprep_runtime.workers.policy import Policy
+from shardprep_runtime.workers.rpc.transport import RpcTransport
 from shardprep_runtime.workers.transport import Step, Transport
 from split_greedy import OTHER, PROMPT, greedy, reference, split_options
 
@@ -38,7 +41,7 @@ import sys, threading, time
 import torch
 from echo_worker import SECRET, EchoWorker
 from shardprep_runtime.workers.meeting import join
-from shardprep_runtime.workers.rpc import serve_rpc
+from shardprep_runtime.workers.rpc.group import serve_rpc
 
 torch.set_num_threads(1)
 master, name, pp_rank, silence = sys.argv[1:]
@@ -52,12 +55,11 @@ print("left", [each.name for each in threading.enumerate() if each.name.startswi
 FRONT_END = """
 import sys
 from echo_worker import DIGEST, SECRET
-from shardprep_runtime.workers.meeting import Plan, RpcPlan, open_meeting
-from shardprep_runtime.workers.rpc import RpcTransport
+from shardprep_runtime.workers.meeting import Plan, open_meeting
+from shardprep_runtime.workers.kinds import RPC
+from shardprep_runtime.workers.rpc.transport import RpcTransport
 
-plan = Plan(
-    transport="rpc", stages=((0, 1), (1, 2)), manifest_digest=DIGEST, rpc=RpcPlan(port=0, world_size=3)
-)
+plan = Plan(transport="rpc", stages=((0, 1), (1, 2)), manifest_digest=DIGEST, details=RPC.details(2))
 meeting = open_meeting("127.0.0.1", plan=plan, secret=SECRET)
 print(meeting.address, flush=True)
 for _ in range(2):
@@ -111,7 +113,7 @@ def rpc_plan(
         stages=stages,
         dtype=dtype,
         manifest_digest=digest,
-        rpc=RpcPlan(port=0, world_size=world_size),
+        details=RPC.details(world_size - 1),
     )
 
 
@@ -179,54 +181,45 @@ def test_two_stages_give_the_tokens_of_one_process_and_a_spare_takes_the_place_o
     tmp_path: Path,
 ) -> None:
     options = split_options(tmp_path / "shards")
-    assert options.manifest_digest is not None
-    plan = rpc_plan(4, stages=options.stages, digest=options.manifest_digest, dtype="float32")
-    meeting = open_meeting("127.0.0.1", plan=plan, secret=SECRET)
-    said: list[str] = []
-    running = Launch(options, said.append, meeting=meeting, secret=SECRET)
-    try:
-        for pp_rank in (0, 1, None):
-            running.start(pp_rank)
-        welcome_all(meeting, 3, running.check)
-        with RpcTransport(meeting, start_timeout=60) as transport:
-            workers = transport.workers()
-            assert {info.name: (info.pp_rank, info.layers) for info in workers.values()} == {
-                "stage-0": (0, (0, 3)),
-                "stage-1": (1, (3, 6)),
-                "spare": (None, None),
-            }
-            route = ("stage-0", "stage-1")
-            with ThreadPoolExecutor(2) as pool:
-                one = pool.submit(greedy, transport, route, "one")
-                other = pool.submit(greedy, transport, route, "other", OTHER)
-                assert one.result() == reference(PROMPT)
-                assert other.result() == reference(OTHER)
+    launcher = Processes(transport=RPC)
+    with launcher.gather(options, Policy(spares=1), 120, Listener()) as gathered:
+        transport = gathered.transport
+        assert gathered.replace is None  # nobody joins later
+        workers = transport.workers()
+        assert {info.name: (info.pp_rank, info.layers) for info in workers.values()} == {
+            "stage-0": (0, (0, 3)),
+            "stage-1": (1, (3, 6)),
+            "spare": (None, None),
+        }
+        route = ("stage-0", "stage-1")
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(greedy, transport, route, "one")
+            other = pool.submit(greedy, transport, route, "other", OTHER)
+            assert one.result() == reference(PROMPT)
+            assert other.result() == reference(OTHER)
 
-            health = transport.health("stage-1", probe=True, timeout=30)
-            assert health.sequences == 2
-            assert health.probe is not None
-            assert health.probe.startswith("sha256:")
-            assert transport.health("stage-1", probe=False, timeout=30).probe is None
-            transport.reset("stage-1", "one")
-            until(lambda: transport.health("stage-1", probe=False, timeout=30).sequences == 1)
-            with pytest.raises(CacheLostError, match=r"stage-1: .*one"):
-                transport.step(route, Step("one", 14), torch.tensor([[1]]), timeout=30).result(40)
-            with pytest.raises(InputError, match="2048"):
-                transport.step(route, Step("far", 0), torch.tensor([[2048]]), timeout=30).result(40)
-            with pytest.raises(WorkerError, match=r"spare: .*promote"):
-                transport.step(("stage-0", "spare"), Step("x", 0), IDS, timeout=30).result(40)
+        health = transport.health("stage-1", probe=True, timeout=30)
+        assert health.sequences == 2
+        assert health.probe is not None
+        assert health.probe.startswith("sha256:")
+        assert transport.health("stage-1", probe=False, timeout=30).probe is None
+        transport.reset("stage-1", "one")
+        until(lambda: transport.health("stage-1", probe=False, timeout=30).sequences == 1)
+        with pytest.raises(CacheLostError, match=r"stage-1: .*one"):
+            transport.step(route, Step("one", 14), torch.tensor([[1]]), timeout=30).result(40)
+        with pytest.raises(InputError, match="2048"):
+            transport.step(route, Step("far", 0), torch.tensor([[2048]]), timeout=30).result(40)
+        with pytest.raises(WorkerError, match=r"spare: .*promote"):
+            transport.step(("stage-0", "spare"), Step("x", 0), IDS, timeout=30).result(40)
 
-            os.kill(workers["stage-1"].pid, signal.SIGKILL)
-            until(lambda: "stage-1" not in transport.workers())
-            info = transport.promote("spare", 1, timeout=60)
-            assert (info.pp_rank, info.layers) == (1, (3, 6))
-            assert transport.workers()["spare"] == info
-            assert greedy(transport, ("stage-0", "spare"), "again") == reference(PROMPT)
-            with pytest.raises(WorkerError, match=r"spare: .*stage 1"):
-                transport.promote("spare", 0, timeout=60)
-    finally:
-        running.close()
-        meeting.close()
+        os.kill(workers["stage-1"].pid, signal.SIGKILL)
+        until(lambda: "stage-1" not in transport.workers())
+        info = transport.promote("spare", 1, timeout=60)
+        assert (info.pp_rank, info.layers) == (1, (3, 6))
+        assert transport.workers()["spare"] == info
+        assert greedy(transport, ("stage-0", "spare"), "again") == reference(PROMPT)
+        with pytest.raises(WorkerError, match=r"spare: .*stage 1"):
+            transport.promote("spare", 0, timeout=60)
 
 
 # --------------------------------------------------------------------------------------------------- what goes wrong

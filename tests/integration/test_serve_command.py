@@ -30,7 +30,8 @@ from shardprep.split import split
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.http.app import MOST_BYTES, build_app
 from shardprep_runtime.workers.local import open_local
-from shardprep_runtime.workers.pipeline import Pipeline, Policy
+from shardprep_runtime.workers.pipeline import Pipeline
+from shardprep_runtime.workers.policy import Policy
 from shardprep_runtime.workers.text.generate import Generator
 from shardprep_runtime.workers.worker import Compute
 
@@ -343,12 +344,12 @@ def test_a_model_without_a_tokenizer_takes_and_gives_tokens(generator: Generator
         ({"prompt": PROMPT, "n": 2}, 400, "n: 2 was asked for"),
         ({"prompt": PROMPT, "model": "gpt"}, 404, "no model gpt; there is tiny"),
         ({"prompt": PROMPT, "stream": True, "max_tokens": 1000}, 400, "together they exceed the 256"),
-        (b"{", 400, "the body is no JSON"),
-        (b"[" * 100_000, 400, "the body is no JSON"),
-        (b'{"prompt": "\xff"}', 400, "the body is no JSON"),
+        (b"{", 400, "the body is not JSON"),
+        (b"[" * 100_000, 400, "the body is not JSON"),
+        (b'{"prompt": "\xff"}', 400, "the body is not JSON"),
         (b'{"prompt": "\\ud800"}', 400, "half of a character"),
-        (b"[]", 400, "the body is no JSON object"),
-        (b"", 400, "the body is no JSON"),
+        (b"[]", 400, "the body is not a JSON object"),
+        (b"", 400, "the body is not JSON"),
         (b'"' + b"x" * MOST_BYTES + b'"', 413, "a body of more than 16,777,216 bytes"),
     ],
 )
@@ -451,12 +452,12 @@ def test_who_asks_for_health_at_once_shares_a_probe(app: Any, generator: Generat
     front = app.state.front
 
     async def ask() -> list[Any]:
-        front._probe = None
-        return await asyncio.gather(*(front._probed() for _ in range(5)))
+        front.control._probe = None
+        return await asyncio.gather(*(front.control.probed() for _ in range(5)))
 
     before = generator.pipeline.counters.get("probes", 0)
     found = asyncio.run(ask())
-    front._probe = None
+    front.control._probe = None
     assert all(each is found[0] for each in found)
     assert generator.pipeline.counters["probes"] == before + 2
 
@@ -824,7 +825,7 @@ def test_an_address_that_cannot_be_had_is_refused_before_anything_is_started(sha
     ("options", "secret", "reason"),
     [
         (("--master", "10.0.0.1:1"), "", "add --workers elsewhere"),
-        (("--workers", "elsewhere", "--master", "here"), SECRET, "here is no address; write host:port"),
+        (("--workers", "elsewhere", "--master", "here"), SECRET, "here is not an address; write host:port"),
         (("--workers", "elsewhere"), "", "SHARDPREP_SECRET is not set"),
         (("--port", "0"), "short", "the secret has 5 characters, expected at least 16"),
         (("--stages", "7"), "", "6 layers cannot fill 7 pipeline stages"),

@@ -34,6 +34,11 @@ from shardprep_runtime.errors import (
 )
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.launch import Launch, launch
+from shardprep_runtime.workers.launchers.elsewhere import Elsewhere
+from shardprep_runtime.workers.launchers.in_process import InThisProcess
+from shardprep_runtime.workers.launchers.launcher import Listener
+from shardprep_runtime.workers.launchers.processes import Processes
+from shardprep_runtime.workers.policy import Policy
 from shardprep_runtime.workers.transport import Step
 from shardprep_runtime.workers.worker import Compute, Worker, WorkerOptions, check_options
 
@@ -50,8 +55,11 @@ START = 240
 FRONT_END = """
 import json, sys, time
 from shardprep_runtime.workers.launch import launch
+from shardprep_runtime.workers.launchers.processes import Processes
+from shardprep_runtime.workers.policy import Policy
 
-with launch(sys.argv[1], stages=2, spares=1, secret={secret!r}, timeout={start}) as running:
+launcher = Processes(secret={secret!r})
+with launch(sys.argv[1], stages=2, launcher=launcher, policy=Policy(spares=1), timeout={start}) as running:
     print(json.dumps([running.meeting.address, [each.pid for ranks in running.workers.values() for each in ranks]]),
           flush=True)
     while "extra" not in running.transport.workers():
@@ -136,13 +144,19 @@ def test_workers_of_this_host(shards: Path, expected: list[int]) -> None:
     """They give the model's tokens, keep the secret, are replaced by a spare, and end, even one that is stopped."""
     said: list[str] = []
     with launch(
-        shards, stages=STAGES, spares=1, timeout=START, say=said.append, compute=Compute(dtype="float32")
+        shards,
+        stages=STAGES,
+        compute=Compute(dtype="float32"),
+        policy=Policy(spares=1),
+        timeout=START,
+        listener=Listener(said.append),
     ) as running:
         pids = pids_of(running)
         assert set(pids) == {"stage-0", "stage-1", "spare"}
         for pid in (pid for ranks in pids.values() for pid in ranks):
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            assert running._secret.encode() not in command
+            assert running.meeting is not None
+            assert running.meeting._secret.encode() not in command
         assert running.meeting is not None
         assert running.meeting.host == "127.0.0.1"
         assert tokens_of(running) == expected
@@ -180,11 +194,10 @@ def test_two_tensor_ranks_in_each_of_two_stages(shards: Path, expected: list[int
         shards,
         stages=STAGES,
         tensor_parallel_size=2,
-        replace=False,
-        fallback=False,
-        timeout=START,
-        say=said.append,
         compute=Compute(dtype="float32"),
+        policy=Policy(replace=False, fallback=False),
+        timeout=START,
+        listener=Listener(said.append),
     ) as running:
         pids = pids_of(running)
         assert {name: len(ranks) for name, ranks in pids.items()} == {"stage-0": 2, "stage-1": 2}
@@ -228,7 +241,7 @@ def test_what_a_worker_fails_with_is_raised_by_who_started_it(shards: Path, tmp_
 
     with (
         pytest.raises(IntegrityError, match=r"stage-\d: .*safetensors"),
-        launch(damaged, stages=STAGES, timeout=START, say=note),
+        launch(damaged, stages=STAGES, timeout=START, listener=Listener(note)),
     ):
         pytest.fail("it began in spite of a damaged part")
 
@@ -237,20 +250,20 @@ def test_what_cannot_be_started_is_refused_before_anything_is(shards: Path) -> N
     for wrong, message in (
         ({"stages": ((0, 2), (2, 5))}, "the model has 6 layers"),
         ({"stages": 9}, "use at most 6"),
-        ({"transport": "pigeons"}, "no transport pigeons"),
-        ({"spares": -1}, "spares"),
-        ({"transport": "local", "tensor_parallel_size": 2}, "only links and rpc"),
-        ({"transport": "local", "workers": "elsewhere"}, "starts its workers itself"),
-        ({"host": "8.8.8.8"}, "--allow-public"),
-        ({"secret": "short"}, "at least 16"),
-        ({"manifest_digest": "sha256:" + "0" * 64}, "its digest is"),
+        ({"policy": Policy(spares=-1)}, "spares"),
+        ({"launcher": InThisProcess(), "tensor_parallel_size": 2}, "only links and rpc"),
+        ({"launcher": Processes(host="8.8.8.8")}, "--allow-public"),
+        ({"launcher": Processes(secret="short")}, "at least 16"),
     ):
         with pytest.raises(ShardprepError, match=message), launch(shards, **{"stages": 2, **wrong}):  # type: ignore[arg-type]
             pytest.fail("it began")
+    pinned = open_set(shards, digest="sha256:" + "0" * 64)
+    with pytest.raises(ShardprepError, match="its digest is"), launch(pinned, stages=2):
+        pytest.fail("it began")
 
 
 # ------------------------------------------------------------------------------------------------------ from elsewhere
-class Elsewhere:
+class Joining:
     """A `shardprep worker`, as an operator starts it."""
 
     def __init__(self, *options: str, secret: str | None = SECRET) -> None:
@@ -294,7 +307,7 @@ class Elsewhere:
             reader.join()
         return status
 
-    def __enter__(self) -> Elsewhere:
+    def __enter__(self) -> Joining:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -311,7 +324,8 @@ class InAThread:
         self.running: Launch | None = None
         self.error: BaseException | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(args, {**options, "say": self.said.append}))
+        listener = Listener(self.said.append)
+        self._thread = threading.Thread(target=self._run, args=(args, {**options, "listener": listener}))
         self._thread.start()
 
     def _run(self, args: Any, options: Any) -> None:
@@ -344,18 +358,21 @@ def test_workers_from_elsewhere(shards: Path, expected: list[int], tmp_path: Pat
     """Those who may join do, the others are told why not; and they wait for the next front end, unless they are not to."""
     other = tmp_path / "other"
     split(TINY, other, tensor_parallel_size=1)
+    elsewhere = Elsewhere(secret=SECRET, host="127.0.0.1")
     options: dict[str, Any] = {
-        "stages": STAGES, "workers": "elsewhere", "secret": SECRET, "dtype": "float32", "timeout": START,
-        "host": "127.0.0.1", "fallback": False,
-    }  # fmt: skip
+        "stages": STAGES,
+        "compute": Compute(dtype="float32"),
+        "policy": Policy(fallback=False),
+        "timeout": START,
+    }
     with ExitStack() as stack:
-        first = InAThread(shards, **options)
+        first = InAThread(shards, **options, launcher=elsewhere)
         with first:
             master = first.address()
             assert f"--pp-rank 0 --master {master}" in first.said[0]
 
-            def start(*more: str, manifest: Path = shards, secret: str | None = SECRET) -> Elsewhere:
-                begun = Elsewhere("--manifest", str(manifest), "--master", master, *more, secret=secret)
+            def start(*more: str, manifest: Path = shards, secret: str | None = SECRET) -> Joining:
+                begun = Joining("--manifest", str(manifest), "--master", master, *more, secret=secret)
                 return stack.enter_context(begun)
 
             stays = start("--pp-rank", "0")
@@ -375,7 +392,7 @@ def test_workers_from_elsewhere(shards: Path, expected: list[int], tmp_path: Pat
         assert wait_until(lambda: any("waits for the next" in line for line in stays.lines), 10)
         assert stays.process.poll() is None
         port = int(master.rpartition(":")[2])
-        with InAThread(shards, **options, port=port) as second:
+        with InAThread(shards, **options, launcher=replace(elsewhere, port=port)) as second:
             assert second.address() == master
             start("--pp-rank", "1")
             assert tokens_of(second.ready()) == expected
@@ -406,7 +423,7 @@ def test_workers_end_with_a_front_end_that_is_killed(shards: Path) -> None:
             "--master",
             master,
         )
-        with Elsewhere(*joined) as spare:
+        with Joining(*joined) as spare:
             assert front_end.stdout.readline() == "\n"
             assert all(map(is_running, pids))
             front_end.kill()
@@ -417,7 +434,7 @@ def test_workers_end_with_a_front_end_that_is_killed(shards: Path) -> None:
 
 
 def test_a_worker_without_a_secret_says_what_to_set(shards: Path) -> None:
-    with Elsewhere(
+    with Joining(
         "--manifest", str(shards), "--pp-rank", "0", "--master", "127.0.0.1:1", secret=None
     ) as worker:
         assert worker.end() == 2
@@ -517,7 +534,7 @@ def test_an_error_of_a_library_is_one_line_and_ours(pair: tuple[Worker, Worker])
         ({"spare_for": ()}, "of no use"),
         ({"spare_for": (0, 5)}, "pp_rank 5"),
         ({"tp_rank": 1}, "of 1 tensor ranks"),
-        ({"source": "s3://bucket/x", "cache": None}, "say which one stage it is for"),
+        ({"shard_set": open_set("s3://bucket/x", cache=None)}, "say which one stage it is for"),
     ],
 )
 def test_options_that_make_no_worker_are_refused(
@@ -528,7 +545,7 @@ def test_options_that_make_no_worker_are_refused(
 
 
 def test_a_spare_without_a_cache_may_be_for_one_stage(options: WorkerOptions) -> None:
-    one = replace(options, source="s3://bucket/x", cache=None, spare_for=(1,))
+    one = replace(options, shard_set=open_set("s3://bucket/x", cache=None), spare_for=(1,))
     assert check_options(one).may_hold == (1,)
 
 
@@ -543,11 +560,11 @@ def test_a_stage_that_a_spare_did_not_prepare_for_is_refused(options: WorkerOpti
 
 
 def test_what_stops_a_start_is_raised_by_it(options: WorkerOptions, tmp_path: Path) -> None:
-    worker = Worker("lost", replace(options, source=str(tmp_path / "nothing"), pp_rank=0))
+    worker = Worker("lost", replace(options, shard_set=open_set(tmp_path / "nothing"), pp_rank=0))
     with pytest.raises(ShardprepError, match="nothing"):
         worker.prepare()
     worker.close()
-    worker = Worker("odd", replace(options, pp_rank=0, dtype="int7"))
+    worker = Worker("odd", replace(options, pp_rank=0, compute=Compute(dtype="int7")))
     with pytest.raises((InputError, UnsupportedError), match="int7"):
         worker.prepare()
     worker.close()

@@ -8,12 +8,14 @@ from shardprep_runtime.errors import (
     CacheLostError,
     InputError,
     IntegrityError,
+    MissingError,
     ShardprepError,
+    StoreError,
     UnsupportedError,
     WorkerError,
     WorkerLostError,
 )
-from shardprep_runtime.workers.failures import Failure, failure_of, raised
+from shardprep_runtime.workers.failures import Failure, failure_of, raised, read_failure
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,28 @@ def test_an_error_is_the_same_at_the_front_end(
     found = raised(failure_of(error), "stage-1")
     assert type(found) is kind
     assert str(found).endswith(message)
+
+
+def test_facts_of_an_error_come_along() -> None:
+    found = raised(failure_of(StoreError("no answer", status=503, code="SlowDown")), "stage-1")
+    assert isinstance(found, StoreError)
+    assert (found.status, found.code) == (503, "SlowDown")
+    lost = raised(failure_of(MissingError("x", missing="revision", status=404)), "stage-1")
+    assert isinstance(lost, MissingError)
+    assert (lost.missing, lost.status, lost.code) == ("revision", 404, None)
+
+
+def test_facts_that_cannot_be_true_are_left_out() -> None:
+    said = {
+        "kind": "MissingError",
+        "message": "x",
+        "facts": {"missing": "sleep", "status": "9", "worker": "w"},
+    }
+    found = raised(read_failure(said), "stage-1")
+    assert isinstance(found, MissingError)
+    assert (found.missing, found.status) == ("object", None)
+    assert str(raised(read_failure({"kind": "InputError", "message": "m", "facts": 3}), "stage-1")) == "m"
+    assert type(raised(Failure("InputError", "m", {"status": 404}), "stage-1")) is InputError
 
 
 def test_what_names_no_error_of_ours_makes_no_other_class() -> None:

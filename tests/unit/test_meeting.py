@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from shardprep_runtime.errors import InputError, WorkerError
-from shardprep_runtime.workers import meeting as meetings
+from shardprep_runtime.workers import sealed
+from shardprep_runtime.workers.addresses import check_host, default_host, parse_address
 from shardprep_runtime.workers.meeting import (
     ANSWER,
-    MAX_MESSAGE,
     MEMBER,
     MEMBERS,
     Invitation,
@@ -26,17 +26,12 @@ from shardprep_runtime.workers.meeting import (
     Membership,
     Plan,
     RefusedError,
-    RpcPlan,
-    check_host,
-    default_host,
     find_meeting,
     join,
-    new_secret,
     open_meeting,
-    parse_address,
-    seal,
-    unseal,
 )
+from shardprep_runtime.workers.meeting import PLAN as PLAN_KEY
+from shardprep_runtime.workers.sealed import MAX_MESSAGE, new_secret, seal, unseal
 from shardprep_runtime.workers.transport import WorkerInfo
 
 SECRET = "a secret that the test has made up"
@@ -84,7 +79,7 @@ def ask(pool: ThreadPoolExecutor, meeting: Meeting, info: WorkerInfo = INFO) -> 
 
 
 def test_a_worker_learns_the_plan_and_is_welcomed() -> None:
-    plan = replace(PLAN, transport="rpc", rpc=RpcPlan(port=5, world_size=3))
+    plan = replace(PLAN, transport="rpc", details={"world_size": 3})
     with served(plan) as meeting, asking() as pool:
         asked = ask(pool, meeting)
         member = meeting.joined(20)
@@ -190,10 +185,10 @@ def test_what_a_worker_said_once_does_not_let_another_in() -> None:
 def test_a_plan_of_another_front_end_is_followed_to_no_good() -> None:
     """Somebody serves an old plan, which he recorded: he cannot answer a worker that joins."""
     with served() as real:
-        recorded = real.store.get(meetings.PLAN)
+        recorded = real.store.get(PLAN_KEY)
     with served() as false, asking() as pool:
         false._secret = OTHER
-        false.store.set(meetings.PLAN, recorded.decode())
+        false.store.set(PLAN_KEY, recorded.decode())
         asked = ask(pool, false)
         assert false.joined(0.5) is None
         with pytest.raises(RefusedError, match="is not the front end"):
@@ -221,7 +216,7 @@ def test_what_is_no_message_is_refused_before_it_is_believed(raw: bytes) -> None
 
 @pytest.mark.parametrize("text", ["[]", "1", "[" * 50_000, "{"])
 def test_a_sealed_text_that_is_no_object_is_refused(text: str) -> None:
-    raw = json.dumps({"text": text, "hmac": meetings._hmac(SECRET, "place", "nonce", text)}).encode()
+    raw = json.dumps({"text": text, "hmac": sealed._hmac(SECRET, "place", "nonce", text)}).encode()
     with pytest.raises(InputError, match="no shardprep made"):
         unseal(SECRET, "place", "nonce", raw)
 

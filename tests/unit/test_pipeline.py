@@ -25,7 +25,8 @@ from shardprep_runtime.errors import (
     WorkerLostError,
 )
 from shardprep_runtime.stage.stage import Keep
-from shardprep_runtime.workers.pipeline import OpenSequence, Pipeline, Policy
+from shardprep_runtime.workers.pipeline import OpenSequence, Pipeline
+from shardprep_runtime.workers.policy import Policy
 from shardprep_runtime.workers.transport import Health, Output, Step, Timing, Transport, WorkerInfo
 
 VOCABULARY = 61

@@ -1,14 +1,18 @@
 """Run a model that is split over workers: each holds one stage, a front end sends steps through them.
 
-    transport  what every way of reaching workers can do: step, health, reset, promote
-    worker     what a worker's process holds, whichever way it is reached
-    local, links, rpc, ray_actors   the ways: this process, torch.distributed, torch.distributed.rpc, Ray
-    pipeline   sends steps through the stages, and carries on when a worker is lost
-    text       tokens from what the pipeline computes: sampling, stops, several sequences, a draft model
-    meeting    where workers and the front end find each other, and prove to each other that they may
-    launch     starts workers on this host, and what stands in front of them
-    http       OpenAI's HTTP interface in front
-    ray_serve  the same as an application of Ray Serve
+    launch          puts all of it together: workers, what reaches them, what takes over for them
+    launchers       who starts workers: processes of this host, people on other hosts, Ray
+    worker          what a worker holds: fetch, build, step, prove, take another stage
+    worker_process  a worker's process from its start to its end; tensor_group: its tensor ranks
+    meeting         where workers and the front end find each other, and prove to each other that they may
+    sealed          what they say there, and nobody else can; addresses: where that may be served
+    transport       what every way of reaching workers can do: step, health, reset, promote
+    kinds           the transports by name: links, rpc; local: workers of this process, within its memory
+    pipeline        sends steps through the stages, whoever holds them
+    route           mends the route where a worker is lost, as policy says
+    text            tokens from what the pipeline computes: sampling, stops, several sequences, a draft model
+    http            OpenAI's HTTP interface in front
+    ray_serve       the same as an application of Ray Serve
 
 Importing this package imports none of them, nor torch.
 """

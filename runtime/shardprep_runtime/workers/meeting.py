@@ -19,29 +19,37 @@ address of the public Internet is refused unless it is asked for.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import ipaddress
-import json
 import os
-import re
 import secrets
 import socket
-import struct
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InputError, WorkerError, quote
 from ..format.grid import Stages
+from .addresses import check_host, parse_address
+from .sealed import (
+    PATIENCE,
+    PAUSE,
+    check_secret,
+    connect,
+    first_line,
+    number_of,
+    pair_of,
+    seal,
+    serve_store,
+    text_of,
+    unseal,
+    wait_for,
+)
 from .transport import WorkerInfo, check_name
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store, TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
 PLAN: Final = "shardprep/plan"
 MEMBERS: Final = "shardprep/members"
@@ -50,42 +58,11 @@ ANSWER: Final = "shardprep/answer/{}"
 OVER: Final = "shardprep/over"
 """There once the front end ends because it is to end."""
 
-MAX_MESSAGE: Final = 64 * 2**10
-"""Bytes of one message; what is longer is not parsed."""
-
 MAX_WAITING: Final = 4096
-"""Numbers taken by workers that have not said anything yet; more are no workers of ours."""
-
-PATIENCE: Final = 60.0
-"""Seconds in which who has taken a number must say what it is."""
+"""Numbers taken by workers that have not said anything yet; more are not workers of ours."""
 
 PLAN_TIMEOUT: Final = 5.0
 """Seconds in which a front end that serves a store puts its plan there."""
-
-STORE_TIMEOUT: Final = 15.0
-"""Seconds for which a worker waits for a store that has gone, before it believes it."""
-
-LEAST_SECRET: Final = 16
-"""Characters of a secret: whoever reaches the store can try to guess it."""
-
-TRANSPORTS: Final = ("links", "rpc")
-"""Those whose workers meet here."""
-
-ANY_PORT: Final = 9
-
-SIOCGIFADDR: Final = 0x8915
-"""Linux: the address of a network interface."""
-
-PAUSE: Final = 0.02
-"""Seconds between two looks at the store (of 10 microseconds each)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RpcPlan:
-    """Where torch.distributed.rpc meets, and of how many processes: the front end is the first."""
-
-    port: int
-    world_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +70,17 @@ class Plan:
     """What a front end runs, as its workers must know it."""
 
     transport: str
+    """Name of the kind of transport, by which a worker finds how to serve."""
     stages: Stages
+    """Layers [start, stop) of each stage."""
     tensor_parallel_size: int = 1
     dtype: str | None = None
     manifest_digest: str
     revision: str = "main"
-    rpc: RpcPlan | None = None
+    details: Mapping[str, int] = field(default_factory=dict)
+    """What the kind of transport says beside, for its own workers."""
     nonce: str = ""
-    """Made by `open_meeting`."""
+    """Made by `open_meeting`; what a worker says is sealed for this meeting and no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +88,7 @@ class Member:
     """A worker that has the secret and holds what the plan says; it waits for `welcome` or `refuse`."""
 
     number: int
-    """Of those who came, strangers included: from 1."""
+    """Its place among those who came, strangers included: from 1."""
     info: WorkerInfo
     nonce: str
 
@@ -126,7 +106,7 @@ class Membership:
     """A worker's place, once it is welcome."""
 
     name: str
-    """By which the front end calls it: the one that it gave, or one like it if another had that."""
+    """What the front end calls it: the name that it gave, or one like it if another had that."""
     number: int
     """As the front end's `Member.number`; no other worker of this meeting has had it or will."""
     rank: int
@@ -135,7 +115,7 @@ class Membership:
     store: TCPStore
     """This worker's connection. One blocking call at a time: take `store.clone()` for a thread of one's own."""
     host: str
-    """Of the front end, as this worker reaches it."""
+    """Address of the front end, as this worker reaches it."""
 
     def is_over(self) -> bool:
         """Whether the front end has said that it ends."""
@@ -223,7 +203,7 @@ class Meeting:
         nonce = ""
         try:
             said = unseal(self._secret, MEMBER.format(number), self.plan.nonce, raw)
-            nonce = _text(said, "nonce")
+            nonce = text_of(said, "nonce")
             info = read_info(said)
             self._check(info)
         except InputError as error:
@@ -282,10 +262,6 @@ def open_meeting(host: str, port: int = 0, *, plan: Plan, secret: str, allow_pub
         InputError: For a public address without `allow_public`, and where the address or port cannot be had.
     """
     check_secret(secret)
-    if plan.transport not in TRANSPORTS:
-        raise InputError(
-            f"workers of {quote(plan.transport)} do not meet here; use {' or '.join(TRANSPORTS)}"
-        )
     family, address = check_host(host, allow_public=allow_public)
     try:
         # torch alone would listen on all addresses of the machine
@@ -300,23 +276,6 @@ def open_meeting(host: str, port: int = 0, *, plan: Plan, secret: str, allow_pub
     store.add(MEMBERS, 0)
     store.set(PLAN, seal(secret, PLAN, "", asdict(plan)))
     return Meeting(host, store, plan, secret)
-
-
-def serve_store(address: str, listener: socket.socket) -> TCPStore:
-    """A store of this process, at a socket that listens already; it takes the socket."""
-    import torch.distributed
-
-    distributed: Any = torch.distributed  # its types say little of this part
-    port = listener.getsockname()[1]
-    found: TCPStore = distributed.TCPStore(
-        address,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=PATIENCE),
-        master_listen_fd=listener.detach(),
-    )
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------- the worker
@@ -355,12 +314,12 @@ class Invitation:
             raise RefusedError(f"what answers at {self.address} is not the front end: {error}") from None
         if "refused" in answer:
             raise RefusedError(
-                f"the front end at {self.address} refuses this worker: {quote(_text(answer, 'refused'), limit=1000)}"
+                f"the front end at {self.address} refuses this worker: {quote(text_of(answer, 'refused'), limit=1000)}"
             )
         return Membership(
-            name=check_name(_text(answer, "name")),
+            name=check_name(text_of(answer, "name")),
             number=number,
-            rank=_number(answer, "rank"),
+            rank=number_of(answer, "rank"),
             plan=self.plan,
             store=self.store,
             host=self.host,
@@ -368,14 +327,14 @@ class Invitation:
 
 
 class RefusedError(WorkerError):
-    """The front end does not want this worker: asking again is no use."""
+    """The front end does not want this worker: it need not ask again."""
 
 
 def find_meeting(master: str, *, secret: str, timeout: float = 300.0) -> Invitation:
     """The meeting at `master` (host:port), once its front end is there: for at most `timeout` seconds.
 
     Raises:
-        InputError: For what is no address.
+        InputError: For what is not an address.
         RefusedError: Where the front end has another secret or speaks otherwise.
         WorkerError: Where there is none in time.
     """
@@ -408,223 +367,37 @@ def join(master: str, info: WorkerInfo, *, secret: str, timeout: float = 300.0) 
     return find_meeting(master, secret=secret, timeout=timeout).join(info, timeout=timeout)
 
 
-def connect(host: str, port: int, deadline: float) -> TCPStore:
-    """A connection to the store there. torch's own waiting fills the log with stacks, and knows no end in time."""
-    import torch.distributed
-
-    distributed: Any = torch.distributed
-    pause = 0.05
-    while True:
-        left = deadline - time.monotonic()
-        try:
-            socket.create_connection((host, port), timeout=max(0.1, min(left, 10.0))).close()
-            found: TCPStore = distributed.TCPStore(
-                host,
-                port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=max(1.0, min(left, STORE_TIMEOUT))),
-            )
-            found.set_timeout(timedelta(seconds=STORE_TIMEOUT))
-            return found
-        except (OSError, RuntimeError) as error:
-            if left <= pause:
-                why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-                raise WorkerError(
-                    f"no front end answers at {quote(host)}:{port} ({why}); start `shardprep serve` there, or look "
-                    "whether --master is its address and nothing in between blocks the port"
-                ) from None
-        time.sleep(pause)
-        pause = min(1.0, pause * 1.5)
-
-
-def wait_for(store: Store, key: str, timeout: float) -> bytes | None:
-    """What is at `key`, once there is something; None if nothing comes in time."""
-    deadline = time.monotonic() + timeout
-    while not store.check([key]):
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(PAUSE)
-    found: bytes = store.get(key)
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------- the messages
-def seal(secret: str, place: str, nonce: str, said: Mapping[str, object]) -> str:
-    """A message for `place`, which only who has the secret can make; `nonce`: the receiver's."""
-    text = json.dumps(said, separators=(",", ":"))
-    return json.dumps({"text": text, "hmac": _hmac(secret, place, nonce, text)})
-
-
-def unseal(secret: str, place: str, nonce: str, raw: bytes) -> dict[str, Any]:
-    """What was sealed for this place. Raises InputError for anything else."""
-    if len(raw) > MAX_MESSAGE:
-        raise InputError(f"a message of {len(raw):,} bytes; expected at most {MAX_MESSAGE:,}")
-    try:
-        sealed = json.loads(raw)
-        text, found = sealed["text"], sealed["hmac"]
-        if not isinstance(text, str) or not isinstance(found, str):
-            raise TypeError
-        expected = _hmac(secret, place, nonce, text)  # no text of ours has what cannot be encoded
-        is_ours = hmac.compare_digest(found.encode(), expected.encode())
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError("a message that no shardprep made; look whether versions are the same") from None
-    if not is_ours:
-        raise InputError("the secret is another one; set SHARDPREP_SECRET to the same text on all hosts")
-    try:
-        said = json.loads(text)
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
-        raise InputError("a message that no shardprep made; look whether versions are the same")
-    return said
-
-
-def _hmac(secret: str, place: str, nonce: str, text: str) -> str:
-    said = "\0".join(("shardprep 1", place, nonce, text))
-    return hmac.new(secret.encode(), said.encode(), hashlib.sha256).hexdigest()
-
-
-def _text(said: Mapping[str, Any], name: str) -> str:
-    value = said.get(name)
-    if not isinstance(value, str):
-        raise InputError(f"a message whose {name} is no text; look whether versions are the same")
-    return value
-
-
-def _number(said: Mapping[str, Any], name: str) -> int:
-    value = said.get(name)
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise InputError(f"a message whose {name} is no number; look whether versions are the same")
-    return value
-
-
-def _pair(value: object, name: str) -> tuple[int, int]:
-    if not isinstance(value, list) or len(value) != 2 or not all(type(each) is int for each in value):
-        raise InputError(f"a message whose {name} are no layers; look whether versions are the same")
-    return value[0], value[1]
-
-
 def read_info(said: Mapping[str, Any]) -> WorkerInfo:
     """What a worker says of itself. Raises InputError for what cannot be read."""
     seconds = said.get("seconds")
     if not isinstance(seconds, dict) or not all(type(each) in (int, float) for each in seconds.values()):
-        raise InputError("a message whose seconds are no numbers; look whether versions are the same")
+        raise InputError("a message whose seconds are not numbers; look whether versions are the same")
     return WorkerInfo(
-        name=check_name(_text(said, "name")),
-        pp_rank=None if said.get("pp_rank") is None else _number(said, "pp_rank"),
-        layers=None if said.get("layers") is None else _pair(said["layers"], "layers"),
-        host=_text(said, "host"),
-        pid=_number(said, "pid"),
-        manifest_digest=_text(said, "manifest_digest"),
-        nbytes=_number(said, "nbytes"),
-        bytes_fetched=_number(said, "bytes_fetched"),
+        name=check_name(text_of(said, "name")),
+        pp_rank=None if said.get("pp_rank") is None else number_of(said, "pp_rank"),
+        layers=None if said.get("layers") is None else pair_of(said["layers"], "layers"),
+        host=text_of(said, "host"),
+        pid=number_of(said, "pid"),
+        manifest_digest=text_of(said, "manifest_digest"),
+        nbytes=number_of(said, "nbytes"),
+        bytes_fetched=number_of(said, "bytes_fetched"),
         seconds={name: float(each) for name, each in seconds.items()},
     )
 
 
 def _plan(said: Mapping[str, Any]) -> Plan:
-    stages, rpc = said.get("stages"), said.get("rpc")
+    stages, details = said.get("stages"), said.get("details")
     if not isinstance(stages, list) or not stages:
         raise InputError("a plan without stages; look whether versions are the same")
-    if _text(said, "transport") not in TRANSPORTS:
-        raise InputError(
-            f"a plan for the transport {quote(said['transport'])}; this version knows {' and '.join(TRANSPORTS)}"
-        )
+    if not isinstance(details, dict):
+        raise InputError("a plan without details; look whether versions are the same")
     return Plan(
-        transport=_text(said, "transport"),
-        stages=tuple(_pair(each, "stages") for each in stages),
-        tensor_parallel_size=_number(said, "tensor_parallel_size"),
-        dtype=None if said.get("dtype") is None else _text(said, "dtype"),
-        manifest_digest=_text(said, "manifest_digest"),
-        revision=_text(said, "revision"),
-        rpc=RpcPlan(port=_number(rpc, "port"), world_size=_number(rpc, "world_size"))
-        if isinstance(rpc, dict)
-        else None,
-        nonce=_text(said, "nonce"),
+        transport=text_of(said, "transport"),
+        stages=tuple(pair_of(each, "stages") for each in stages),
+        tensor_parallel_size=number_of(said, "tensor_parallel_size"),
+        dtype=None if said.get("dtype") is None else text_of(said, "dtype"),
+        manifest_digest=text_of(said, "manifest_digest"),
+        revision=text_of(said, "revision"),
+        details={name: number_of(details, name) for name in details},
+        nonce=text_of(said, "nonce"),
     )
-
-
-# ------------------------------------------------------------------------------------------------ secrets, addresses
-def check_secret(secret: str) -> str:
-    """`secret` if it is long enough. Raises InputError."""
-    if len(secret) < LEAST_SECRET:
-        raise InputError(
-            f"the secret has {len(secret)} characters, expected at least {LEAST_SECRET}; set SHARDPREP_SECRET to the "
-            "same random text on all hosts, for example what `openssl rand -hex 32` prints"
-        )
-    return secret
-
-
-def new_secret() -> str:
-    """A secret for a front end and the workers that it starts itself."""
-    return secrets.token_hex(32)
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """host:port, or [IPv6 address]:port. Raises InputError."""
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(f"{quote(text)} is no address; write host:port, as the front end prints it")
-    return host, int(port)
-
-
-def check_host(host: str, *, allow_public: bool) -> tuple[socket.AddressFamily, str]:
-    """Family and address of `host`. Raises InputError where it is no address, or one that the Internet may reach."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError(f"{quote(host)}: no such host: {error.strerror}") from None
-    addresses: Sequence[str] = [str(each[4][0]).partition("%")[0] for each in found]
-    for text in addresses:
-        address = ipaddress.ip_address(text)
-        if not allow_public and (address.is_global or address.is_unspecified):
-            what = "all addresses of this machine" if address.is_unspecified else "a public address"
-            raise InputError(
-                f"{quote(host)}: {what}; whoever reaches the port can disturb the workers: serve at a private "
-                "address of this machine, or say --allow-public where a firewall keeps others out"
-            )
-    return found[0][0], addresses[0]
-
-
-def default_host() -> str:
-    """The address of this machine within its private network; loopback where it has none. Nothing is sent."""
-    for network in ("10.255.255.255", "192.168.255.255", "172.31.255.255"):
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((network, 9))
-            found = str(probe.getsockname()[0])
-            if ipaddress.ip_address(found).is_private:
-                return found
-    return "127.0.0.1"
-
-
-def address_towards(host: str, port: int = ANY_PORT) -> str:
-    """The address of this machine by which `host` sees it. Nothing is sent."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return str(probe.getsockname()[0])
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has this address of this machine; None where that cannot be said (IPv6)."""
-    import fcntl
-
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        wanted = socket.inet_aton(address)
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # one without an address
-                asked = struct.pack("256s", name.encode()[:15])
-                if fcntl.ioctl(probe.fileno(), SIOCGIFADDR, asked)[20:24] == wanted:
-                    return name
-    return None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of torch says, without the place in torch before it, and the advice and the stack behind it."""
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return quote(re.sub(r"^\[[^]]*\] *", "", line).partition(". ")[0])

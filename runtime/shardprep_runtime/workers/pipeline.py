@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import secrets
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from ..errors import (
     CacheLostError,
@@ -37,97 +35,18 @@ from ..errors import (
 )
 from ..format.grid import Stages
 from ..stage.stage import Keep
+from .policy import Event, EventKind, Policy
+from .route import Key, Loss, Losses, Mender, Pipe, Route, key_of
 from .transport import Health, Output, Step, Transport, WorkerInfo
 
 if TYPE_CHECKING:
     import torch
 
-LOOK_EVERY: Final = 0.02
-"""Seconds between two looks for a worker that is to join."""
-
 EVENTS: Final = 1000
-"""That are remembered."""
+"""How many of them are remembered."""
 
 CACHE_LOSSES: Final = 3
 """After which a sequence that loses its caches in one and the same step, while no worker is lost, is given up."""
-
-EventKind = Literal[
-    "lost", "retried", "replaced", "promoted", "dropped", "fallback", "restored", "prefilled", "failed"
-]
-"""What happened to the route:
-
-    lost       a worker is not used any more
-    retried    a worker that seemed lost has answered a probe
-    replaced   another worker that holds the stage has taken it
-    promoted   a spare has taken the stage
-    dropped    a worker that was to take a stage could not; it is not tried again
-    fallback   a transport in this process has taken over
-    restored   all stages have workers again; new sequences take them
-    prefilled  a sequence has sent all of its positions again
-    failed     nothing was left to try
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """How long to wait, and how often to try. Seconds."""
-
-    step_timeout: float = 30.0
-    """Of a step, beside what its positions take and those of the other steps that are under way."""
-    position_timeout: float = 0.25
-    """More for each of these positions: a long prompt on a slow worker does not count as hung."""
-    probe_timeout: float = 5.0
-    """Of a probe, and of all that one worker is asked again after a loss that is not certain."""
-    probe_period: float = 10.0
-    """Between two probes of idle workers; 0: none."""
-    retries: int = 3
-    """How often a worker is asked again."""
-    first_pause: float = 0.05
-    """Before that; drawn from 0 to this, which doubles (full jitter)."""
-    promotion_timeout: float = 60.0
-    replacement_timeout: float = 60.0
-    """For which a worker that is to take the place of a lost one is waited for; 0: it is not."""
-    attempts: int = 8
-    """Losses that one step, and one mending, live through."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to the route."""
-
-    time: float
-    """Since the epoch."""
-    kind: EventKind
-    worker: str | None
-    stage: int | None
-    seconds: float
-    """What it took."""
-    message: str
-
-
-Key = tuple[str, str, int]
-"""Name, host and process of a worker: one that was restarted under its name is another."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Who holds the stages, as far as is known."""
-
-    transport: Transport
-    names: tuple[str, ...]
-    keys: tuple[Key, ...]
-
-    def leads_as(self, other: Route) -> bool:
-        """Whether caches that were made along `other` are where this leads."""
-        return self.transport is other.transport and self.keys == other.keys
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    why: str
-    is_certain: bool
-    is_named: bool = True
-    """Whether it is known which worker it is about."""
 
 
 class Pipeline:
@@ -153,11 +72,9 @@ class Pipeline:
     ) -> None:
         self.transport = transport
         self.policy = policy or Policy()
-        self.stages: Stages | None = None if isinstance(stages, int) else stages
-        size = stages if isinstance(stages, int) else len(stages)
-        if size < 1:
+        if (stages if isinstance(stages, int) else len(stages)) < 1:
             raise InputError("a pipeline needs at least one stage")
-        self._open_fallback, self._replace, self._on_event = fallback, replace, on_event
+        self._on_event = on_event
         self._prefix = secrets.token_hex(4)  # workers may outlive this
         self._numbers = itertools.count()
         self._events: deque[Event] = deque(maxlen=EVENTS)
@@ -173,24 +90,26 @@ class Pipeline:
         self._mendings = 0  # that have ended
         self._failure: str | None = None  # of the last
         self._route: Route | None = None
-        self._losses: dict[str, Loss] = {}  # that nobody has dealt with yet
-        self._dealt: set[str] = set()  # whom the present mending has dealt with
-        self._gone: set[Key] = set()  # are not used any more
-        self._unfit: set[tuple[Key, int]] = set()  # spares, and stages that they did not prepare for
-        self._doubted: set[Key] = set()  # have answered after a loss, but done no step since
-        self._digests: dict[Key, str] = {}  # of what their first probe gave
-        self._fallback: Transport | None = None
+        self._losses = Losses(self._changed)
+        self._digests: dict[Key, str] = {}  # by worker, what its first probe gave
         self._fallback_users = 0
 
-        # what follows is of the one who mends
-        self._holders: list[WorkerInfo | None] = [None] * size
-        self.manifest_digest: str | None = None
-        for info in transport.workers().values():
-            if info.pp_rank is not None and info.pp_rank < size and self._holders[info.pp_rank] is None:
-                self.manifest_digest = self.manifest_digest or info.manifest_digest
-                if self._fits(info, info.pp_rank):
-                    self._holders[info.pp_rank] = info
-        self._route = self._own_route()  # where a stage has no worker yet, the first step sees to it
+        own = Route(transport, (), ())
+        self._mender = Mender(
+            Pipe(
+                policy=self.policy,
+                prove=lambda name, timeout: self._ask(own, name, probe=True, timeout=timeout),
+                allow=self._allow,
+                tell=self._tell,
+                sleep=self._sleep,
+                open_fallback=fallback,
+                replace=replace,
+            ),
+            transport,
+            stages,
+            self._losses,
+        )
+        self._route = self._mender.own_route()  # where a stage has no worker yet, the first step sees to it
 
         self._look = threading.Event()
         transport.watch(self._on_lost)
@@ -200,7 +119,12 @@ class Pipeline:
     # ------------------------------------------------------------------------------------------------- what others see
     @property
     def pipeline_parallel_size(self) -> int:
-        return len(self._holders)
+        return len(self._mender.holders)
+
+    @property
+    def manifest_digest(self) -> str | None:
+        """Digest of the manifest that all workers hold; None as long as there is none."""
+        return self._mender.manifest_digest
 
     @property
     def events(self) -> list[Event]:
@@ -224,11 +148,11 @@ class Pipeline:
     def is_fallback(self) -> bool:
         """Whether new sequences are computed in this process because workers are lost."""
         with self._changed:
-            return self._route is not None and self._route.transport is self._fallback
+            return self._route is not None and self._route.transport is self._mender.fallback
 
     @property
     def sequences(self) -> int:
-        """That are open."""
+        """How many sequences are open."""
         with self._changed:
             return self._open
 
@@ -289,7 +213,7 @@ class Pipeline:
         self._overseer.join()
         with self._changed:
             self._changed.wait_for(lambda: not self._mending)
-            fallback, self._fallback = self._fallback, None
+            fallback, self._mender.fallback = self._mender.fallback, None
         if fallback is not None:
             fallback.close()
 
@@ -308,10 +232,9 @@ class Pipeline:
         with self._changed:
             self._check_open()
             for name in route.names:
-                if name in self._losses:
-                    raise WorkerLostError(
-                        self._losses[name].why, worker=name, is_certain=self._losses[name].is_certain
-                    )
+                loss = self._losses.known.get(name)
+                if loss is not None:
+                    raise WorkerLostError(loss.why, worker=name, is_certain=loss.is_certain)
             self._running[outcome] = route
             self._positions += positions
             timeout = self._allow(self.policy.step_timeout)
@@ -334,7 +257,7 @@ class Pipeline:
         with self._changed:
             self._counters["steps"] += 1
             self._counters["positions"] += positions
-            self._doubted.difference_update(route.keys)
+            self._losses.doubted.difference_update(route.keys)
         return found
 
     def _allow(self, seconds: float) -> float:
@@ -364,7 +287,7 @@ class Pipeline:
             self._counters["probes"] += 1
             if health.probe is None:
                 return
-            first = self._digests.setdefault(_key(health.info), health.probe)
+            first = self._digests.setdefault(key_of(health.info), health.probe)
         if first != health.probe:
             raise IntegrityError(
                 f"worker {quote(health.info.name)}: the same forward gave {quote(health.probe)} and "
@@ -377,7 +300,7 @@ class Pipeline:
         with self._changed:
             if self._closed:
                 return
-            self._losses[worker] = Loss(why, is_certain=True)
+            self._losses.known[worker] = Loss(why, is_certain=True)
             running = [each for each, route in self._running.items() if worker in route.names]
         for outcome in running:
             _settle(outcome, error=WorkerLostError(why, worker=worker, is_certain=True))
@@ -386,16 +309,12 @@ class Pipeline:
     def _report(self, route: Route, worker: str, loss: Loss) -> None:
         """Say that a worker of `route` is lost, or whoever of it where none of this name is on it."""
         with self._changed:
-            if self._route is not route and route.transport is not self._fallback:
+            if self._route is not route and route.transport is not self._mender.fallback:
                 return  # that was seen to meanwhile
             if worker not in route.names:
                 loss = Loss(loss.why, is_certain=False, is_named=False)
             for name in (worker,) if loss.is_named else route.names:
-                known = self._losses.get(name)
-                # of a step that went along the route before this mending began: not of who has taken a place since
-                is_old = self._mending and name in self._dealt
-                if not is_old and (known is None or not known.is_certain):
-                    self._losses[name] = loss
+                self._losses.report(name, loss, is_mending=self._mending)
 
     def _blame(self, route: Route) -> bool:
         """Whether any worker cannot prove that it serves its stage; who cannot counts as lost."""
@@ -411,7 +330,7 @@ class Pipeline:
 
     def _has_loss(self) -> bool:
         """Whether the route has one that is to be seen to. Holds the lock."""
-        return self._route is not None and not self._losses.keys().isdisjoint(self._route.names)
+        return self._route is not None and self._losses.concern(self._route.names)
 
     def _ready(self, user: OpenSequence | None = None) -> Route:
         """The route for a step; mended first, by one thread, where it has to be. Raises WorkerError where that failed.
@@ -430,11 +349,8 @@ class Pipeline:
                     continue
                 held = user._route if user is not None else None
                 found: Route | None = None
-                if (
-                    held is not None
-                    and held.transport is self._fallback
-                    and self._losses.keys().isdisjoint(held.names)
-                ):
+                is_here = held is not None and held.transport is self._mender.fallback
+                if held is not None and is_here and not self._losses.concern(held.names):
                     found = held
                 elif self._route is not None and not self._has_loss():
                     found = self._route
@@ -444,12 +360,12 @@ class Pipeline:
                         self._fallback_users += int(found.transport is not self.transport) - int(was)
                     return found
                 self._begin_mending()
-            self._mend(self._find_route)
+            self._mend(self._mender.find_route)
 
     def _begin_mending(self) -> None:
         """Holds the lock."""
         self._mending = True
-        self._dealt.clear()
+        self._losses.dealt.clear()
 
     def _mend(self, find: Callable[[], Route | None]) -> None:
         """Have `find` set the route. Raises WorkerError where it does."""
@@ -467,230 +383,6 @@ class Pipeline:
                 self._mending = False
                 self._mendings += 1
                 self._changed.notify_all()
-
-    def _find_route(self) -> Route:
-        """A route without gaps. Raises WorkerError, which says what was tried."""
-        tried: list[str] = []
-        for _ in range(self.policy.attempts):
-            self._sort_out(tried)
-            gaps = self._fill(tried)
-            if gaps:
-                gaps = self._wait_for_replacements(gaps, tried)
-            if gaps:
-                break
-            route = self._own_route()
-            with self._changed:
-                if route is not None and self._losses.keys().isdisjoint(route.names):
-                    return route
-        route = self._fall_back(tried)
-        if route is not None:
-            return route
-        gaps = [stage for stage, holder in enumerate(self._holders) if holder is None]
-        if gaps:
-            message = f"no worker for {_stages(gaps)}: " + ("; ".join(tried) or "none has joined")
-        else:
-            message = f"workers were lost {self.policy.attempts} times while others took their places"
-        self._tell("failed", None, gaps[0] if gaps else None, 0, message)
-        raise WorkerError(message)
-
-    def _sort_out(self, tried: list[str]) -> None:
-        """Part with the holders of stages that are lost."""
-        for stage, holder in enumerate(self._holders):
-            if holder is None:
-                continue
-            with self._changed:
-                loss = self._losses.pop(holder.name, None)
-                if loss is None:
-                    continue
-                self._dealt.add(holder.name)
-            began = time.monotonic()
-            if not loss.is_certain:
-                if self._is_back(stage, holder, is_named=loss.is_named):
-                    continue
-                loss = Loss(f"{loss.why}; asked again, without an answer", is_certain=False)
-            self._holders[stage] = None
-            with self._changed:
-                self._gone.add(_key(holder))
-            tried.append(f"worker {quote(holder.name)} of stage {stage} is lost ({loss.why})")
-            self._tell("lost", holder.name, stage, time.monotonic() - began, loss.why)
-
-    def _is_back(self, stage: int, holder: WorkerInfo, *, is_named: bool) -> bool:
-        """Whether a worker that seemed lost answers a probe."""
-        began = time.monotonic()
-        with self._changed:
-            if _key(holder) in self._doubted:
-                return False  # it has answered before, and then done no step
-            deadline = began + self._allow(self.policy.probe_timeout)
-        route = Route(self.transport, (), ())
-        for number in range(self.policy.retries):
-            pause = random.uniform(0, self.policy.first_pause * 2**number)  # noqa: S311 - keeps no secret
-            self._sleep(pause)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            try:
-                found = self._ask(route, holder.name, probe=True, timeout=left)
-            except WorkerLostError as error:
-                if error.is_certain:
-                    break
-                continue
-            except (ProblemError, InputError):
-                continue
-            if _key(found.info) != _key(holder):
-                break  # restarted, and without caches
-            with self._changed:
-                if is_named:
-                    self._doubted.add(_key(holder))
-                self._losses.pop(holder.name, None)
-            seconds = time.monotonic() - began
-            self._tell("retried", holder.name, stage, seconds, f"answers again, asked {number + 1} times")
-            return True
-        return False
-
-    # ---------------------------------------------------------------------------------------------- whose place is taken
-    def _fits(self, info: WorkerInfo, stage: int) -> bool:
-        """Whether a worker holds this stage of this model."""
-        layers = self.stages[stage] if self.stages is not None else None
-        return (
-            info.pp_rank == stage
-            and info.manifest_digest == self.manifest_digest
-            and (layers is None or info.layers is None or tuple(info.layers) == tuple(layers))
-        )
-
-    def _free(self) -> list[WorkerInfo]:
-        """Workers that can be asked and hold no stage of the route."""
-        used = {_key(holder) for holder in self._holders if holder is not None}
-        if self.manifest_digest is None:
-            for info in self.transport.workers().values():
-                self.manifest_digest = self.manifest_digest or info.manifest_digest
-        with self._changed:
-            used |= self._gone
-        return [
-            info
-            for info in self.transport.workers().values()
-            if _key(info) not in used and info.manifest_digest == self.manifest_digest
-        ]
-
-    def _fill(self, tried: list[str]) -> list[int]:
-        """Give each stage without a holder one that is there; the stages for which there is none."""
-        return [
-            stage
-            for stage, holder in enumerate(self._holders)
-            if holder is None and not self._take_other(stage, tried) and not self._promote(stage, tried)
-        ]
-
-    def _take_other(self, stage: int, tried: list[str]) -> bool:
-        """Take a worker that holds the stage already."""
-        for info in self._free():
-            if not self._fits(info, stage):
-                continue
-            began = time.monotonic()
-            self._forget_loss(info.name)
-            try:
-                found = self._ask(Route(self.transport, (), ()), info.name, probe=True)
-            except (ProblemError, InputError) as error:
-                self._drop(info, stage, time.monotonic() - began, str(error), tried)
-                continue
-            self._holders[stage] = found.info
-            self._tell(
-                "replaced", info.name, stage, time.monotonic() - began, "holds the stage, and was proved"
-            )
-            return True
-        return False
-
-    def _promote(self, stage: int, tried: list[str]) -> bool:
-        """Have a spare take the stage."""
-        for info in self._free():
-            if info.pp_rank is not None or (_key(info), stage) in self._unfit:
-                continue
-            began = time.monotonic()
-            self._forget_loss(info.name)
-            try:
-                found = self.transport.promote(info.name, stage, timeout=self.policy.promotion_timeout)
-                if not self._fits(found, stage):
-                    raise WorkerError(f"it was to hold stage {stage}, and holds another or of another model")
-            except InputError as error:
-                self._unfit.add((_key(info), stage))
-                tried.append(f"spare {quote(info.name)} is not for stage {stage} ({error})")
-                continue
-            except ProblemError as error:
-                self._drop(info, stage, time.monotonic() - began, str(error), tried)
-                continue
-            self._holders[stage] = found
-            self._tell("promoted", info.name, stage, time.monotonic() - began, "was a spare")
-            return True
-        return False
-
-    def _forget_loss(self, name: str) -> None:
-        """What was said of a worker of this name is not about the one that is about to take a place."""
-        with self._changed:
-            self._losses.pop(name, None)
-            self._dealt.add(name)
-
-    def _drop(self, info: WorkerInfo, stage: int, seconds: float, why: str, tried: list[str]) -> None:
-        with self._changed:
-            self._gone.add(_key(info))
-        tried.append(f"worker {quote(info.name)} was to take stage {stage} and could not ({why})")
-        self._tell("dropped", info.name, stage, seconds, why)
-
-    def _wait_for_replacements(self, gaps: list[int], tried: list[str]) -> list[int]:
-        """Have workers started for these stages, and wait for them; the stages that have none in the end."""
-        if not self.transport.can_replace:
-            tried.append(f"no spare is left, and {self.transport.name} takes no new workers")
-            return gaps
-        if self.policy.replacement_timeout <= 0:
-            return gaps
-        for stage in gaps:
-            if self._replace is not None:
-                try:
-                    self._replace(stage)
-                except (ShardprepError, OSError) as error:
-                    tried.append(f"a worker for stage {stage} could not be started ({error})")
-        deadline = time.monotonic() + self.policy.replacement_timeout
-        while gaps and time.monotonic() < deadline:
-            self._sleep(LOOK_EVERY)
-            gaps = self._fill(tried)
-        if gaps:
-            tried.append(f"none has joined for {_stages(gaps)} in {self.policy.replacement_timeout:g} s")
-        return gaps
-
-    def _fall_back(self, tried: list[str]) -> Route | None:
-        """The route through this process; None where there is none."""
-        with self._changed:
-            old = self._fallback
-            if old is not None and not self._losses.keys().isdisjoint(old.workers()):
-                self._fallback = None  # it was lost itself
-                for name in old.workers():
-                    self._losses.pop(name, None)
-            else:
-                old = None
-            found = self._fallback
-        if old is not None:
-            old.close()
-        if found is not None:
-            return _route_of(found)
-        if self._open_fallback is None:
-            return None
-        began = time.monotonic()
-        try:
-            found = self._open_fallback()
-            route = _route_of(found)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is said beside all else that was tried
-            tried.append(f"this process cannot take over ({type(error).__name__}: {error})")
-            return None
-        with self._changed:
-            self._fallback = found
-        self._tell(
-            "fallback", route.names[0], None, time.monotonic() - began, "; ".join(tried) or "no workers"
-        )
-        return route
-
-    def _own_route(self) -> Route | None:
-        """Through the transport's workers, where each stage has one."""
-        holders = [holder for holder in self._holders if holder is not None]
-        if len(holders) < len(self._holders):
-            return None
-        return Route(self.transport, tuple(each.name for each in holders), tuple(map(_key, holders)))
 
     # ------------------------------------------------------------------------------------------------------ overseeing
     def _oversee(self) -> None:
@@ -725,16 +417,16 @@ class Pipeline:
                 try:
                     self.transport.health(info.name, probe=False, timeout=self.policy.probe_timeout)
                 except (WorkerLostError, IntegrityError) as error:
-                    with self._changed:
-                        self._gone.add(_key(info))
+                    self._losses.part_with(info)
                     self._tell("dropped", info.name, None, 0, str(error))
         self._ready()
 
     def _restore(self) -> None:
         """Go back to the transport's workers where each stage can have one again."""
-        free = self._free()
+        mender = self._mender
+        free = mender.free()
         held = {info.pp_rank for info in free}
-        gaps = [stage for stage, holder in enumerate(self._holders) if holder is None and stage not in held]
+        gaps = [stage for stage, holder in enumerate(mender.holders) if holder is None and stage not in held]
         if len(gaps) > sum(info.pp_rank is None for info in free):
             return
         with self._changed:
@@ -744,10 +436,10 @@ class Pipeline:
             present = self._route
 
         def find() -> Route | None:
-            self._sort_out([])
-            if self._fill([]):
+            mender.sort_out([])
+            if mender.fill([]):
                 return present
-            found = self._own_route()
+            found = mender.own_route()
             self._tell("restored", None, None, 0, "all stages have workers again")
             return found
 
@@ -757,12 +449,12 @@ class Pipeline:
     def _let_go(self) -> None:
         """Close the transport of this process where nobody needs it any more."""
         with self._changed:
-            found = self._fallback
+            found = self._mender.fallback
             if found is None or self._fallback_users or self._mending:
                 return
             if self._route is not None and self._route.transport is found:
                 return
-            self._fallback = None
+            self._mender.fallback = None
         found.close()
 
     # ----------------------------------------------------------------------------------------------------- bookkeeping
@@ -797,7 +489,7 @@ class OpenSequence:
         self.trips = 0
         """Steps that came back."""
         self.output: Output | None = None
-        """Of the last step."""
+        """What the last step gave."""
         self.seconds = 0.0
         """What it took."""
         self.recovery = 0.0
@@ -805,7 +497,7 @@ class OpenSequence:
 
     @property
     def positions(self) -> int:
-        """That are computed, or can be built upon as if they were."""
+        """How many positions are computed, or can be built upon as if they were."""
         return self._history.shape[1] if self._history is not None else 0
 
     def feed(self, ids: torch.Tensor, keep: Keep = "last", *, can_renew: bool = True) -> torch.Tensor:
@@ -940,21 +632,3 @@ def _settle(
             outcome.set_exception(failed)
             return
         outcome.set_exception(error)
-
-
-def _key(info: WorkerInfo) -> Key:
-    return info.name, info.host, info.pid
-
-
-def _route_of(transport: Transport) -> Route:
-    """Through all workers of a transport that hold stages. Raises WorkerError where one of the stages is missing."""
-    held = sorted(
-        (info.pp_rank, info.name, info) for info in transport.workers().values() if info.pp_rank is not None
-    )
-    if not held or [rank for rank, _, _ in held] != list(range(len(held))):
-        raise WorkerError(f"{transport.name}: its workers do not hold all stages")
-    return Route(transport, tuple(name for _, name, _ in held), tuple(_key(info) for _, _, info in held))
-
-
-def _stages(numbers: list[int]) -> str:
-    return ("stage " if len(numbers) == 1 else "stages ") + ", ".join(map(str, numbers))

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Final
 from .. import environment
 from ..errors import InputError, WorkerError, quote
 from ..stage.stage import Keep
-from .meeting import (
+from .addresses import interface_of
+from .sealed import (
     MAX_MESSAGE,
     PAUSE,
     connect,
     first_line,
-    interface_of,
     seal,
     serve_store,
     unseal,
@@ -52,10 +52,10 @@ VERSION: Final = 1
 NAME_WORDS: Final = 8
 HEADER_WORDS: Final = 10 + NAME_WORDS
 MOST_ELEMENTS: Final = 2**31
-"""Of the inputs of one step; a header that says more is not believed."""
+"""Most elements of the inputs of one step; a header that says more is not believed."""
 
 DTYPES: Final = ("int64", "float32", "bfloat16", "float16", "float64")
-"""Of the inputs, by number."""
+"""Dtypes of the inputs, by number."""
 
 KEEPS: Final[tuple[Keep, ...]] = ("last", "all")
 
@@ -187,43 +187,50 @@ def _read(words: list[int]) -> tuple[Command, tuple[int, ...] | None, int]:
 
 
 # --------------------------------------------------------------------------------------------------------- the meeting
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """The tensor ranks of one worker, and which of them this process is."""
+
+    name: str
+    """What they have in common, and no others."""
+    tp_rank: int
+    size: int
+    """How many there are."""
+    device: str
+    """What they compute on: cpu, cuda or cuda:N."""
+
+
 def form_group(
-    store: Store,
-    *,
-    name: str,
-    tp_rank: int,
-    size: int,
-    device: str,
-    host: str,
-    secret: str,
-    nonce: str,
-    timeout: float = 600.0,
+    store: Store, ranks: Ranks, *, host: str, secret: str, nonce: str, timeout: float = 600.0
 ) -> TensorGroup:
-    """Wait for the other tensor ranks of the worker `name`, and be one group with them.
+    """Wait for the other tensor ranks of a worker, and be one group with them.
 
     Args:
         store: Which all of them reach; the leader leaves word there of where the group meets.
         host: The address of this process, at which the others reach it.
-        nonce: Of the front end's plan.
+        secret: What they share with the front end.
+        nonce: That of the front end's plan.
+        timeout: Seconds in which all must be there.
 
     Raises:
-        WorkerError: Where not all come in `timeout` seconds.
+        WorkerError: Where not all come in time.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     deadline = time.monotonic() + timeout
-    place = GROUP.format(name)
+    place = GROUP.format(ranks.name)
+    tp_rank, size = ranks.tp_rank, ranks.size
     if tp_rank == 0:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         own = serve_store(host, socket.create_server((host, 0), family=family, backlog=128))
         said = {"host": host, "port": own.port, "nonce": secrets.token_hex(16)}
         store.set(place, seal(secret, place, nonce, said))
-        _all_here(own, tp_rank, size, deadline)
+        _all_here(own, ranks, deadline)
     else:
-        own = _reach(store, place, secret=secret, nonce=nonce, tp_rank=tp_rank, size=size, deadline=deadline)
+        own = _reach(store, place, ranks, secret=secret, nonce=nonce, deadline=deadline)
     environment.use_interface(interface_of(host))
-    kind = device.partition(":")[0]
+    kind = ranks.device.partition(":")[0]
     backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:nccl"
     try:
         dist.init_process_group(
@@ -232,14 +239,12 @@ def form_group(
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("tp",))
     except RuntimeError as error:
         raise WorkerError(
-            f"the tensor ranks of {quote(name)} did not come together: {first_line(error)}"
+            f"the tensor ranks of {quote(ranks.name)} did not come together: {first_line(error)}"
         ) from None
     return TensorGroup(own, tp_rank, size, mesh)
 
 
-def _reach(
-    store: Store, place: str, *, secret: str, nonce: str, tp_rank: int, size: int, deadline: float
-) -> TCPStore:
+def _reach(store: Store, place: str, ranks: Ranks, *, secret: str, nonce: str, deadline: float) -> TCPStore:
     """The leader's store. What an earlier leader of that name left is not there any more when it is tried."""
     while True:
         raw = wait_for(store, place, max(0.0, deadline - time.monotonic()))
@@ -250,20 +255,20 @@ def _reach(
             raise InputError("a message that no shardprep made; look whether versions are the same")
         with suppress(WorkerError):
             own = connect(said["host"], said["port"], min(deadline, time.monotonic() + 1))
-            _all_here(own, tp_rank, size, deadline)
+            _all_here(own, ranks, deadline)
             return own
         if time.monotonic() > deadline:
             raise WorkerError(f"{quote(place)}: the leader (tensor rank 0) cannot be reached")
         time.sleep(PAUSE)
 
 
-def _all_here(own: TCPStore, tp_rank: int, size: int, deadline: float) -> None:
+def _all_here(own: TCPStore, ranks: Ranks, deadline: float) -> None:
     """Return once all ranks are: only then is a process group begun, which waits less patiently."""
     try:
-        own.set(f"here/{tp_rank}", str(os.getpid()))
-        while not own.check([f"here/{rank}" for rank in range(size)]):
+        own.set(f"here/{ranks.tp_rank}", str(os.getpid()))
+        while not own.check([f"here/{rank}" for rank in range(ranks.size)]):
             if time.monotonic() > deadline:
-                missing = [rank for rank in range(size) if not own.check([f"here/{rank}"])]
+                missing = [rank for rank in range(ranks.size) if not own.check([f"here/{rank}"])]
                 raise WorkerError(f"tensor ranks {json.dumps(missing)} of this worker did not come in time")
             time.sleep(PAUSE)
     except RuntimeError as error:

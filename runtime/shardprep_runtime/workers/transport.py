@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""Of workers and of sequences."""
+"""What workers and sequences can be called."""
 
 
 def check_name(name: str) -> str:
     """`name` if a worker or a sequence can have it. Raises InputError."""
     if not NAME.fullmatch(name):
-        raise InputError(f"{quote(name)} is no name; use 1 to 64 letters, digits, '.', '_' and '-'")
+        raise InputError(f"{quote(name)} cannot be a name; use 1 to 64 letters, digits, '.', '_' and '-'")
     return name
 
 
@@ -32,7 +32,7 @@ class Step:
     """One pass of some positions of one sequence through all stages."""
 
     sequence: str
-    """Whose cache each stage takes; a new name begins a new one."""
+    """The sequence whose cache each stage takes; a new name begins a new one."""
     past: int
     """Positions that are computed already. A stage whose cache is longer forgets the rest, so that a step can be sent
     again, and tokens that a draft model guessed wrong can be taken back; one whose cache is shorter, or that has none,
@@ -77,9 +77,9 @@ class WorkerInfo:
     pid: int
     manifest_digest: str
     nbytes: int = 0
-    """Of the tensors that it holds."""
+    """Bytes of the tensors that it holds."""
     bytes_fetched: int = 0
-    """Of them, those that it brought itself."""
+    """Bytes that it fetched itself."""
     seconds: Mapping[str, float] | None = None
     """What its start took, by what it did, in order."""
 
@@ -90,14 +90,14 @@ class Health:
 
     info: WorkerInfo
     sequences: int
-    """Whose caches it holds."""
+    """How many sequences it holds caches of."""
     probe: str | None = None
     """Digest of what a real forward through its stage gave, where one was asked for: the same as long as it serves."""
     proven: bool | None = None
     """Whether the forward gave what the manifest says it must; None: the manifest says nothing. (False is never sent:
     the worker raises IntegrityError.)"""
     seconds: float = 0.0
-    """Of the forward."""
+    """Seconds that the forward took."""
 
 
 class Transport(ABC):

@@ -90,7 +90,7 @@ def check_options(options: WorkerOptions) -> WorkerOptions:
     """`options` if a worker can be started with them. Raises InputError."""
     count = len(options.stages)
     if not options.may_hold:
-        raise InputError("a spare for no stage is of no use; name those that it may have to take")
+        raise InputError("a spare needs a stage; name those that it may have to take")
     for pp_rank in options.may_hold:
         if not 0 <= pp_rank < count:
             raise InputError(f"pp_rank {pp_rank}: there are {count} stages, from 0 to {count - 1}")

@@ -14,30 +14,20 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from .. import environment
 from ..engines.quiet import hush_loggers
 from ..errors import InputError, WorkerError, quote
 from ..shard.options import read_set, words_of
+from .addresses import address_towards
 from .failures import failure_of
-from .meeting import (
-    Invitation,
-    Membership,
-    RefusedError,
-    address_towards,
-    check_secret,
-    find_meeting,
-)
-from .tensor_group import TensorGroup, form_group
+from .kinds import kind_named
+from .meeting import Invitation, RefusedError, find_meeting
+from .sealed import check_secret
+from .tensor_group import Ranks, TensorGroup, form_group
 from .transport import WorkerInfo, check_name
 from .worker import Clock, Compute, Worker, WorkerOptions
-
-
-class Serve(Protocol):
-    """What a transport has a worker do: answer until the front end says end (True), or is gone (False)."""
-
-    def __call__(self, worker: Worker, membership: Membership) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +140,10 @@ class _Process:
 
     def _find(self) -> None:
         self._invitation = find_meeting(self._job.master, secret=self._secret, timeout=self._job.wait)
+        try:
+            self._kind = kind_named(self._invitation.plan.transport)
+        except InputError as error:
+            raise RefusedError(f"the front end at {self._invitation.address}: {error}") from None
 
     def _prepared(self) -> Worker:
         assert self._invitation is not None
@@ -192,12 +186,15 @@ class _Process:
     def _meet(self) -> TensorGroup:
         assert self._invitation is not None and self._worker is not None
         options, invitation = self._worker.options, self._invitation
-        return form_group(
-            invitation.store,
+        ranks = Ranks(
             name=check_name(self._job.group or self._job.own_name),
             tp_rank=options.tp_rank,
             size=options.tensor_parallel_size,
             device=options.compute.device,
+        )
+        return form_group(
+            invitation.store,
+            ranks,
             host=address_towards(invitation.host, invitation.port),
             secret=self._secret,
             nonce=invitation.plan.nonce,
@@ -208,13 +205,13 @@ class _Process:
         """Join, and serve until the front end goes; whether another is to be waited for. Raises WorkerError."""
         assert self._invitation is not None
         invitation, self._invitation = self._invitation, None
-        can_come_again = self._job.reconnect and invitation.plan.transport != "rpc"
+        can_come_again = self._job.reconnect and self._kind.outlives_front_end
         why = f"the front end at {invitation.address} has gone"
         try:
             membership = invitation.join(worker.info())
             worker.name = membership.name
             self._say(f"{worker.name}: serves the front end at {invitation.address}")
-            is_told = _serve_by(membership.plan.transport)(worker, membership)
+            is_told = self._kind.serve(worker, membership)
             if is_told or membership.is_over():
                 why = ""
         except RefusedError:
@@ -233,16 +230,6 @@ class _Process:
         together again."""
         self._say(f"{self._job.own_name}: {why}; this process ends")
         os._exit(1)
-
-
-def _serve_by(transport: str) -> Serve:
-    if transport == "links":
-        from .links.transport import serve_links
-
-        return serve_links
-    from .rpc import serve_rpc
-
-    return serve_rpc
 
 
 def _ready(info: WorkerInfo) -> str:
@@ -294,17 +281,16 @@ def main() -> NoReturn:
         line += more
     threading.Thread(target=_end_with_front_end, name="shardprep-parent", daemon=True).start()
     spoken = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is no line of ours
+    os.dup2(2, 1)  # what libraries print is not a line of ours
 
-    def tell(said: Mapping[str, str]) -> None:
+    def tell(said: Mapping[str, object]) -> None:
         os.write(spoken, json.dumps(said).encode() + b"\n")
 
     status = 0
     try:
         run_worker(read_job(line), say=lambda text: tell({"say": text}))
     except Exception as error:  # noqa: BLE001 - told to the front end, which raises it
-        failure = failure_of(error)
-        tell({"kind": failure.kind, "error": failure.message})
+        tell(asdict(failure_of(error)))
         status = 2 if isinstance(error, InputError) else 1
     finally:
         sys.stderr.flush()

@@ -7,23 +7,21 @@ them. Needs FastAPI, uvicorn and prometheus-client (the extra `serve`).
 from __future__ import annotations
 
 import asyncio
-import hmac
 import importlib.util
 import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ...errors import InputError, ShardprepError
-from ..pipeline import EventKind, Pipeline
 from ..text.generate import Generator, Sampling, Token
-from ..transport import Health
 from . import openai as openai_api
+from .control import LATER, Control, bearer, nobody
+from .metrics import Metrics
 from .openai import Answer, Choice, Request, RequestError
 
 if TYPE_CHECKING:
@@ -32,22 +30,13 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 
 MOST_BYTES: Final = 16 * 2**20
-"""Of a request's body."""
+"""Most bytes of a request's body."""
 
 MAX_WAITING: Final = 64
 """Sequences that may wait for their turn; who comes then is asked to come again."""
 
-RETRY_AFTER: Final = 1
-"""Seconds after which who was sent away may come again."""
-
-HEALTH_SECONDS: Final = 10.0
-"""For which /health waits for the stages; a lost worker's place may take longer to fill."""
-
 OPEN_END: Final = 1024
 """Tokens of a chat that names no limit, of a model that has none either."""
-
-LATENCIES: Final = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 20, 60)  # fmt: skip
-"""Seconds at which the histograms have their bounds."""
 
 log = logging.getLogger(__name__)
 
@@ -85,21 +74,21 @@ def build_app(
         title="shardprep", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     app.state.front = front
-    key, master = _bearer("the API key", api_key), _bearer("SHARDPREP_SECRET", secret)
-    anybody = _bearer("", None)
-    nobody = _nobody(
-        "this server was started without SHARDPREP_SECRET, so nobody may use /control; set it to a random text"
-    )
-    control = nobody if secret is None else master
+    key, anybody = bearer("the API key", api_key), bearer("", None)
+    guard_of_control = bearer("SHARDPREP_SECRET", secret)
+    if secret is None:
+        guard_of_control = nobody(
+            "this server was started without SHARDPREP_SECRET, so nobody may use /control; set it to a random text"
+        )
     for path, method, guard, handler in (
         ("/v1/models", "GET", key, front.models),
         ("/v1/completions", "POST", key, front.completions),
         ("/v1/chat/completions", "POST", key, front.chats),
-        ("/health", "GET", anybody, front.health),
-        ("/metrics", "GET", anybody, front.metrics_text),
-        ("/control/workers", "GET", control, front.workers),
-        ("/control/probe", "POST", control, front.probe),
-        ("/control/drain", "POST", control, front.drain),
+        ("/health", "GET", anybody, front.control.health),
+        ("/metrics", "GET", anybody, front.control.metrics_text),
+        ("/control/workers", "GET", guard_of_control, front.control.workers),
+        ("/control/probe", "POST", guard_of_control, front.control.probe),
+        ("/control/drain", "POST", guard_of_control, front.control.drain),
     ):
         # by Starlette's routes: bodies are read by openai_api, not by pydantic, which would coerce what it can
         app.add_route(path, front.endpoint(path, guard, handler), methods=[method])
@@ -119,32 +108,6 @@ def check_installed() -> None:
             raise InputError(f'{name} is not installed; pip install "shardprep[serve]"')
 
 
-# ---------------------------------------------------------------------------------------------------------- who may ask
-def _bearer(what: str, expected: str | None) -> Callable[[Any], None]:
-    """Let pass who sends `Authorization: Bearer EXPECTED`; everybody where nothing is expected."""
-
-    def check(request: Any) -> None:
-        if expected is None:
-            return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not given:
-            raise RequestError(
-                f"{what} is needed; send the header Authorization: Bearer ...", status=401, code="no_api_key"
-            )
-        if not hmac.compare_digest(given.strip().encode("latin-1"), expected.encode()):
-            status = 401 if what == "the API key" else 403  # as OpenAI's clients expect of a key
-            raise RequestError(f"{what} is another one", status=status, code="invalid_api_key")
-
-    return check
-
-
-def _nobody(why: str) -> Callable[[Any], None]:
-    def check(_: Any) -> None:
-        raise RequestError(why, status=403, code="no_secret")
-
-    return check
-
-
 # -------------------------------------------------------------------------------------------------- what runs meanwhile
 class Front:
     """What the requests share: the generator, the threads, who waits."""
@@ -154,6 +117,7 @@ class Front:
         self.model = model
         self.max_waiting = max_waiting
         self.metrics = Metrics(generator.pipeline, self)
+        self.control = Control(self)
         self.is_draining = False
         self._created = int(time.time())
         self._threads = ThreadPoolExecutor(generator.max_in_flight, thread_name_prefix="shardprep-sequence")
@@ -161,7 +125,6 @@ class Front:
         self._waiting = self._running = 0
         self._works: set[Work] = set()
         self._tokenizing = threading.Lock()  # a fast tokenizer may be changed by a call while another uses it
-        self._probe: asyncio.Task[list[Health]] | None = None
 
     @property
     def waiting(self) -> int:
@@ -298,7 +261,7 @@ class Front:
             )
 
     def _tokens(self, asked: Request) -> list[list[int]]:
-        """Of each prompt, or of the chat. Raises RequestError where the model has no way to make them."""
+        """Tokens of each prompt, or of the chat. Raises RequestError where the model has no way to make them."""
         tokenizer: Any = self.generator.tokenizer
         if tokenizer is None and not all(isinstance(each, tuple) for each in asked.prompts or ("",)):
             raise RequestError(
@@ -325,85 +288,6 @@ class Front:
             stop_token_ids=asked.stop_token_ids,
             ignore_eos=asked.ignore_eos,
         )
-
-    # ------------------------------------------------------------------------------------------- health, metrics, control
-    async def health(self, _: Any) -> Any:
-        from starlette.responses import JSONResponse
-
-        pipeline = self.generator.pipeline
-        said: dict[str, Any] = {
-            "status": "ok",
-            "model": self.model,
-            "manifest_digest": pipeline.manifest_digest,
-        }
-        if self.is_draining:
-            return JSONResponse({**said, "status": "draining"}, status_code=503, headers=_LATER)
-        try:
-            found = await asyncio.wait_for(self._probed(), HEALTH_SECONDS)
-        except TimeoutError:
-            why = f"the stages have not all answered in {HEALTH_SECONDS:g} seconds"
-            return JSONResponse(
-                {**said, "status": "unhealthy", "error": why}, status_code=503, headers=_LATER
-            )
-        except ShardprepError as error:
-            return JSONResponse(
-                {**said, "status": "unhealthy", "error": str(error)}, status_code=503, headers=_LATER
-            )
-        stages = [
-            {
-                "stage": each.info.pp_rank,
-                "layers": each.info.layers,
-                "worker": each.info.name,
-                "proven": each.proven,
-                "seconds": each.seconds,
-            }
-            for each in found
-        ]
-        return JSONResponse({**said, "is_fallback": pipeline.is_fallback, "stages": stages})
-
-    async def _probed(self) -> list[Health]:
-        """What a forward of every stage says; who asks while one is under way shares it."""
-        if self._probe is None or self._probe.done():
-            self._probe = asyncio.create_task(asyncio.to_thread(self.generator.pipeline.health))
-            self._probe.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # all may have gone
-        return await asyncio.shield(self._probe)
-
-    async def metrics_text(self, _: Any) -> Any:
-        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-        from starlette.responses import Response
-
-        text = await asyncio.to_thread(generate_latest, self.metrics.registry)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-    async def workers(self, _: Any) -> Any:
-        from starlette.responses import JSONResponse
-
-        pipeline = self.generator.pipeline
-        return JSONResponse(
-            {
-                "route": pipeline.route,
-                "is_fallback": pipeline.is_fallback,
-                "is_draining": self.is_draining,
-                "running": self.running,
-                "waiting": self.waiting,
-                "workers": [asdict(each) for each in pipeline.workers()],
-                "events": [asdict(each) for each in pipeline.events],
-                "counters": pipeline.counters,
-            }
-        )
-
-    async def probe(self, _: Any) -> Any:
-        from starlette.responses import JSONResponse
-
-        return JSONResponse({"stages": [asdict(each) for each in await self._probed()]})
-
-    async def drain(self, _: Any) -> Any:
-        from starlette.responses import JSONResponse
-
-        self.is_draining = True
-        return JSONResponse({"status": "draining", "running": self.running, "waiting": self.waiting})
 
 
 class Work:
@@ -483,83 +367,16 @@ class Work:
             self._loop.call_soon_threadsafe(self._said.put_nowait, what)
 
 
-class Metrics:
-    """What Prometheus is told; in a registry of its own, so that several may be in one process."""
-
-    def __init__(self, pipeline: Pipeline, front: Front) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Histogram
-
-        self.registry = CollectorRegistry()
-        self._pipeline, self._front = pipeline, front
-
-        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Any:
-            return Counter(f"shardprep_{name}", text, labels, registry=self.registry)
-
-        def histogram(name: str, text: str) -> Any:
-            return Histogram(f"shardprep_{name}", text, buckets=LATENCIES, registry=self.registry)
-
-        self.requests = counter("requests", "Requests answered.", ("path", "status"))
-        self.cut = counter("streams_cut", "Streams that ended with an error.")
-        self.gone = counter("clients_gone", "Requests whose client went away before the answer began.")
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
-        self.tokens = counter("generated_tokens", "Tokens generated.")
-        self.first_token = histogram("time_to_first_token_seconds", "From the request to its first token.")
-        self.time_per_token = histogram("time_per_token_seconds", "Between two tokens of a sequence.")
-        self.registry.register(self)
-
-    def collect(self) -> Iterable[Any]:
-        """Of the pipeline, when somebody asks."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        pipeline, front = self._pipeline, self._front
-        for name, text, value in (
-            ("sequences_in_flight", "Sequences that are being generated.", front.running),
-            ("sequences_waiting", "Sequences whose turn has not come.", front.waiting),
-            ("draining", "1 while nothing new is taken.", int(front.is_draining)),
-            (
-                "fallback",
-                "1 while this process computes because workers are lost.",
-                int(pipeline.is_fallback),
-            ),
-        ):
-            yield GaugeMetricFamily(f"shardprep_{name}", text, value=value)
-        workers = GaugeMetricFamily(
-            "shardprep_workers", "Workers that can be asked, by stage.", labels=("stage",)
-        )
-        held = [each.pp_rank for each in pipeline.workers()]
-        for stage in range(pipeline.pipeline_parallel_size):
-            workers.add_metric((str(stage),), held.count(stage))
-        workers.add_metric(("spare",), held.count(None))
-        yield workers
-        counters = pipeline.counters
-        events = CounterMetricFamily(
-            "shardprep_events", "What happened to workers: lost, promoted, replaced, ...", labels=("kind",)
-        )
-        for kind in get_args(EventKind):
-            events.add_metric((kind,), counters.get(kind, 0))
-        yield events
-        for name, text in (
-            ("steps", "Passes through all stages."),
-            ("positions", "Positions that they computed; those computed again count again."),
-            ("probes", "Forwards that only proved that a stage serves."),
-            ("cache_losses", "Sequences whose caches a worker had lost."),
-        ):
-            yield CounterMetricFamily(f"shardprep_{name}", text, value=counters.get(name, 0))
-
-
 # --------------------------------------------------------------------------------------------------------------- answers
 class _GoneError(Exception):
     """The client does not wait any more."""
 
 
-_LATER: Final = {"Retry-After": str(RETRY_AFTER)}
-
-
 def chat_tokens(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
-    """Of a chat up to where the model answers, by the model's own template. Raises RequestError without one."""
+    """Tokens of a chat up to where the model answers, by the model's own template. Raises RequestError without one."""
     if not tokenizer.chat_template:
         raise RequestError(
-            "this model has no chat template, so it is none for chats; use /v1/completions, or put a "
+            "this model has no chat template, so it cannot chat; use /v1/completions, or put a "
             "chat_template into its tokenizer_config.json",
             param="messages",
         )
@@ -605,7 +422,7 @@ async def _unless_gone(request: Any, answer: Coroutine[Any, Any, Found]) -> Foun
 
 
 async def _json(request: Any) -> object:
-    """The body. Raises RequestError for one that is no JSON, or too long."""
+    """The body. Raises RequestError for one that is not JSON, or too long."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a page in a browser may send other kinds to any address, without asking
         raise RequestError("expected JSON; send the header Content-Type: application/json", status=415)
@@ -617,7 +434,7 @@ async def _json(request: Any) -> object:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is no JSON: {error}") from None
+        raise RequestError(f"the body is not JSON: {error}") from None
 
 
 def _event_stream(events: AsyncIterator[bytes], at_end: Callable[[], None]) -> Any:
@@ -634,7 +451,7 @@ def _event_stream(events: AsyncIterator[bytes], at_end: Callable[[], None]) -> A
 
 
 def _worded(error: ShardprepError | None) -> tuple[dict[str, Any], int]:
-    """What to say of an error, and its status. None: of one that is no business of the client's."""
+    """What to say of an error, and its status. None: the error is not the client's business."""
     if isinstance(error, RequestError):
         kind = {429: "rate_limit_error", 503: "server_error"}.get(error.status, "invalid_request_error")
         return openai_api.error(str(error), kind, param=error.param, code=error.code), error.status
@@ -649,7 +466,7 @@ def _refusal(error: ShardprepError | None) -> Any:
     from starlette.responses import JSONResponse
 
     said, status = _worded(error)
-    headers = dict(_LATER) if status in (429, 503) else {}
+    headers = dict(LATER) if status in (429, 503) else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(said, status_code=status, headers=headers)

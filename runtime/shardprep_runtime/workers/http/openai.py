@@ -22,10 +22,10 @@ Prompt = str | tuple[int, ...]
 FinishReason = Literal["stop", "length"]
 
 DEFAULT_MAX_TOKENS: Final = 16
-"""Of a completion: OpenAI's. A chat may go on to the end of the context."""
+"""Most tokens of a completion that names no limit: OpenAI's. A chat may go on to the end of the context."""
 
 MOST_PROMPTS: Final = 128
-"""Of one request."""
+"""Most prompts of one request."""
 
 MOST_STOPS: Final = 16
 
@@ -110,7 +110,7 @@ class Request:
 
     prompts: tuple[Prompt, ...] = ()
     messages: tuple[Mapping[str, str], ...] = ()
-    """Of a chat: role, content and perhaps name of each."""
+    """Messages of a chat: role, content and perhaps name of each."""
     model: str | None = None
     max_tokens: int | None = None
     """None: to the end of the context."""
@@ -134,18 +134,11 @@ class Request:
 
 
 # ------------------------------------------------------------------------------------------------------------ requests
-def read_completion(
-    body: object, *, cannot: Mapping[str, tuple[object, ...]] | None = None, one_prompt: bool = False
-) -> Request:
-    """A request to /v1/completions. Raises RequestError.
-
-    Args:
-        cannot: What this server cannot do either, as NEUTRAL has it.
-        one_prompt: It takes one at a time.
-    """
-    neutral = {**NEUTRAL_IN_COMPLETIONS, **(cannot or {})}
+def read_completion(body: object) -> Request:
+    """A request to /v1/completions. Raises RequestError."""
+    neutral = NEUTRAL_IN_COMPLETIONS
     found = _checked(body, {"prompt"}, neutral)
-    prompts = _prompts(found.get("prompt"), one=one_prompt)
+    prompts = _prompts(found.get("prompt"))
     return Request(prompts=prompts, **{"max_tokens": DEFAULT_MAX_TOKENS, **_sampling(found, neutral)})
 
 
@@ -172,7 +165,7 @@ def read_chat(body: object) -> Request:
 def _checked(body: object, own: set[str], neutral: Mapping[str, tuple[object, ...]]) -> Mapping[str, Any]:
     """The parameters, of which none is unknown and none asks for what cannot be done."""
     if not isinstance(body, Mapping):
-        raise RequestError("the body is no JSON object; send one with the request's parameters")
+        raise RequestError("the body is not a JSON object; send one with the request's parameters")
     if unknown := sorted(set(body) - own - SAMPLING - BOOKKEEPING - set(neutral)):
         raise RequestError(
             f"no parameter {', '.join(map(quote, unknown))} is known here", param=str(unknown[0])
@@ -192,7 +185,7 @@ def _is_same(given: object, value: object) -> bool:
     return given == value and isinstance(given, bool) == isinstance(value, bool)
 
 
-def _prompts(given: object, *, one: bool) -> tuple[Prompt, ...]:
+def _prompts(given: object) -> tuple[Prompt, ...]:
     found: list[Prompt] = []
     if isinstance(given, str):
         found = [_text(given, "prompt")]
@@ -205,8 +198,6 @@ def _prompts(given: object, *, one: bool) -> tuple[Prompt, ...]:
             isinstance(each, list) and each and all(type(token) is int for token in each) for each in given
         ):
             found = [tuple(each) for each in given]
-    if one and (len(found) != 1 or (isinstance(given, list) and isinstance(given[0], str | list))):
-        raise RequestError("prompt: expected one text, or one list of token ids", param="prompt")
     if not found:
         raise RequestError(
             "prompt: expected a text, a list of texts, a list of token ids, or a list of such lists",
@@ -254,7 +245,7 @@ def _message(i: int, given: object) -> Mapping[str, str]:
             texts.append(part["text"])
         content = "\n".join(texts)
     if not isinstance(content, str):
-        raise RequestError(f"{where}: content is no text and no list of parts", param="messages")
+        raise RequestError(f"{where}: content is neither a text nor a list of parts", param="messages")
     found = {"role": str(role), "content": _text(content, "messages")}
     name = given.get("name")
     if name is not None:
@@ -319,7 +310,7 @@ def _sampling(body: Mapping[str, Any], neutral: Mapping[str, tuple[object, ...]]
 
 
 def _number(body: Mapping[str, Any], name: str, kinds: Any, low: float, high: float) -> Any:
-    """Of the kinds, from `low` to `high`; None where it was not given."""
+    """The parameter, a number of one of the kinds from `low` to `high`; None where it was not given."""
     value = body.get(name)
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high

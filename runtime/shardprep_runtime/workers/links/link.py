@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import FormatError, InputError, WorkerError, quote
 from ...format.dtypes import BITS, TORCH
-from ..meeting import address_towards
+from ..addresses import address_towards
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ MAX_TAIL: Final = 16 * 2**10
 """Bytes."""
 
 DTYPES: Final = ("I64", "BF16", "F16", "F32", "F64")
-"""Of what is sent. The first is for token ids; the code in a header is the place from 1, 0 means no tensor."""
+"""Dtypes of what is sent. The first is for token ids; the code in a header is the place from 1, 0 means no tensor."""
 
 CODES: Final[dict[str | None, int]] = {None: 0} | {name: code for code, name in enumerate(DTYPES, 1)}
 
@@ -68,7 +68,7 @@ MAX_PENDING_BYTES: Final = 64 * 2**20
 """Likewise, but one message may be longer."""
 
 MAX_PENDING_CONTROL: Final = 2**10
-"""Of a control link, whose messages are short: nobody waits because a worker hangs."""
+"""Messages of a control link that may wait, which are short: nobody waits because a worker hangs."""
 
 FOREVER: Final = timedelta(days=3650)
 
@@ -118,7 +118,7 @@ class Limits:
     width: int = 2**22
     """Hidden size or size of the vocabulary."""
     nbytes: int = 2**32
-    """Of a tensor. Whoever sends holds to it as well."""
+    """Most bytes of a tensor. Whoever sends holds to it as well."""
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -126,13 +126,13 @@ DEFAULT_LIMITS: Final = Limits()
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Of a frame."""
+    """What a frame says before its tensor and its tail."""
 
     op: Op
     number: int = 0
-    """Of the step or question."""
+    """Number of the step or question."""
     generation: int = 0
-    """Of the route that a step takes."""
+    """Number of the route that a step takes."""
     dtype: str | None = None
     """One of DTYPES; None: no tensor."""
     batch: int = 0
@@ -148,7 +148,7 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         if self.dtype is None:
             return 0
         return self.batch * self.positions * (self.width or 1) * (BITS[self.dtype] // 8)
@@ -231,9 +231,9 @@ def read_tail(raw: bytes | bytearray | memoryview) -> dict[str, Any]:
     try:
         found = json.loads(str(raw, "utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"the tail of a frame is no JSON: {quote(error)}") from None
+        raise FormatError(f"the tail of a frame is not JSON: {quote(error)}") from None
     if not isinstance(found, dict):
-        raise FormatError("the tail of a frame is no object")
+        raise FormatError("the tail of a frame is not an object")
     return found
 
 
@@ -262,7 +262,7 @@ class Frame:
     tensor: torch.Tensor | None = None
     tail: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
-    """For which it was unpacked."""
+    """Seconds that unpacking took."""
 
 
 class Box:

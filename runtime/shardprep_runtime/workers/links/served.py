@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import FormatError, WorkerError
@@ -65,7 +65,7 @@ def serve_links(
 
 
 class _Place:
-    """Of this worker in a route."""
+    """The place of this worker in a route."""
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
@@ -219,7 +219,7 @@ class _Served:
 
     def _say_failed(self, header: Header, error: Exception) -> None:
         failure = failure_of(error)
-        self._say(header, {"kind": failure.kind, "message": failure.message[:MAX_MESSAGE]})
+        self._say(header, asdict(replace(failure, message=failure.message[:MAX_MESSAGE])))
 
     # ------------------------------------------------------------------------------------------------------------ steps
 

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import FormatError, InputError, ShardprepError, WorkerError, WorkerLostError, quote
-from ..failures import Failure, raised
+from ..failures import raised, read_failure
 from ..meeting import read_info
 from ..transport import Health, Output, Step, Timing, Transport, WorkerInfo
 from .link import (
@@ -40,14 +40,12 @@ from .link import (
     connect,
     open_device,
 )
-from .served import CONNECT_TIMEOUT, serve_links
+from .served import CONNECT_TIMEOUT
 
 if TYPE_CHECKING:
     import torch
 
     from ..meeting import Meeting, Member
-
-__all__ = ["LinkTransport", "serve_links"]
 
 PING_PERIOD: Final = 0.5
 """Seconds between two pings."""
@@ -65,7 +63,7 @@ END_TIMEOUT: Final = 3.0
 """Seconds in which workers that were told to end may close their links themselves."""
 
 MAX_ROUTES: Final = 8
-"""Whose links are kept; the one that was used least recently goes."""
+"""Routes whose links are kept; the one that was used least recently goes."""
 
 ACCEPT_PERIOD: Final = 0.2
 
@@ -676,7 +674,7 @@ def again(error: WorkerError) -> WorkerError:
 
 
 def _failure(tail: Mapping[str, Any], worker: str) -> ShardprepError:
-    return raised(Failure(str(tail.get("kind")), str(tail.get("message"))), worker)
+    return raised(read_failure(tail), worker)
 
 
 def _timing(said: Any) -> Timing:

@@ -11,10 +11,10 @@ from ..transport import Output
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Of one trip through the stages, in seconds; what it took in all is the sum of the others."""
+    """Where the seconds of one trip through the stages went; what it took in all is their sum."""
 
     compute: tuple[float, ...]
-    """Of each stage, in order."""
+    """Seconds that each stage computed, in order."""
     staging: float
     """Copying between devices and hosts, of all stages."""
     packing: float
@@ -31,7 +31,7 @@ class Breakdown:
     is_prefill: bool = False
     """The trip took the whole prompt."""
     tokens: int = 1
-    """That came of it."""
+    """How many tokens came of it."""
 
 
 def breakdown_of(
@@ -91,7 +91,7 @@ def table(breakdowns: Iterable[Breakdown | None]) -> str:
 
 
 def _rows(first: Breakdown, trips: Sequence[Breakdown]) -> Iterable[tuple[str, _Value]]:
-    """What is said of a trip, by name; what no trip has is left out where it is no usual part of one."""
+    """What is said of a trip, by name; what no trip has is left out where it is not a usual part of one."""
     stages = max(len(each.compute) for each in trips)
     for stage in range(stages):
         yield f"compute of stage {stage}", _Value("compute", stage)

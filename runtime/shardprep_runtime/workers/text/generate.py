@@ -21,7 +21,7 @@ __all__ = ["Breakdown", "Completion", "FinishReason", "Generator", "Sampling", "
 FinishReason = Literal["stop", "length"]
 
 UNFINISHED: Final = "\ufffd"
-"""What a decoder writes for bytes that are no character, or none yet."""
+"""What a decoder writes for bytes that are not a character, or not yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Token:
     """That can be said now. Bytes of a character that is not whole yet, and what may become a stop string, come with a
     later token; of a stop string, and of the token that ended the text, nothing comes."""
     finish_reason: FinishReason | None
-    """Of the last token: stop (the model has ended, or a stop was found) or length."""
+    """Why the last token is the last: stop (the model has ended, or a stop was found) or length."""
     breakdown: Breakdown | None
-    """Of the trip through the stages that gave it; None: it came with the token before it."""
+    """Where the time went of the trip through the stages that gave it; None: it came with the token before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Generator:
 
     @property
     def max_positions(self) -> int | None:
-        """Of a prompt and what follows it together; None: the model names no limit."""
+        """Most tokens of a prompt and what follows it together; None: the model names no limit."""
         found: int | None = getattr(self._config, "max_position_embeddings", None)
         return found
 

@@ -16,7 +16,7 @@ MOST_STOPS: Final = 64
 """Stop strings, or stop tokens, that one request may have."""
 
 COLDEST: Final = 1e-5
-"""A temperature below this is 0: scores divided by it are no numbers any more."""
+"""A temperature below this is 0: scores divided by it are not numbers any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..errors import WorkerLostError
-from .transport import WorkerInfo
+from ...errors import WorkerLostError
+from ..transport import WorkerInfo
 
 PING_PERIOD: Final = 0.5
 """Seconds between two pings of a worker that answers."""
@@ -30,7 +30,7 @@ class _Peer:
     waiting: set[Lost] = field(default_factory=set)
 
     def refusal(self) -> WorkerLostError | None:
-        """Why it is no use to ask; a worker that was only too slow for one call may be asked again."""
+        """Why it is vain to ask; a worker that was only too slow for one call may be asked again."""
         return _again(self.lost) if self.lost is not None and (self.lost.is_certain or self.by_ping) else None
 
 
@@ -80,7 +80,7 @@ class Presence:
             lost(WorkerLostError(f"{name}: the front end was closed", worker=name, is_certain=True))
 
     def infos(self) -> Mapping[str, WorkerInfo]:
-        """Of those that are there."""
+        """What the workers that are there have said of themselves."""
         with self._lock:
             return {name: peer.info for name, peer in self._peers.items() if peer.lost is None}
 
@@ -94,7 +94,7 @@ class Presence:
                 peer.info, peer.lost = info, None
 
     def wait_for(self, name: str, lost: Lost) -> None:
-        """Have `lost` told if the worker is lost before `done_with`. Raises WorkerLostError where it is no use to ask."""
+        """Have `lost` told if the worker is lost before `done_with`. Raises WorkerLostError where it is vain to ask."""
         with self._lock:
             peer = self._peers.get(name)
             if peer is None:
