@@ -531,7 +531,7 @@ def test_an_error_of_a_library_is_one_line_and_ours(pair: tuple[Worker, Worker])
     ("wrong", "message"),
     [
         ({"pp_rank": 2}, "there are 2 stages, from 0 to 1"),
-        ({"spare_for": ()}, "of no use"),
+        ({"spare_for": ()}, "a spare needs a stage"),
         ({"spare_for": (0, 5)}, "pp_rank 5"),
         ({"tp_rank": 1}, "of 1 tensor ranks"),
         ({"shard_set": open_set("s3://bucket/x", cache=None)}, "say which one stage it is for"),

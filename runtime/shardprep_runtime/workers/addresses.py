@@ -30,7 +30,14 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 def check_host(host: str, *, allow_public: bool) -> tuple[socket.AddressFamily, str]:
-    """Family and address of `host`. Raises InputError where it is not an address, or one that the Internet may reach."""
+    """Family and address of a host.
+
+    Args:
+        allow_public: Let it be one that the Internet may reach.
+
+    Raises:
+        InputError: Where there is no such host, or the Internet may reach it.
+    """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -59,7 +66,12 @@ def default_host() -> str:
 
 
 def address_towards(host: str, port: int = ANY_PORT) -> str:
-    """The address of this machine by which `host` sees it. Nothing is sent."""
+    """The address of this machine by which another host sees it. Nothing is sent.
+
+    Args:
+        host: Name or address of the other one.
+        port: Any: it is only asked which way would be taken.
+    """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))

@@ -288,7 +288,15 @@ def _give_memory_back() -> None:
 def open_local(
     shard_set: ShardSet, *, stages: Stages | None = None, compute: Compute = CPU
 ) -> LocalTransport:
-    """A worker of this process for each stage, ready; by default one for the whole model."""
+    """Open a worker of this process for each stage.
+
+    Args:
+        stages: Layers [start, stop) of each; default: one stage, the whole model.
+        compute: What they compute with.
+
+    Raises:
+        ShardprepError: What fetching, verifying and building do.
+    """
     if stages is None:
         shard_set, manifest = shard_set.pinned()
         stages = ((0, manifest.layers),)

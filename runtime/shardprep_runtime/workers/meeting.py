@@ -256,7 +256,14 @@ class Meeting:
 
 
 def open_meeting(host: str, port: int = 0, *, plan: Plan, secret: str, allow_public: bool = False) -> Meeting:
-    """Serve a meeting at `host`, an address of this machine; port 0: one that is free.
+    """Serve a meeting.
+
+    Args:
+        host: An address of this machine.
+        port: 0: one that is free.
+        plan: What workers are told; its nonce is made here.
+        secret: What they must have.
+        allow_public: Serve also where the Internet may reach it.
 
     Raises:
         InputError: For a public address without `allow_public`, and where the address or port cannot be had.
@@ -294,7 +301,12 @@ class Invitation:
     def join(self, info: WorkerInfo, *, timeout: float = PATIENCE) -> Membership:
         """Say what this worker holds, and wait to be welcomed.
 
-        Raises RefusedError, with the front end's reason, or WorkerError where it has gone or does not answer.
+        Args:
+            timeout: Seconds for which the answer is waited for.
+
+        Raises:
+            RefusedError: With the front end's reason.
+            WorkerError: Where the front end has gone, or does not answer.
         """
         check_name(info.name)
         nonce = secrets.token_hex(16)
@@ -331,7 +343,12 @@ class RefusedError(WorkerError):
 
 
 def find_meeting(master: str, *, secret: str, timeout: float = 300.0) -> Invitation:
-    """The meeting at `master` (host:port), once its front end is there: for at most `timeout` seconds.
+    """Find a meeting, once its front end is there.
+
+    Args:
+        master: host:port, as the front end prints it.
+        secret: What the front end must have, too.
+        timeout: Seconds for which it is waited for.
 
     Raises:
         InputError: For what is not an address.
@@ -363,7 +380,12 @@ def find_meeting(master: str, *, secret: str, timeout: float = 300.0) -> Invitat
 
 
 def join(master: str, info: WorkerInfo, *, secret: str, timeout: float = 300.0) -> Membership:
-    """Find the meeting at `master` and join it, for a worker that is ready: `find_meeting`, then `Invitation.join`."""
+    """Find a meeting and join it, for a worker that is ready.
+
+    Args:
+        master, secret, timeout: As `find_meeting` has them.
+        info: What the worker holds.
+    """
     return find_meeting(master, secret=secret, timeout=timeout).join(info, timeout=timeout)
 
 

@@ -40,13 +40,26 @@ PAUSE: Final = 0.02
 
 # ------------------------------------------------------------------------------------------------------- the messages
 def seal(secret: str, place: str, nonce: str, said: Mapping[str, object]) -> str:
-    """A message for `place`, which only who has the secret can make; `nonce`: the receiver's."""
+    """Make a message that only who has the secret can make.
+
+    Args:
+        place: Where it is put: it is of no value anywhere else.
+        nonce: The receiver's, who takes it once.
+        said: What JSON can say.
+    """
     text = json.dumps(said, separators=(",", ":"))
     return json.dumps({"text": text, "hmac": _hmac(secret, place, nonce, text)})
 
 
 def unseal(secret: str, place: str, nonce: str, raw: bytes) -> dict[str, Any]:
-    """What was sealed for this place. Raises InputError for anything else."""
+    """Read what was sealed for this place and nonce.
+
+    Args:
+        raw: What was found there, from whoever wrote it.
+
+    Raises:
+        InputError: For anything else, and where the secret is another one.
+    """
     if len(raw) > MAX_MESSAGE:
         raise InputError(f"a message of {len(raw):,} bytes; expected at most {MAX_MESSAGE:,}")
     try:
@@ -112,7 +125,12 @@ def new_secret() -> str:
 
 # ----------------------------------------------------------------------------------------------------------- the store
 def serve_store(address: str, listener: socket.socket) -> TCPStore:
-    """A store of this process, at a socket that listens already; it takes the socket."""
+    """Serve a store.
+
+    Args:
+        address: Where the socket listens.
+        listener: A socket that listens already; the store takes it.
+    """
     import torch.distributed
 
     distributed: Any = torch.distributed  # its types say little of this part
@@ -129,7 +147,14 @@ def serve_store(address: str, listener: socket.socket) -> TCPStore:
 
 
 def connect(host: str, port: int, deadline: float) -> TCPStore:
-    """A connection to the store there. torch's own waiting fills the log with stacks, and knows no end in time."""
+    """Connect to a store, once it is served. torch's own waiting fills the log with stacks, and knows no end in time.
+
+    Args:
+        deadline: When to give up, as time.monotonic() has it.
+
+    Raises:
+        WorkerError: Where nobody answers in time.
+    """
     import torch.distributed
 
     distributed: Any = torch.distributed
@@ -159,7 +184,14 @@ def connect(host: str, port: int, deadline: float) -> TCPStore:
 
 
 def wait_for(store: Store, key: str, timeout: float) -> bytes | None:
-    """What is at `key`, once there is something; None if nothing comes in time."""
+    """Wait for something to be at a key.
+
+    Args:
+        timeout: Seconds.
+
+    Returns:
+        What is there; None where nothing came in time.
+    """
     deadline = time.monotonic() + timeout
     while not store.check([key]):
         if time.monotonic() > deadline:

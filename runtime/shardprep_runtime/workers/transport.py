@@ -123,18 +123,24 @@ class Transport(ABC):
     def step(
         self, route: Sequence[str], step: Step, inputs: torch.Tensor, *, timeout: float
     ) -> Future[Output]:
-        """Send a step through the workers of `route`, one for each stage in order.
+        """Send a step through workers.
 
         Steps of different sequences overlap: while one is in the second stage, another is in the first.
 
         Args:
+            route: Names of workers, one for each stage in order.
             inputs: Ids of tokens, [batch, positions], int64, on the CPU.
             timeout: Seconds after which the step counts as hung.
         """
 
     @abstractmethod
     def health(self, worker: str, *, probe: bool, timeout: float) -> Health:
-        """Ask a worker; with `probe`, have it compute a forward of its stage as well."""
+        """Ask a worker how it is.
+
+        Args:
+            probe: Have it compute a forward of its stage as well.
+            timeout: Seconds for which the answer is waited for.
+        """
 
     @abstractmethod
     def reset(self, worker: str, sequence: str) -> None:
@@ -142,7 +148,11 @@ class Transport(ABC):
 
     @abstractmethod
     def promote(self, worker: str, pp_rank: int, *, timeout: float) -> WorkerInfo:
-        """Have a spare take a stage, and prove by a forward that it is the right one."""
+        """Have a spare take a stage, and prove by a forward that it is the right one.
+
+        Args:
+            timeout: Seconds for which it is waited for.
+        """
 
     @abstractmethod
     def close(self) -> None:

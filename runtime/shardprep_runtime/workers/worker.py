@@ -285,7 +285,14 @@ class Worker:
         )
 
     def step(self, step: Step, inputs: torch.Tensor) -> tuple[torch.Tensor, Timing]:
-        """What the stage gives for token ids (first stage) or hidden states: on the CPU, contiguous."""
+        """Compute a step.
+
+        Args:
+            inputs: Ids of tokens for the first stage, [batch, positions]; else hidden states, [batch, positions, width].
+
+        Returns:
+            What the stage gives, on the CPU and contiguous, and what was spent on it.
+        """
         import torch
 
         with self._turn, self._asked():

@@ -32,25 +32,24 @@ from .worker import Clock, Compute, Worker, WorkerOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerJob:
-    """What a worker's process is to be.
-
-    options    stages may be empty: as the front end says (its shard is then fetched after torch is imported)
-    master     host:port of the front end's meeting
-    name       by which the front end is to call it; default: stage-N, or spare
-    group      that its tensor ranks have in common and no others; default: the name
-    wait       seconds for which the front end is waited for
-    reconnect  wait for the next front end at `master` when this one goes, and keep the stage meanwhile
-    """
+    """What a worker's process is to be."""
 
     options: WorkerOptions
+    """What it holds. Its stages may be empty: as the front end says; the shard is then fetched after torch is imported."""
     master: str
+    """host:port of the front end's meeting."""
     name: str | None = None
+    """What the front end is to call it; None: stage-N, or spare."""
     group: str | None = None
+    """What its tensor ranks have in common, and no others; None: the name."""
     wait: float = 600.0
+    """Seconds for which the front end is waited for."""
     reconnect: bool = False
+    """Wait for the next front end at `master` when this one goes, and keep the stage meanwhile."""
 
     @property
     def own_name(self) -> str:
+        """The name that it asks for. Raises InputError where nothing can be called so."""
         if self.name is not None:
             return check_name(self.name)
         return "spare" if self.options.pp_rank is None else f"stage-{self.options.pp_rank}"
@@ -59,9 +58,16 @@ class WorkerJob:
 def run_worker(job: WorkerJob, *, secret: str | None = None, say: Callable[[str], None]) -> None:
     """Be the worker that `job` describes; returns when its front end says that this is the end.
 
-    `secret`: default: SHARDPREP_SECRET. `say` is told, in a line each, what happens. Raises what preparing does,
-    RefusedError where the front end does not want it, and WorkerError where the front end goes away. After a signal that
-    raises here, end the process by `os._exit`: threads of torch still wait, which would abort it.
+    After a signal that raises here, end the process by `os._exit`: threads of torch still wait, which would abort it.
+
+    Args:
+        secret: What it shares with the front end; default: SHARDPREP_SECRET.
+        say: Is told what happens, in a line each.
+
+    Raises:
+        RefusedError: Where the front end does not want it.
+        WorkerError: Where the front end goes away.
+        ShardprepError: What fetching, verifying and building do.
     """
     secret = environment.secret() if secret is None else secret
     if secret is None:

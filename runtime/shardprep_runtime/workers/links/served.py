@@ -60,7 +60,19 @@ def serve_links(
     silence: float = SILENCE,
     limits: Limits = DEFAULT_LIMITS,
 ) -> bool:
-    """Answer for `worker` until the front end says end (True), or is gone (False). Raises WorkerError where it never comes."""
+    """Answer for a worker.
+
+    Args:
+        connect_timeout: Seconds in which the other side of a link must be there.
+        silence: Seconds without a ping after which the front end is taken for gone.
+        limits: What a frame may bring.
+
+    Returns:
+        Whether the front end has said that this is the end; else it is gone.
+
+    Raises:
+        WorkerError: Where the front end never comes.
+    """
     return _Served(worker, membership, connect_timeout, silence, limits).run()
 
 

@@ -157,8 +157,18 @@ def serve_rpc(
     timeout: float = START_TIMEOUT,
     silence: float = SILENCE,
 ) -> bool:
-    """Answer for `worker` until the front end says end (True), or is gone (False). Raises WorkerError where the group does
-    not meet."""
+    """Answer for a worker.
+
+    Args:
+        timeout: Seconds in which all processes of the group must be there.
+        silence: Seconds without a ping after which the front end is taken for gone.
+
+    Returns:
+        Whether the front end has said that this is the end; else it is gone.
+
+    Raises:
+        WorkerError: Where the group does not meet.
+    """
     global _served
     served = _served = _Served(worker)
     try:

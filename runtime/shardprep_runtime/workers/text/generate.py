@@ -89,7 +89,12 @@ class Generator:
 
     @classmethod
     def from_folder(cls, pipeline: Pipeline, folder: Path, **options: Any) -> Generator:
-        """With config, generation config and tokenizer of a folder, where it has them; `options` as above."""
+        """Take config, generation config and tokenizer from a folder, as far as it has them.
+
+        Args:
+            folder: Side files of the shard set that the pipeline runs.
+            options: The other arguments of this class.
+        """
         import transformers
 
         auto: Any = transformers
@@ -119,8 +124,15 @@ class Generator:
         return found
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Iterator[Token]:
-        """The tokens as they come. Raises InputError at once, for what the model cannot take; to close the iterator ends
-        the sequence."""
+        """Generate tokens, as they come. Closing the iterator ends the sequence.
+
+        Args:
+            prompt: A text, or ids of tokens.
+            sampling: How tokens are chosen; default: the likeliest, 16 of them.
+
+        Raises:
+            InputError: At once, for what the model cannot take.
+        """
         sampling = sampling or Sampling()
         ids = self.encode(prompt)
         self._check(ids, sampling)
@@ -129,8 +141,15 @@ class Generator:
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None
     ) -> list[Completion]:
-        """The completions of prompts, in their order; all are in flight together. With a seed, each is drawn as if it
-        were alone."""
+        """Complete prompts, all in flight together.
+
+        Args:
+            prompts: Texts, or ids of tokens.
+            sampling: How tokens are chosen. With a seed, each completion is drawn as if it were alone.
+
+        Returns:
+            The completions, in the order of the prompts.
+        """
         encoded = [self.encode(prompt) for prompt in prompts]
         sampling = sampling or Sampling()
         for ids in encoded:
