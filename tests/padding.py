@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 import golden
+from lazily import load_file, torch
 from shardprep.check.models import forward
 from shardprep.convert import write_checkpoint
 from shardprep.index import Index

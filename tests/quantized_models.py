@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
+from lazily import load_file, save_file, torch
 from shardprep.layout.packed import _names
 from shardprep.layout.quantization import Scheme
 from shardprep.quantize.packing import INTERLEAVED, PACKED, _ones, _shifts

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+from lazily import save_file, torch
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Any]  # of torch, which nothing needs yet
 
 
 def llama_config(
@@ -124,12 +123,13 @@ def phi3_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 SHAPES = {"llama": llama_shapes, "gpt2": gpt2_shapes, "phi3": phi3_shapes}
 
 
-def random_tensors(
-    shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> Tensors:
-    """A tensor of each shape; the same ones for the same seed."""
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], *, dtype: Any = None, seed: int = 0) -> Tensors:
+    """A tensor of each shape, in bfloat16 unless `dtype` says otherwise; the same ones for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype or torch.bfloat16)
+        for name, shape in shapes.items()
+    }
 
 
 def write_checkpoint(
@@ -171,7 +171,7 @@ def write_model(
     *,
     kind: str = "torch",
     shards: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: Any = None,
     seed: int = 0,
 ) -> Path:
     """A small model of random weights (a Llama unless `config` says otherwise) with its config and side files."""

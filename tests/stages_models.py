@@ -8,8 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
+from lazily import torch
 from shardprep.model import skeleton
 from shardprep.model.shrink import Sizes
 from shardprep.split import split
@@ -18,7 +17,11 @@ from shardprep_runtime.stage.stage import Stage, build_stage
 
 SMALL: Final = Sizes(heads=4, kv_heads=2, head_dim=16, intermediate=64, expert=32, experts=4)
 
-PROMPT: Final = torch.tensor([[5, 6, 7, 8, 9], [11, 3, 4, 20, 21]])
+
+def prompt() -> torch.Tensor:
+    """Ids of two sequences."""
+    return torch.tensor([[5, 6, 7, 8, 9], [11, 3, 4, 20, 21]])
+
 
 Cut = list[list[int]]
 
@@ -84,12 +87,12 @@ def greedy(stages: Sequence[Stage], ids: torch.Tensor, tokens: int, *, name: str
     return torch.cat(found, 1)
 
 
-def whole(shards: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model as transformers loads it from the checkpoint."""
+def whole(shards: Path, dtype: Any = None) -> Any:
+    """The model as transformers loads it from the checkpoint, in float32 unless `dtype` says otherwise."""
     from transformers import AutoModelForCausalLM
 
     with skeleton.quiet():
-        return AutoModelForCausalLM.from_pretrained(shards.parent / "in", dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(shards.parent / "in", dtype=dtype or torch.float32)
 
 
 def generated(model: Any, ids: torch.Tensor, tokens: int) -> torch.Tensor:

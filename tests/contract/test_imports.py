@@ -48,8 +48,8 @@ OF_ENGINES = {
 
 def run(code: str) -> str:
     """What `code` prints in a Python of its own that knows nothing of this one, warnings being errors."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    done = subprocess.run(  # -B: what the interpreter keeps of what it compiles is no deed of ours
+        [sys.executable, "-B", "-P", "-W", "error", "-c", code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

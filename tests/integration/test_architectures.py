@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import shardprep_runtime
+from lazily import torch
 from shardprep.cli import main, render
 from shardprep.convert import convert
 from shardprep.export import export

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import small_models
+from lazily import torch
 from shardprep.cli import main
 
 SHARDPREP = str(Path(sys.executable).with_name("shardprep"))

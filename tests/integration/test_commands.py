@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import small_models
+from lazily import load_file, torch
 from shardprep_runtime import __version__, load, read_manifest
 from shardprep_runtime.format.manifest import digest_of
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import small_models
+from lazily import torch
 from processes import ended
 from shardprep.cli import main
 from shardprep.convert import convert

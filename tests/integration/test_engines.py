@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from lazily import load_file, save_file, torch
 from quantized_models import quantized_tensors
 from shardprep.layout.quantization import Scheme, read_scheme
 from shardprep.quantize.engine import Engine

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from lazily import torch, transformers
 from shardprep.model.shrink import shrink
 from shardprep.model.skeleton import build, default_config
 from shardprep.split import split
@@ -33,7 +34,9 @@ from shardprep_runtime.workers.text.generate import Completion, Generator, Sampl
 from shardprep_runtime.workers.transport import Health, Output, Step, WorkerInfo
 from shardprep_runtime.workers.worker import Compute
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None, reason='needs transformers: pip install "shardprep[transformers]"'
+)
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-llama"
 LAYERS = 6
@@ -107,7 +110,9 @@ def generate(
 
 
 # ------------------------------------------------------------------------------------------------------- greedy, drawn
-@pytest.mark.parametrize("stages", [WHOLE, HALVES, UNEVEN])
+@pytest.mark.parametrize(
+    "stages", [HALVES, *(pytest.param(each, marks=pytest.mark.slow) for each in (WHOLE, UNEVEN))]
+)
 def test_greedy_tokens_are_those_of_the_whole_model(
     shards: str, model: Any, tokenizer: Any, stages: Stages
 ) -> None:
@@ -436,6 +441,7 @@ def test_a_model_that_cannot_take_positions_back_is_refused_with_a_draft_model(t
             Generator(pipeline, draft=draft).generate([[1, 2, 3]])
 
 
+@pytest.mark.slow
 # ------------------------------------------------------------------------------------------- a few layers, lost workers
 def test_a_few_layers_at_a_time_give_the_same_tokens(shards: str, generator: Generator) -> None:
     plain = generator.generate(PROMPTS[:2], Sampling(max_tokens=5))

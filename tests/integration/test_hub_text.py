@@ -11,24 +11,29 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
-pytest.importorskip("datasets")
-pytest.importorskip("transformers")
-
 from shardprep.quantize.calibration import read_calibration
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers, too")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("transformers, too"),
+    pytest.mark.skipif(
+        not all(map(find_spec, ("datasets", "transformers"))), reason="needs datasets and transformers"
+    ),
+]
 
 COMMIT = "c0ffee" * 6 + "c0de"
 LLAMA = Path(__file__).parent.parent / "data" / "tiny-llama"
 SECRET = "hf_ThisMustNeverBeSeen"
 READ = """
 import json, sys
+from importlib.util import find_spec
 from pathlib import Path
 from shardprep.quantize.calibration import read_calibration
 from shardprep_runtime.errors import ShardprepError

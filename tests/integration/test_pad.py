@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import small_models
+from lazily import load_file, torch
 from padding import difference, padded, small_config
 from shardprep.layout.pad import HARMLESS
 from shardprep.source import locate

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
 
+from lazily import load_file, save_file, torch
 from probe_ranks import ProbeRanks
 from quantized_models import write_quantized
 from shardprep.cli import main
@@ -68,7 +67,7 @@ def check(
         return check_stage(stage)
 
 
-Change = Callable[[dict[str, torch.Tensor]], object]
+Change = Callable[[dict[str, Any]], object]
 
 
 def spoilt(
@@ -352,6 +351,7 @@ def test_a_store_is_given_the_same_probe(probed: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "scratch").iterdir())
 
 
+@pytest.mark.slow
 def test_a_split_that_was_killed_while_it_renamed_is_probed_again(probed: Path, tmp_path: Path) -> None:
     """Some parts then stand under their final names, others still wait."""
     folder = tmp_path / "shards"

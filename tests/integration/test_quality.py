@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
+from lazily import save_file, torch
 from quantized_models import one_thread, quantized_tensors, read_tensors, write_quantized
 from shardprep.index import Index
 from shardprep.layout.pad import pad_to
@@ -245,6 +244,7 @@ def test_the_perplexity_of_the_trained_model_is_the_one_that_its_readme_tells(
     assert 0.93 < found.agreement < 0.97
 
 
+@pytest.mark.slow
 def test_fewer_bits_lose_more(
     heldout: list[list[int]], index_of: Callable[[Path], Index], tmp_path: Path
 ) -> None:
@@ -344,6 +344,7 @@ def test_zeros_that_are_in_no_file_are_measured_as_well(
     assert found.kl < 1e-10 and found.agreement == 1.0
 
 
+@pytest.mark.slow
 def test_pickles_safetensors_and_stores_measure_the_same(
     tmp_path: Path, index_of: Callable[[Path | str], Index], heldout: list[list[int]]
 ) -> None:

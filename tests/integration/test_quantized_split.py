@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
 
 import shardprep_runtime
 import small_models
+from lazily import save_file, torch
 from quantized_models import (
     LEGACY,
     legacy_config,

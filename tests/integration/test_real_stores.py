@@ -23,9 +23,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import torch
 
 import small_models
+from lazily import torch
 from retries import retries
 from shardprep.publish.pull import pull
 from shardprep.publish.push import push

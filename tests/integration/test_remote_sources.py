@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import small_models
 import torch_corpus as corpus
+from lazily import torch
 from shardprep.cli import main
 from shardprep.convert import convert
 from shardprep.inspect import inspect

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from click.testing import CliRunner, Result
 from shardprep.cli import main
 from shardprep.split import split
 
-pytest.importorskip("transformers", reason='needs transformers: pip install "shardprep[transformers]"')
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None, reason='needs transformers: pip install "shardprep[transformers]"'
+)
 
 TINY = Path(__file__).parents[1] / "data/tiny-llama"
 PROMPTS = ("def ", "class ")

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 import s3fixtures
 import small_models
+from lazily import torch
 from retries import retries
 from s3fixtures import BUCKET, chunk, content, opened
 from s3server import S3Server
@@ -47,7 +47,7 @@ LARGE = 20_000
 
 WAYS = ["memory", "cache", "pull"]
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Any]
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 import small_models
+from lazily import torch
 from s3server import S3Server, file_name
 from shardprep.cli import main
 from shardprep.convert import convert

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 import golden
 import small_models
+from lazily import load_file, torch
 from quantized_models import write_quantized
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import small_models
+from lazily import torch
 from processes import ended
 from s3server import S3Server
 from shardprep.publish.push import push

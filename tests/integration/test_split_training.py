@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
 
 import small_models
+from lazily import load_file, torch
 from processes import ended
 from s3fixtures import BUCKET, isolate, opened
 from s3server import S3Server

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import shardprep_runtime
+from lazily import torch
 from quantized_models import one_thread, write_quantized
 from shardprep.layout.quantization import Scheme
 from shardprep.split import split
@@ -28,12 +28,12 @@ from shardprep_runtime.format.view import Place
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.stage.stage import Stage, build_stage, stage_of
 from stages_models import (
-    PROMPT,
     cuts,
     generated,
     greedy,
     layers_of,
     make_set,
+    prompt,
     run,
     stages_of,
     whole,
@@ -94,15 +94,15 @@ def mapped_bytes(tensor: torch.Tensor) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_stages_of_a_trained_model_say_what_it_says(dtype: str, trained: Path) -> None:
     model = whole(trained, getattr(torch, dtype))
-    expected = generated(model, PROMPT, TOKENS)
+    expected = generated(model, prompt(), TOKENS)
     with torch.no_grad():
-        logits = model(PROMPT).logits
+        logits = model(prompt()).logits
     layers = layers_of(trained)
     for cut in [[[0, layers]], *cuts(layers)]:
         stages = stages_of(trained, cut, dtype=dtype)
-        assert torch.equal(greedy(stages, PROMPT, TOKENS), expected)
-        assert torch.equal(run(stages, PROMPT, name="b"), logits)
-        given = PROMPT
+        assert torch.equal(greedy(stages, prompt(), TOKENS), expected)
+        assert torch.equal(run(stages, prompt(), name="b"), logits)
+        given = prompt()
         for stage in stages:
             given = stage.forward(given)
         torch.testing.assert_close(given, logits, rtol=0, atol=0)
@@ -147,7 +147,7 @@ def test_a_tied_head_is_one_tensor_where_a_stage_has_both(made: Callable[..., Pa
     assert module.lm_head.weight is module.model.embed_tokens.weight
     embedding = module.lm_head.weight.nbytes
     assert first.nbytes + last.nbytes >= alone.nbytes + embedding
-    assert torch.equal(greedy([first, last], PROMPT, TOKENS), greedy([alone], PROMPT, TOKENS))
+    assert torch.equal(greedy([first, last], prompt(), TOKENS), greedy([alone], prompt(), TOKENS))
 
 
 def test_weights_are_cast_as_they_load(made: Callable[..., Path]) -> None:
@@ -156,16 +156,16 @@ def test_weights_are_cast_as_they_load(made: Callable[..., Path]) -> None:
     assert {each.dtype for stage in stages for each in stage.module.parameters()} == {torch.bfloat16}
     assert [stage.dtype for stage in stages] == [torch.bfloat16] * 2
     assert torch.equal(
-        greedy(stages, PROMPT, TOKENS), generated(whole(shards, torch.bfloat16), PROMPT, TOKENS)
+        greedy(stages, prompt(), TOKENS), generated(whole(shards, torch.bfloat16), prompt(), TOKENS)
     )
 
 
 def test_hidden_states_that_a_model_keeps_in_float32_stay_so(made: Callable[..., Path]) -> None:
     shards = made("mamba2", residual_in_fp32=True)
     stages = stages_of(shards, [[0, 1], [1, layers_of(shards)]], dtype="bfloat16")
-    assert stages[0].step("a", PROMPT, 0).dtype == torch.float32
+    assert stages[0].step("a", prompt(), 0).dtype == torch.float32
     assert torch.equal(
-        greedy(stages, PROMPT, TOKENS), generated(whole(shards, torch.bfloat16), PROMPT, TOKENS)
+        greedy(stages, prompt(), TOKENS), generated(whole(shards, torch.bfloat16), prompt(), TOKENS)
     )
 
 
@@ -174,8 +174,8 @@ def test_hidden_states_that_a_model_keeps_in_float32_stay_so(made: Callable[...,
 
 def test_a_step_that_is_sent_again_gives_the_same(made: Callable[..., Path]) -> None:
     stages = stages_of(made("llama"), [[0, 2], [2, 4]])
-    run(stages, PROMPT)
-    more = PROMPT[:, :2]
+    run(stages, prompt())
+    more = prompt()[:, :2]
     expected = run(stages, more, 5)
     for _ in range(2):
         assert torch.equal(run(stages, more, 5), expected)
@@ -184,54 +184,54 @@ def test_a_step_that_is_sent_again_gives_the_same(made: Callable[..., Path]) -> 
 
 def test_positions_can_be_taken_back(made: Callable[..., Path]) -> None:
     stages = stages_of(made("llama"), [[0, 2], [2, 4]])
-    run(stages, PROMPT)
-    run(stages, PROMPT, 5)
-    again = run(stages, PROMPT[:, 3:], 3)
-    run(stages, PROMPT, name="b")
-    assert torch.equal(again, run(stages, PROMPT[:, 3:], 3, name="b"))
+    run(stages, prompt())
+    run(stages, prompt(), 5)
+    again = run(stages, prompt()[:, 3:], 3)
+    run(stages, prompt(), name="b")
+    assert torch.equal(again, run(stages, prompt()[:, 3:], 3, name="b"))
 
 
 def test_the_first_stage_may_be_ahead_of_the_next(made: Callable[..., Path]) -> None:
     """A step that was lost between two stages is sent again from the beginning."""
     first, last = stages_of(made("llama"), [[0, 2], [2, 4]])
-    run([first, last], PROMPT)
-    first.step("a", PROMPT[:, :1], 5)
-    assert torch.equal(run([first, last], PROMPT[:, :1], 5), run([first, last], PROMPT[:, :1], 5))
+    run([first, last], prompt())
+    first.step("a", prompt()[:, :1], 5)
+    assert torch.equal(run([first, last], prompt()[:, :1], 5), run([first, last], prompt()[:, :1], 5))
 
 
 def test_position_0_always_begins_anew(made: Callable[..., Path]) -> None:
     stages = stages_of(made("llama"), [[0, 2], [2, 4]])
-    expected = run(stages, PROMPT)
-    run(stages, PROMPT, 5)
-    assert torch.equal(run(stages, PROMPT), expected)
+    expected = run(stages, prompt())
+    run(stages, prompt(), 5)
+    assert torch.equal(run(stages, prompt()), expected)
     assert dict(stages[0].sequences) == {"a": 5}
 
 
 def test_what_is_not_cached_is_said_to_be_lost(made: Callable[..., Path]) -> None:
     (stage,) = stages_of(made("llama"), [[0, 4]])
     with pytest.raises(CacheLostError, match="a: no such sequence"):
-        stage.step("a", PROMPT, 3)
-    stage.step("a", PROMPT, 0)
+        stage.step("a", prompt(), 3)
+    stage.step("a", prompt(), 0)
     with pytest.raises(CacheLostError, match="a: 5 positions are cached, the step begins after 6"):
-        stage.step("a", PROMPT, 6)
+        stage.step("a", prompt(), 6)
     stage.reset("a")
     stage.reset("never")
     with pytest.raises(CacheLostError, match="no such sequence"):
-        stage.step("a", PROMPT, 5)
+        stage.step("a", prompt(), 5)
 
 
 def test_the_least_recently_used_sequence_is_forgotten(made: Callable[..., Path]) -> None:
     (stage,) = stages_of(made("llama"), [[0, 4]], max_sequences=2)
     for name, past in (("a", 0), ("b", 0), ("a", 5), ("c", 0)):
-        stage.step(name, PROMPT, past)
+        stage.step(name, prompt(), past)
     assert dict(stage.sequences) == {"a": 10, "c": 5}
     with pytest.raises(CacheLostError):
-        stage.step("b", PROMPT, 5)
+        stage.step("b", prompt(), 5)
 
 
 def test_sequences_do_not_touch_each_other(made: Callable[..., Path]) -> None:
     stages = stages_of(made("llama"), [[0, 2], [2, 4]])
-    expected = [greedy(stages, ids, 6, name="alone") for ids in (PROMPT, PROMPT.flip(1))]
+    expected = [greedy(stages, ids, 6, name="alone") for ids in (prompt(), prompt().flip(1))]
     found: dict[str, torch.Tensor] = {}
 
     def go(name: str, ids: torch.Tensor) -> None:
@@ -239,7 +239,7 @@ def test_sequences_do_not_touch_each_other(made: Callable[..., Path]) -> None:
 
     threads = [
         threading.Thread(target=go, args=(str(number), ids))
-        for number, ids in enumerate((PROMPT, PROMPT.flip(1)))
+        for number, ids in enumerate((prompt(), prompt().flip(1)))
     ]
     for thread in threads:
         thread.start()
@@ -253,17 +253,17 @@ def test_a_window_takes_back_its_last_step_and_no_more(made: Callable[..., Path]
     shards = made("mistral", sliding_window=4)
     stages = stages_of(shards, [[0, 2], [2, 4]])
     assert all(stage.can_crop for stage in stages)
-    assert torch.equal(greedy(stages, PROMPT, TOKENS), generated(whole(shards), PROMPT, TOKENS))
-    run(stages, PROMPT)
-    run(stages, PROMPT, 5)
-    expected = run(stages, PROMPT[:, 2:4], 7)  # three of the last five are taken back
-    run(stages, PROMPT, name="b")
-    run(stages, PROMPT[:, :2], 5, name="b")
-    torch.testing.assert_close(run(stages, PROMPT[:, 2:4], 7, name="b"), expected, rtol=0, atol=1e-5)
+    assert torch.equal(greedy(stages, prompt(), TOKENS), generated(whole(shards), prompt(), TOKENS))
+    run(stages, prompt())
+    run(stages, prompt(), 5)
+    expected = run(stages, prompt()[:, 2:4], 7)  # three of the last five are taken back
+    run(stages, prompt(), name="b")
+    run(stages, prompt()[:, :2], 5, name="b")
+    torch.testing.assert_close(run(stages, prompt()[:, 2:4], 7, name="b"), expected, rtol=0, atol=1e-5)
     with pytest.raises(CacheLostError, match="a window of 4 positions has moved on"):
-        run(stages, PROMPT, 5)
+        run(stages, prompt(), 5)
     assert dict(stages[0].sequences)["a"] == 9  # and goes on from there
-    run(stages, PROMPT, 9)
+    run(stages, prompt(), 9)
     cache: Any = stages[0]._caches["a"]
     assert all(layer.keys.shape[-2] <= 3 + 5 for layer in cache.own)
 
@@ -273,42 +273,42 @@ def test_linear_attention_takes_nothing_back(model_type: str, made: Callable[...
     shards = made(model_type)
     stages = stages_of(shards, [[0, 2], [2, layers_of(shards)]])
     assert not stages[0].can_crop
-    run(stages, PROMPT)
-    run(stages, PROMPT, 5)
+    run(stages, prompt())
+    run(stages, prompt(), 5)
     with pytest.raises(
         CacheLostError, match="cannot forget its last 5 positions; send the whole sequence again"
     ):
-        run(stages, PROMPT, 5)
+        run(stages, prompt(), 5)
 
 
 def test_a_step_that_fails_midway_is_forgotten_with_its_sequence(made: Callable[..., Path]) -> None:
     (stage,) = stages_of(made("llama"), [[0, 4]])
-    stage.step("a", PROMPT, 0)
-    stage.step("b", PROMPT, 0)
+    stage.step("a", prompt(), 0)
+    stage.step("b", prompt(), 0)
 
     def fail(*_: object) -> None:
         raise MemoryError
 
     hook = stage.layer_modules[2].register_forward_hook(fail)
     with pytest.raises(MemoryError):
-        stage.step("a", PROMPT, 5)
+        stage.step("a", prompt(), 5)
     hook.remove()
     assert dict(stage.sequences) == {"b": 5}
     with pytest.raises(CacheLostError):
-        stage.step("a", PROMPT, 5)
+        stage.step("a", prompt(), 5)
 
 
 @pytest.mark.parametrize(
     ("rank", "inputs", "past", "words"),
     [
-        (0, PROMPT.int(), 0, "stage 0 takes ids of tokens, 2 dims of torch.int64"),
-        (0, PROMPT[0], 0, r"shape \[5\]"),
-        (0, PROMPT[:, :0], 0, "none empty"),
-        (0, PROMPT + 250, 0, "token 271: this model knows 259"),
-        (0, PROMPT - 5, 0, "token -2"),
-        (0, PROMPT, -1, "-1 positions before"),
-        (0, PROMPT, 30, "35 positions; this model has at most 32"),
-        (1, PROMPT, 0, "stage 1 takes hidden states, 3 dims of torch.float32"),
+        (0, prompt().int(), 0, "stage 0 takes ids of tokens, 2 dims of torch.int64"),
+        (0, prompt()[0], 0, r"shape \[5\]"),
+        (0, prompt()[:, :0], 0, "none empty"),
+        (0, prompt() + 250, 0, "token 271: this model knows 259"),
+        (0, prompt() - 5, 0, "token -2"),
+        (0, prompt(), -1, "-1 positions before"),
+        (0, prompt(), 30, "35 positions; this model has at most 32"),
+        (1, prompt(), 0, "stage 1 takes hidden states, 3 dims of torch.float32"),
         (1, torch.zeros(2, 5, 64, dtype=torch.float16), 0, "torch.float16"),
         (1, torch.zeros(2, 5, 63), 0, "hidden states of 63; this model's are 64"),
     ],
@@ -324,18 +324,18 @@ def test_inputs_that_do_not_fit_are_refused(
 
 def test_a_sequence_keeps_its_batch(made: Callable[..., Path]) -> None:
     (stage,) = stages_of(made("llama"), [[0, 4]])
-    stage.step("a", PROMPT, 0)
+    stage.step("a", prompt(), 0)
     with pytest.raises(InputError, match="a: a batch of 1, but the sequence began with one of 2"):
-        stage.step("a", PROMPT[:1], 5)
-    stage.step("a", PROMPT, 5)
+        stage.step("a", prompt()[:1], 5)
+    stage.step("a", prompt(), 5)
 
 
 def test_a_closed_stage_computes_nothing(made: Callable[..., Path]) -> None:
     with build_stage(made("llama")) as stage:
-        stage.step("a", PROMPT, 0)
+        stage.step("a", prompt(), 0)
     assert not stage.sequences
     with pytest.raises(InputError, match="closed"):
-        stage.step("a", PROMPT, 0)
+        stage.step("a", prompt(), 0)
 
 
 # ------------------------------------------------------------------------------------------------- never wrong ones
@@ -405,7 +405,7 @@ def test_layers_that_need_more_than_hidden_states_are_refused(
         with pytest.raises(UnsupportedError, match=REFUSED[model_type]):
             build_stage(shards, pp_rank=rank, stages=[[0, 2], [2, layers_of(shards)]])
     (alone,) = stages_of(shards, [[0, layers_of(shards)]])  # which needs no cut
-    assert torch.equal(greedy([alone], PROMPT, 4), generated(whole(shards), PROMPT, 4))
+    assert torch.equal(greedy([alone], prompt(), 4), generated(whole(shards), prompt(), 4))
 
 
 def test_keys_that_layers_share_are_not_cut_apart(made: Callable[..., Path]) -> None:
@@ -432,8 +432,8 @@ def test_a_stage_is_built_from_a_store(made: Callable[..., Path], tmp_path: Path
     source = f"file://{make_store(shards, tmp_path / 'store')}"
     shard_set, cut = open_set(source, cache=tmp_path / "cache"), [[0, 2], [2, 4]]
     stages = [build_stage(shard_set, pp_rank=rank, stages=cut) for rank in range(2)]
-    expected = greedy(stages_of(shards, [[0, 2], [2, 4]]), PROMPT, TOKENS)
-    assert torch.equal(greedy(stages, PROMPT, TOKENS), expected)
+    expected = greedy(stages_of(shards, [[0, 2], [2, 4]]), prompt(), TOKENS)
+    assert torch.equal(greedy(stages, prompt(), TOKENS), expected)
     with open_set(shards).load(Place(rank=1, stages=[[0, 2], [2, 4]])) as shard:
         assert stages[1].bytes_fetched > 0
         assert stages[1].manifest_digest == build_stage(shards).manifest_digest
@@ -444,12 +444,12 @@ def test_a_stage_is_built_from_a_store(made: Callable[..., Path], tmp_path: Path
 
 def test_a_stage_is_built_from_what_was_begun_before(made: Callable[..., Path]) -> None:
     shards, cut = made("llama"), [[0, 2], [2, 4]]
-    expected = greedy(stages_of(shards, cut), PROMPT, TOKENS)
+    expected = greedy(stages_of(shards, cut), prompt(), TOKENS)
     with open_set(shards).load(Place(rank=1, stages=cut)) as shard:
         fetch = open_set(shards).prefetch(Place(rank=0, stages=cut))
         first = stage_of(fetch, shards)
         for _ in range(2):  # a shard can be built from again
-            assert torch.equal(greedy([first, stage_of(shard, shards)], PROMPT, TOKENS), expected)
+            assert torch.equal(greedy([first, stage_of(shard, shards)], prompt(), TOKENS), expected)
 
 
 def test_a_config_that_is_not_the_manifests_is_refused(made: Callable[..., Path], tmp_path: Path) -> None:
@@ -478,11 +478,11 @@ def test_several_tensor_ranks_need_a_mesh(trained: Path) -> None:
 def test_gradients_are_those_of_the_whole_model(made: Callable[..., Path]) -> None:
     shards = made("llama")
     model = whole(shards)
-    expected = model(PROMPT, use_cache=False).logits
+    expected = model(prompt(), use_cache=False).logits
     expected.square().mean().backward()
     before = {path: path.read_bytes() for path in shards.glob("*.safetensors")}
     first, last = stages_of(shards, [[0, 2], [2, 4]], trainable=True)
-    hidden = first.forward(PROMPT)
+    hidden = first.forward(prompt())
     given = hidden.detach().requires_grad_()
     last.forward(given).square().mean().backward()
     hidden.backward(given.grad)
@@ -526,13 +526,13 @@ def test_two_stages_of_two_tensor_ranks_say_what_the_whole_says(
 ) -> None:
     shards = made(model_type, grain=2)
     model, layers = whole(shards), layers_of(shards)
-    job = {"source": str(shards), "tp": 2, "ids": PROMPT.tolist(), "tokens": TOKENS}
+    job = {"source": str(shards), "tp": 2, "ids": prompt().tolist(), "tokens": TOKENS}
     answers = ranks.run("greedy", 4, stages=[[0, 1], [1, layers]], **job)
     assert not any(each["error"] for each in answers), answers
-    expected = generated(model, PROMPT, TOKENS).tolist()
+    expected = generated(model, prompt(), TOKENS).tolist()
     assert [each["tokens"] for each in answers] == [expected] * 4
     with torch.no_grad():
-        logits = model(PROMPT).logits[:, -1:]
+        logits = model(prompt()).logits[:, -1:]
     for answer in answers[2:]:
         found = torch.load(answer["logits"])
         torch.testing.assert_close(found, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
@@ -563,7 +563,7 @@ def test_stages_of_four_bits_say_what_the_whole_says(
     layers = layers_of(tmp_path / "set")
     cut = [[0, layers // 2], [layers // 2, layers]]
     (answer,) = ranks.run(
-        "quantized", source=str(tmp_path / "set"), stages=cut, ids=PROMPT.tolist(), tokens=TOKENS
+        "quantized", source=str(tmp_path / "set"), stages=cut, ids=prompt().tolist(), tokens=TOKENS
     )
     assert not answer["error"], answer
     expected, *found = answer["tokens"]

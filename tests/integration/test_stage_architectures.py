@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from lazily import torch
 from quantized_models import one_thread
-from stages_models import PROMPT, cuts, generated, greedy, layers_of, make_set, stages_of, whole
+from stages_models import cuts, generated, greedy, layers_of, make_set, prompt, stages_of, whole
 from sweeps import swept
 
 # one process that has imported transformers
@@ -54,14 +54,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_stages_say_what_the_whole_model_says(model_type: str, tmp_path: Path) -> None:
     shards = make_set(model_type, tmp_path)
     model = whole(shards)
-    expected = generated(model, PROMPT, TOKENS)
+    expected = generated(model, prompt(), TOKENS)
     with torch.no_grad():
-        logits = model(PROMPT, use_cache=False).logits
+        logits = model(prompt(), use_cache=False).logits
     assert torch.isfinite(logits).all() and logits.std() > 0.01
     for cut in cuts(layers_of(shards)):
         stages = stages_of(shards, cut, dtype="float32")
-        assert torch.equal(greedy(stages, PROMPT, TOKENS), expected), cut
-        given = PROMPT
+        assert torch.equal(greedy(stages, prompt(), TOKENS), expected), cut
+        given = prompt()
         for stage in stages:
             given = stage.forward(given)
         # not bit for bit: a mask that is not needed may be left out

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
 
 import small_models
+from lazily import load_file, torch
 from quantized_models import write_quantized
 from s3fixtures import BUCKET, isolate, opened, put_shard_set
 from s3server import S3Server
@@ -205,6 +204,7 @@ def test_a_rank_asks_a_store_for_its_own_bytes(
         assert answer["fetched"] == answer["nbytes"]
 
 
+@pytest.mark.slow
 def test_weights_that_are_one_piece_are_not_copied(case: Callable[[str], Case], ranks: Ranks) -> None:
     _, shards, _ = case("llama")
     for answer in ranks.run("state", GRAIN, source=str(shards), config=str(shards), tp_size=GRAIN):

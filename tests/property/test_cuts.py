@@ -8,10 +8,10 @@ from itertools import pairwise
 from math import gcd
 
 import pytest
-import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lazily import torch
 from shardprep_runtime.errors import LayoutError
 from shardprep_runtime.format import cut
 from shardprep_runtime.format.grid import (

@@ -7,10 +7,10 @@ from math import lcm
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lazily import torch
 from quantized_models import one_thread, round_to_nearest
 from shardprep.layout import ModelLayout, PackedModel, Placed, Scheme
 from shardprep.layout.packed import derive_packed
@@ -18,7 +18,7 @@ from shardprep.quantize.packing import dequantize
 from shardprep_runtime.format.cut import Layout, Segment, allows, takes
 
 SIZES = (1, 2, 3, 4, 8)
-NAMES = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
+NAMES = {"torch.int32": "I32", "torch.int64": "I64", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 FORMATS = {
     "gptq": Scheme("gptq"),
@@ -101,7 +101,7 @@ def placed(case: Case, fields: Mapping[str, torch.Tensor]) -> PackedModel:
         assert shapes == {"layers.0.w.weight": case.shape}
         return ModelLayout("any", 1, {"layers.0.w.weight": Placed(0, case.layout)}, {})
 
-    headers = {f"layers.0.w.{name}": (NAMES[t.dtype], tuple(t.shape)) for name, t in fields.items()}
+    headers = {f"layers.0.w.{name}": (NAMES[str(t.dtype)], tuple(t.shape)) for name, t in fields.items()}
     return derive_packed({}, headers, derive, case.scheme)
 
 

@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lazily import torch
 from shardprep_runtime.engines.shardtensor import AwaitedTensor, ShardTensor, shard_tensor
 from shardprep_runtime.errors import LayoutError
 from shardprep_runtime.format.cut import Layout, Segment, takes

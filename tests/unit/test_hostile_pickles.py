@@ -13,9 +13,9 @@ import zlib
 from pathlib import Path
 
 import pytest
-import torch
 
 import torch_corpus as corpus
+from lazily import torch
 from shardprep.files import LocalFolder
 from shardprep.source import torch_files, torch_pickle
 from shardprep.source.torch_files import TorchFile, read_torch_file

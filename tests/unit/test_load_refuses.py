@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import small_models
+from lazily import torch
 from shardprep.model import describe as models
 from shardprep.split import SplitOptions, split
 from shardprep.verify import verify

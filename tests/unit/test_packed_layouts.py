@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 import header_checkpoints as published
 import small_models
@@ -36,7 +35,7 @@ def packed(method: str = "awq", **options: Any) -> PackedModel:
 
 
 NAMES = {
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32", torch.int64: "I64",
+    "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.int32": "I32", "torch.int64": "I64",
 }  # fmt: skip
 DOWN = "model.layers.0.mlp.down_proj"
 GATE = "model.layers.0.mlp.gate_proj"
@@ -166,7 +165,7 @@ def test_what_is_planned_is_what_a_tool_makes(scheme: Scheme) -> None:
             symmetric=scheme.symmetric,
             act_order=scheme.act_order,
         )
-        headers = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in made.items()}
+        headers = {name: (NAMES[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in made.items()}
         assert dict(planned.tensors) == headers
         found = derive_packed(config, headers, derive_layout, scheme)
         assert found.layout.tensors == planned.layout.tensors

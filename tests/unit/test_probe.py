@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
+from lazily import torch
 from shardprep_runtime.errors import IntegrityError
 from shardprep_runtime.format.manifest import PROBE_POSITIONS, Probe, Response
 from shardprep_runtime.stage.probe import (

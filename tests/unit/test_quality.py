@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 
+from lazily import torch
 from shardprep.quantize import quality
 from shardprep.quantize.quality import LayerQuality, Quality, measure
 from shardprep.quantize.unquantized import Unquantized

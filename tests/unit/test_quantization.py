@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
+from lazily import torch
 from quantized_models import legacy_config, quantization_config, round_to_nearest
 from shardprep.layout import Scheme, read_scheme
 from shardprep.layout.quantization import spell

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lazily import torch, transformers
 from shardprep_runtime.errors import InputError, WorkerError
 from shardprep_runtime.workers.text.breakdown import Breakdown, breakdown_of, table
 from shardprep_runtime.workers.text.generate import Text, check_prompt
 from shardprep_runtime.workers.text.sampling import Sampler, Sampling, eos_of
 from shardprep_runtime.workers.transport import Output, Timing
 
-transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None, reason='needs transformers: pip install "shardprep[transformers]"'
+)
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 import small_models
+from lazily import torch
 from shardprep.split import split
 from shardprep_runtime.engines.sglang_plugin import weights
 from shardprep_runtime.errors import LayoutError, UnsupportedError

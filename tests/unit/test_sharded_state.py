@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from safetensors.torch import save_file
 
 import small_models
+from lazily import save_file, torch
 from quantized_models import write_quantized
 from shardprep.cli import main
 from shardprep.layout.quantization import Scheme

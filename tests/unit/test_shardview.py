@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 import shardprep_runtime
+from lazily import torch
 from shardprep.split import split
 from shardprep_runtime.engines.shardview import ShardSlice, runs_of, shard_slices
 from shardprep_runtime.errors import LayoutError

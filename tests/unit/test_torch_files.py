@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch.utils.serialization import config
 
 import torch_corpus as corpus
+from lazily import torch
 from shardprep.files import LocalFolder
 from shardprep.source import torch_files
 from shardprep.source.torch_files import TorchFile, is_torch_file, read_torch_file
