@@ -15,7 +15,7 @@ from shardprep_runtime.errors import (
     WorkerError,
     WorkerLostError,
 )
-from shardprep_runtime.workers.failures import Failure, failure_of, raised, read_failure
+from shardprep_runtime.workers.failures import Failure, again, failure_of, raised, read_failure
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,10 @@ def test_facts_that_cannot_be_true_are_left_out() -> None:
 def test_what_names_no_error_of_ours_makes_no_other_class() -> None:
     for kind in ("SystemExit", "WorkerLostError", "quote", "annotations", ""):
         assert type(raised(Failure(kind, "x"), "stage-1")) is WorkerError
+
+
+def test_an_error_that_is_raised_once_more_is_another_of_the_same() -> None:
+    for error in (WorkerLostError("x has ended", worker="x", is_certain=True), CacheLostError("shorter")):
+        found = again(error)
+        assert found is not error
+        assert (type(found), str(found), vars(found)) == (type(error), str(error), vars(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, get_args
+from typing import Any, Final, TypeVar, get_args
 
 from .. import errors
 from ..errors import (
@@ -17,6 +17,8 @@ from ..errors import (
     WorkerLostError,
     quote,
 )
+
+Again = TypeVar("Again", bound=WorkerError)
 
 KINDS: Final = {
     kind.__name__: kind
@@ -69,6 +71,13 @@ def raised(failure: Failure, worker: str) -> ShardprepError:
     # refused input is the request's fault, and names no worker
     message = failure.message if issubclass(kind, InputError) else f"{worker}: {failure.message}"
     found: ShardprepError = make(message, **_facts(kind, failure.facts))
+    return found
+
+
+def again(error: Again) -> Again:
+    """The same error, to be raised once more: a traceback belongs to one raise."""
+    make: Any = type(error)
+    found: Again = make(str(error), **vars(error))
     return found
 
 

@@ -13,14 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import InputError, IntegrityError, ShardprepError, WorkerError, quote
-from ..format import manifest as manifests
 from ..format.grid import Stages
-from ..format.manifest import Manifest
-from ..format.read_manifest import find_manifest, parse_manifest
+from ..format.read_manifest import read_named
 from ..format.view import Place
 from ..shard.prefetch import Prefetch
 from ..shard.shard_set import ShardSet
@@ -132,9 +129,10 @@ class Worker:
         meet: Callable[[], TensorGroup] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """
+        """Prepare nothing yet.
 
         Args:
+            options: What it holds.
             meet: How this process finds the other tensor ranks of its stage, once its shard is here.
             clock: Of the process's start, where that began before.
         """
@@ -196,8 +194,8 @@ class Worker:
             torch.set_num_threads(options.compute.threads)
         self._clock.end("imports")
         self._folder = self._stack.enter_context(options.shard_set.side_files())
-        raw, manifest = _manifest_in(self._folder, options.shard_set)
-        self._digest = manifests.digest_of(raw)
+        is_brought = options.shard_set.is_remote  # the manifest too; a folder's may have another name
+        manifest, self._digest = read_named(self._folder if is_brought else options.shard_set.source)
         mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         mapping.get(
             type(read_config(self._folder)), None
@@ -483,13 +481,6 @@ class Worker:
     def clean(self) -> None:
         """Remove what lies outside of this process: config and tokenizer of a store's set."""
         self._stack.close()
-
-
-def _manifest_in(folder: Path, shard_set: ShardSet) -> tuple[bytes, Manifest]:
-    """The manifest beside the side files of a shard set."""
-    file = folder / manifests.FILE_NAME if shard_set.is_remote else find_manifest(shard_set.source)
-    raw = file.read_bytes()
-    return raw, parse_manifest(raw, where=quote(file))
 
 
 def _wait_for_device(tensor: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from ...errors import FormatError, InputError, ShardprepError, WorkerError, WorkerLostError, quote
-from ..failures import raised, read_failure
+from ..failures import again, raised, read_failure
 from ..meeting import read_info
 from ..transport import Health, Output, Step, Timing, Transport, WorkerInfo
 from .link import (
@@ -664,13 +664,6 @@ class _Clock:
                     return
                 call = heapq.heappop(self._due)[2]
             call()
-
-
-def again(error: WorkerError) -> WorkerError:
-    """The same, to be raised once more: a traceback belongs to one raise."""
-    if isinstance(error, WorkerLostError):
-        return WorkerLostError(str(error), worker=error.worker, is_certain=error.is_certain)
-    return type(error)(str(error))
 
 
 def _failure(tail: Mapping[str, Any], worker: str) -> ShardprepError:

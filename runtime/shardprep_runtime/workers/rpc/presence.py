@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ...errors import WorkerLostError
+from ..failures import again
 from ..transport import WorkerInfo
 
 PING_PERIOD: Final = 0.5
@@ -31,7 +32,7 @@ class _Peer:
 
     def refusal(self) -> WorkerLostError | None:
         """Why it is vain to ask; a worker that was only too slow for one call may be asked again."""
-        return _again(self.lost) if self.lost is not None and (self.lost.is_certain or self.by_ping) else None
+        return again(self.lost) if self.lost is not None and (self.lost.is_certain or self.by_ping) else None
 
 
 class Presence:
@@ -130,7 +131,7 @@ class Presence:
             waiting, peer.waiting = peer.waiting, set()
             watchers = list(self._watchers) if error.is_certain else []
         for each in waiting:
-            each(_again(error))
+            each(again(error))
         for watcher in watchers:
             watcher(error.worker, str(error))
 
@@ -156,8 +157,3 @@ class Presence:
                 self.lost(WorkerLostError(message, worker=name), by_ping=True)
             for name in due:
                 self._ping(name)
-
-
-def _again(error: WorkerLostError) -> WorkerLostError:
-    """The same, to be raised once more: a traceback belongs to one raise."""
-    return WorkerLostError(str(error), worker=error.worker, is_certain=error.is_certain)
