@@ -111,7 +111,7 @@ class Folder(Protocol):
         """Open a file of the folder.
 
         Raises:
-            FormatError: Where there is no such file, or it cannot be opened.
+            FormatError: Where the file is missing, or cannot be opened.
         """
 
     def close(self) -> None:

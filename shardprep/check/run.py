@@ -142,7 +142,7 @@ def read_model_config(source: Path | str, access: Access | None = None) -> Mappi
         access: Endpoint, profile and the like of a store.
 
     Raises:
-        InputError: Where there is no config.
+        InputError: For a source without a config.
     """
     path = Path(source)
     if isinstance(source, Path) or "://" not in str(source):

@@ -14,7 +14,7 @@ from shardprep_runtime import environment
 from shardprep_runtime.errors import InputError, quote
 
 from . import parse
-from .run import Split, ended_by_sigterm, open_generator, split_options, tell, tell_start
+from .launching import Split, ended_by_sigterm, open_generator, split_options, tell, tell_start
 
 
 @click.command("serve")

@@ -1,6 +1,6 @@
-"""What fits where: the command `plan`.
+"""Say what fits where: the library behind the command `plan`.
 
-report    devices, context and users -> what it takes, layout by layout
+report    devices and workload -> every layout with its memory, and the recommended one
 search    the layouts that fit, best first
 budget    memory of one worker, summed
 kv_cache  bytes of caches, by architecture

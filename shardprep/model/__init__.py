@@ -1,6 +1,6 @@
-"""The model that a checkpoint is of: config.json, its parameters, a small one of the same kind.
+"""Describe the model that a checkpoint holds: its config, its parameters, and a small model of the same kind.
 
-describe  the model of a config.json
-skeleton  names and shapes of its parameters, without memory
+describe  the tensors of a model and how each is cut, as plans and splits need them
+skeleton  names and shapes of a model's parameters, without memory
 shrink    a small config of the same architecture
 """

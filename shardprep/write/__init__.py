@@ -1,8 +1,8 @@
-"""Index x layout -> parts.
+"""Turn an index and a layout into parts.
 
 plan        which bytes of the source go where in which part
 mover       carries a plan out
-staging     a folder that becomes visible when it is whole
+staging     keeps unfinished files apart until all are whole
 side_files  config.json, tokenizer and the like
-conduct     the common course of commands that write a folder
+conduct     threads of a long job, and who is told of its progress
 """

@@ -15,7 +15,7 @@ import shardprep_runtime
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("*/**/README.md"))]
 PACKAGES = {"shardprep": shardprep, "shardprep_runtime": shardprep_runtime}
-IMPORT = re.compile(r"^ *from (shardprep(?:_runtime)?)((?:\.\w+)*) import (.+)$", re.MULTILINE)
+IMPORT = re.compile(r"^ *from (shardprep(?:_runtime)?)((?:\.\w+)*) import ([^#\n]+)", re.MULTILINE)
 ATTRIBUTE = re.compile(r"\b(shardprep_runtime)\.(?!json)(\w+)\(")
 
 

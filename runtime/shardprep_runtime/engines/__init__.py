@@ -1,11 +1,11 @@
-"""How an engine's own loader gets a shard: vLLM, SGLang, transformers, Ray Serve.
+"""Give a shard to an engine's own loader: vLLM's, SGLang's, transformers' or that of Ray Serve.
 
 options             what an engine's configuration says of a shard set
-shardview           a window of a tensor: view operations move it, anything outside raises
-shardtensor         a torch tensor that has the full shape and holds one block
+shardview           slices of full tensors that hold one rank's block; anything outside it raises
+shardtensor         torch tensors of full shape that hold one rank's block
 vllm_loader         vLLM's load format `shardprep`; vllm_plugin registers it
 sglang_plugin       the same for SGLang
 ray_llm             ray.serve.llm with a shard set
 transformers_state  a state for transformers' own tensor parallel models
-quiet               transformers' progress bars and warnings, silenced in one place
+quiet               switches off transformers' progress bars and warnings
 """

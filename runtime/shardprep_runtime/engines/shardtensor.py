@@ -28,8 +28,7 @@ Span = tuple[int, int]
 """Indices [start, stop) of a dim."""
 
 Spans = tuple[Span, ...]
-"""The indices of a dim that are held: ascending spans, none empty, none touching the next. In `local` they lie side by
-side."""
+"""The held indices of a dim: ascending spans, none empty, none touching the next. In `local` they lie side by side."""
 
 MAX_SPANS: Final = 2**16
 """Spans that a dim may have: a view that would need more is refused rather than computed."""
@@ -126,8 +125,7 @@ def shard_tensor(name: str, view: TensorView, local: torch.Tensor) -> torch.Tens
 
     Args:
         name: The tensor's name in the checkpoint.
-        view: What the rank holds of it.
-        local: The rank's block.
+        view: What the rank holds of it: `local`.
 
     Raises:
         LayoutError: Where the rank's blocks do not lie in the order of the tensor.
