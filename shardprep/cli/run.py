@@ -232,46 +232,19 @@ def complete(
         sampling: How tokens are chosen.
         said: Prints the texts; None: nothing is printed.
     """
-    import queue
-    from concurrent.futures import ThreadPoolExecutor
-
     from shardprep_runtime.workers.text.generate import completion_of
 
-    is_over = threading.Event()
-    streams = [generator.stream(each, sampling) for each in prompts]  # refuses before anything is printed
-    places: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in streams]
-
-    def run(index: int) -> None:
-        try:
-            for token in streams[index]:
-                places[index].put(token)
-                if is_over.is_set():
-                    break
-            places[index].put(None)
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits for the tokens
-            places[index].put(error)
-
-    threads = ThreadPoolExecutor(min(len(prompts), generator.max_in_flight), "shardprep-run")
     completions = []
-    try:
-        for index in range(len(prompts)):
-            threads.submit(run, index)
-        for index, prompt in enumerate(prompts):
+    with generator.together(prompts, sampling) as streams:
+        for index, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
             if said is not None:
                 said.begin(index)
             tokens = []
-            while (found := places[index].get()) is not None:
-                if isinstance(found, BaseException):
-                    raise found
-                tokens.append(found)
+            for token in stream:
+                tokens.append(token)
                 if said is not None:
-                    said.say(index, found.id, found.text)
+                    said.say(index, token.id, token.text)
             if said is not None:
                 said.end()
             completions.append(completion_of(tokens, len(prompt)))
-    finally:
-        is_over.set()
-        threads.shutdown(
-            wait=False, cancel_futures=True
-        )  # a step that hangs ends when the pipeline is closed
     return completions

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -138,43 +140,70 @@ class Generator:
         self._check(ids, sampling)
         return self._tokens(ids, sampling)
 
-    def generate(
+    @contextmanager
+    def together(
         self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None
-    ) -> list[Completion]:
-        """Complete prompts, all in flight together.
+    ) -> Iterator[list[Iterator[Token]]]:
+        """Generate from several prompts, all in flight together, until the end of the `with`.
 
         Args:
             prompts: Texts, or ids of tokens.
-            sampling: How tokens are chosen. With a seed, each completion is drawn as if it were alone.
+            sampling: How tokens are chosen. With a seed, each text is drawn as if it were alone.
 
-        Returns:
-            The completions, in the order of the prompts.
+        Yields:
+            The tokens of each prompt, as they come; they are kept for whoever asks later.
+
+        Raises:
+            InputError: At once, for what the model cannot take.
         """
-        encoded = [self.encode(prompt) for prompt in prompts]
-        sampling = sampling or Sampling()
-        for ids in encoded:
-            self._check(ids, sampling)
-        if not encoded:
-            return []
+        streams = [self.stream(each, sampling) for each in prompts]  # refuses before anything begins
+        said: list[queue.SimpleQueue[Token | BaseException | None]] = [queue.SimpleQueue() for _ in streams]
         is_over = threading.Event()
 
-        def complete(ids: list[int]) -> Completion | None:
-            found: list[Token] = []
-            for token in self._tokens(ids, sampling):
-                found.append(token)
-                if is_over.is_set():  # another has failed
-                    return None
-            return completion_of(found, len(ids))
-
-        with ThreadPoolExecutor(min(len(encoded), self.max_in_flight), "shardprep-generate") as threads:
-            asked = [threads.submit(complete, ids) for ids in encoded]
+        def run(index: int) -> None:
             try:
-                found = [each.result() for each in asked]
-            except BaseException:
-                is_over.set()
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [each for each in found if each is not None]
+                for token in streams[index]:
+                    said[index].put(token)
+                    if is_over.is_set():
+                        return
+                said[index].put(None)
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits for the tokens
+                said[index].put(error)
+
+        def heard(index: int) -> Iterator[Token]:
+            while (found := said[index].get()) is not None:
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+
+        threads = ThreadPoolExecutor(
+            min(len(streams), self.max_in_flight) or 1, thread_name_prefix="shardprep-generate"
+        )
+        waits = True
+        try:
+            for index in range(len(streams)):
+                threads.submit(run, index)
+            yield [heard(index) for index in range(len(streams))]
+        except (KeyboardInterrupt, SystemExit):  # waits for nobody: a step that hangs ends with the pipeline
+            waits = False
+            raise
+        finally:
+            is_over.set()
+            threads.shutdown(waits, cancel_futures=True)
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None
+    ) -> list[Completion]:
+        """Complete prompts, all in flight together; the completions, in the order of the prompts.
+
+        Args:
+            prompts, sampling: As `together` has them.
+        """
+        encoded = [self.encode(prompt) for prompt in prompts]
+        with self.together(encoded, sampling) as streams:
+            return [
+                completion_of(list(stream), len(ids)) for stream, ids in zip(streams, encoded, strict=True)
+            ]
 
     # -------------------------------------------------------------------------------------------------------- one text
     def _check(self, ids: Sequence[int], sampling: Sampling) -> None:
