@@ -78,7 +78,7 @@ def test_methods_that_are_not_ours_to_make_are_read_too() -> None:
     [
         ({"quant_method": "bitsandbytes"}, "quantized by bitsandbytes; known are awq, gptq, fp8"),
         ({}, "quantized by None"),
-        ({"quant_method": "gptq", "bits": 3}, r"3 bits, of which none fill a word .* 2, 4 or 8"),
+        ({"quant_method": "gptq", "bits": 3}, r"3 bits, which do not fill a word .* 2, 4 or 8"),
         ({"quant_method": "gptq", "bits": 5}, "5 bits; expected 2, 4 or 8"),
         ({"quant_method": "gptq", "bits": "4"}, "bits is 4, expected an integer"),
         ({"quant_method": "gptq", "bits": True}, "bits is True, expected an integer"),
