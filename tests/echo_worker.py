@@ -18,13 +18,15 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from shardprep_runtime.errors import CacheLostError, InputError, IntegrityError
+from shardprep_runtime.errors import CacheLostError, InputError, IntegrityError, WorkerError
 from shardprep_runtime.workers.links.served import serve_links
 from shardprep_runtime.workers.meeting import join
 from shardprep_runtime.workers.transport import Health, Step, Timing, WorkerInfo
@@ -80,11 +82,25 @@ class EchoWorker:
                 if what in ERRORS:
                     raise ERRORS[what](f"stage {stage} was told to fail")
                 time.sleep({"slow": 0.1, "hang": 60.0}.get(what, 0.0))
+            if what in ("first", "second"):
+                self._overlap(what, Path(tempfile.gettempdir(), f"shardprep-{stage}"))
             if step.past and self.past.get(step.sequence, 0) < step.past:
                 raise CacheLostError(f"no {step.past} positions of {step.sequence}")
             self.past[step.sequence] = step.past + inputs.shape[1]
             out = compute(inputs, self.pp_rank, self.stages, step.keep)
         return out, Timing(self.name, time.perf_counter() - began)
+
+    def _overlap(self, what: str, begun: Path) -> None:
+        """In the last stage the first sequence waits until the second has begun in stage 0."""
+        if what == "second" and self.pp_rank == 0:
+            begun.touch()
+        if what == "first" and self.pp_rank == self.stages - 1:
+            deadline = time.monotonic() + 60
+            while not begun.exists():
+                if time.monotonic() > deadline:
+                    raise WorkerError("the second sequence did not begin while the first was computed")
+                time.sleep(0.002)
+            begun.unlink()
 
     def health(self, *, probe: bool) -> Health:
         if not probe:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -189,15 +190,12 @@ def test_a_step_that_takes_two_messages_arrives_whole(three: Cluster) -> None:
 
 def test_steps_of_four_sequences_overlap(three: Cluster) -> None:
     three.check()
-    # each sleeps 0.1 s in each of three stages: one after the other they cannot take less than 1.2 s, ever
-    for attempt in range(10):
-        begin = time.monotonic()
-        steps = [three.step(f"slow-all-{attempt}-{number}", IDS + number) for number in range(4)]
-        for number, step in enumerate(steps):
-            assert torch.equal(step.result(20).logits, expected(IDS + number, 3))
-        if time.monotonic() - begin < 1.2:
-            return
-    pytest.fail("never less than one after the other")
+    tag = uuid.uuid4().hex
+    # the first ends only after the second has begun
+    names = [f"first-{tag}", f"second-{tag}", f"third-{tag}", f"fourth-{tag}"]
+    steps = [three.step(name, IDS + number, timeout=90) for number, name in enumerate(names)]
+    for number, step in enumerate(steps):
+        assert torch.equal(step.result(90).logits, expected(IDS + number, 3))
 
 
 def test_threads_may_step_at_the_same_time(three: Cluster) -> None:
