@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from shardprep.cli.run import TRANSPORTS
+from shardprep.cli.launching import TRANSPORTS
 from shardprep_runtime.errors import InputError, IntegrityError, WorkerError
 from shardprep_runtime.shard.shard_set import open_set
 from shardprep_runtime.workers.failures import Failure
