@@ -65,10 +65,14 @@ def read_failure(said: Mapping[str, Any]) -> Failure:
 
 
 def raised(failure: Failure, worker: str) -> ShardprepError:
-    """The error to raise for what `worker` sent."""
+    """The error to raise for what a worker sent.
+
+    Args:
+        failure: What was read of it.
+        worker: Its name, which the message begins with; refused input is the request's fault, and names no worker.
+    """
     kind = KINDS.get(failure.kind, WorkerError)
     make: Any = kind  # only some take facts
-    # refused input is the request's fault, and names no worker
     message = failure.message if issubclass(kind, InputError) else f"{worker}: {failure.message}"
     found: ShardprepError = make(message, **_facts(kind, failure.facts))
     return found

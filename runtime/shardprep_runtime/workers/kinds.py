@@ -37,7 +37,13 @@ class TransportKind(ABC):
 
     @abstractmethod
     def serve(self, worker: Worker, membership: Membership) -> bool:
-        """Have a worker answer until the front end says that this is the end (True), or is gone (False).
+        """Have a worker answer a front end.
+
+        Args:
+            membership: Its place there.
+
+        Returns:
+            Whether the front end has said that this is the end; else it is gone.
 
         Raises:
             WorkerError: Where the front end cannot be reached.

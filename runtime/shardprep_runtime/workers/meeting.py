@@ -173,7 +173,11 @@ class Meeting:
         return rank
 
     def refuse(self, member: Member, why: str) -> None:
-        """Tell a worker why it cannot join."""
+        """Tell a worker that it cannot join.
+
+        Args:
+            why: What people read there.
+        """
         self._answer(member.number, member.nonce, {"refused": why})
 
     def _look(self) -> None:

@@ -53,7 +53,12 @@ def choose_cuts(
 
 
 def memory_of_view(view: View, manifest: Manifest, *, dtype: str | None = None, is_read: bool = False) -> int:
-    """Bytes of memory that the tensors of a view take, beside what stays mapped."""
+    """Bytes of memory that the tensors of a view take, beside what stays mapped.
+
+    Args:
+        dtype: What they are computed in; None: as they are stored.
+        is_read: Parts are read into memory, not mapped.
+    """
     wanted = _stored(dtype) if dtype is not None else None
     total = 0
     for name, tensor in view.tensors.items():

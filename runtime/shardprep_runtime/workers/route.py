@@ -78,7 +78,13 @@ class Losses:
             return not self.known.keys().isdisjoint(names)
 
     def report(self, name: str, loss: Loss, *, is_mending: bool) -> None:
-        """Note a loss that a step has met."""
+        """Note a loss that a step has met.
+
+        Args:
+            name: The worker that is lost.
+            loss: What the step knows of it.
+            is_mending: Whether the route is being mended, so that the loss may be an old one.
+        """
         with self.lock:
             known = self.known.get(name)
             # of a step that went along the route before this mending began: not of who has taken a place since

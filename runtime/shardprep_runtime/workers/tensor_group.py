@@ -91,7 +91,15 @@ class TensorGroup:
         self._store = store
 
     def send(self, command: Command, inputs: torch.Tensor | None = None) -> None:
-        """Have the followers do it. Raises WorkerError where one of them has ended."""
+        """Have the followers do something.
+
+        Args:
+            command: What.
+            inputs: What it is done to: ids of tokens, or hidden states.
+
+        Raises:
+            WorkerError: Where one of them has ended.
+        """
         import torch
         import torch.distributed as dist
 

@@ -144,7 +144,12 @@ class Transport(ABC):
 
     @abstractmethod
     def reset(self, worker: str, sequence: str) -> None:
-        """Have a worker forget a sequence. Does not wait, and never raises: who cannot be reached has forgotten it."""
+        """Have a worker forget a sequence. Does not wait, and never raises: who cannot be reached has forgotten it.
+
+        Args:
+            worker: Name of the worker.
+            sequence: Name of the sequence, as `Step.sequence`.
+        """
 
     @abstractmethod
     def promote(self, worker: str, pp_rank: int, *, timeout: float) -> WorkerInfo:

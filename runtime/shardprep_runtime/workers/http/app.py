@@ -153,7 +153,13 @@ class Front:
     def endpoint(
         self, path: str, guard: Callable[[Any], None], handler: Callable[[Any], Awaitable[Any]]
     ) -> Callable[[Any], Awaitable[Any]]:
-        """`handler` for those whom `guard` lets pass; what it raises, as OpenAI words it."""
+        """Make what answers requests to a path; errors are worded as OpenAI does.
+
+        Args:
+            path: What metrics call it.
+            guard: Raises RequestError for who may not ask.
+            handler: Answers the others.
+        """
         from starlette.requests import ClientDisconnect
         from starlette.responses import Response
 
@@ -373,7 +379,15 @@ class _GoneError(Exception):
 
 
 def chat_tokens(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
-    """Tokens of a chat up to where the model answers, by the model's own template. Raises RequestError without one."""
+    """Tokens of a chat up to where the model answers, by the model's own template.
+
+    Args:
+        tokenizer: The model's.
+        messages: With role and content, as OpenAI has them.
+
+    Raises:
+        RequestError: Where there is not a template, or it refuses the messages.
+    """
     if not tokenizer.chat_template:
         raise RequestError(
             "this model has no chat template, so it cannot chat; use /v1/completions, or put a "

@@ -113,7 +113,12 @@ class Control:
 
 # ---------------------------------------------------------------------------------------------------------- who may ask
 def bearer(what: str, expected: str | None) -> Callable[[Any], None]:
-    """Let pass who sends `Authorization: Bearer EXPECTED`; everybody where nothing is expected."""
+    """Let pass who sends `Authorization: Bearer EXPECTED`.
+
+    Args:
+        what: What is sent, for messages.
+        expected: What it must be; None: everybody may pass.
+    """
 
     def check(request: Any) -> None:
         if expected is None:

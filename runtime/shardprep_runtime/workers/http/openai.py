@@ -443,7 +443,12 @@ def usage(choices: Sequence[Choice]) -> dict[str, int]:
 
 
 def models(name: str, created: int) -> dict[str, Any]:
-    """The answer to GET /v1/models."""
+    """The answer to GET /v1/models.
+
+    Args:
+        name: What requests call the model.
+        created: When it was started, in seconds since the epoch.
+    """
     model = {"id": name, "object": "model", "created": created, "owned_by": "shardprep"}
     return {"object": "list", "data": [model]}
 
@@ -460,7 +465,13 @@ def check_model(asked: str | None, name: str) -> None:
 
 
 def error(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI words it."""
+    """An error as OpenAI words it.
+
+    Args:
+        kind: `invalid_request_error`, `server_error` and the like.
+        param: The parameter of the request that is wrong.
+        code: A word for programs.
+    """
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

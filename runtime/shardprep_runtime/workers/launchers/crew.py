@@ -242,13 +242,23 @@ class MeetingLauncher(ABC):
     def ready(
         self, options: WorkerOptions, workers: int, timeout: float | None
     ) -> AbstractContextManager[Starter]:
-        """Be ready to start so many workers, spares included, of as many processes each as there are tensor ranks."""
+        """Be ready to start workers.
+
+        Args:
+            options: What all of them have in common; each is as many processes as there are tensor ranks.
+            workers: How many there will be, spares included.
+            timeout: Seconds in which there must be a place for them; None: as this launcher thinks right.
+        """
 
     @contextlib.contextmanager
     def gather(
         self, options: WorkerOptions, policy: Policy, timeout: float | None, listener: Listener
     ) -> Iterator[Crew]:
-        """Serve a meeting, have the workers join it, and yield them once all are there; see `Launcher`."""
+        """Serve a meeting, have the workers join it, and yield them once all are there.
+
+        Args:
+            options, policy, timeout, listener: As `Launcher.gather` has them.
+        """
         stages, spares, shard_set = len(options.stages), policy.spares, options.shard_set
         if spares < 0:
             raise InputError(f"spares must be at least 0, not {spares}")
@@ -308,7 +318,13 @@ class MeetingLauncher(ABC):
         return self.secret or new_secret()
 
     def say_how(self, say: Callable[[str], None], meeting: Meeting, options: WorkerOptions) -> None:  # noqa: B027
-        """Tell people what they are to do; nothing, where this does it all."""
+        """Tell people what they are to do; nothing, where this does it all.
+
+        Args:
+            say: Takes a line.
+            meeting: Where workers are to come.
+            options: What they are to hold.
+        """
 
 
 def _wait_for_all(

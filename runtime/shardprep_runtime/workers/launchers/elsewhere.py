@@ -23,7 +23,11 @@ class Elsewhere(MeetingLauncher):
 
     @contextmanager
     def ready(self, options: WorkerOptions, workers: int, timeout: float | None) -> Iterator[Starter]:
-        """Start nobody."""
+        """Start nobody.
+
+        Args:
+            options, workers, timeout: As `MeetingLauncher.ready` has them.
+        """
         yield Starter(default_host(), None)
 
     def chosen_secret(self) -> str:
@@ -37,7 +41,11 @@ class Elsewhere(MeetingLauncher):
         return found
 
     def say_how(self, say: Callable[[str], None], meeting: Meeting, options: WorkerOptions) -> None:
-        """Tell the operator what is to be started on the other hosts."""
+        """Tell the operator what is to be started on the other hosts.
+
+        Args:
+            say, meeting, options: As `MeetingLauncher.say_how` has them.
+        """
         ranks = " --tp-rank N" if options.tensor_parallel_size > 1 else ""
         for pp_rank, (start, stop) in enumerate(options.stages):
             say(

@@ -24,7 +24,12 @@ class InThisProcess:
     def gather(
         self, options: WorkerOptions, policy: Policy, timeout: float | None, listener: Listener
     ) -> Iterator[Crew]:
-        """Open them; `policy` and `timeout` say nothing, since none is lost."""
+        """Open them.
+
+        Args:
+            options, listener: As `Launcher.gather` has them.
+            policy, timeout: Say nothing here, since no worker is lost.
+        """
         from ..local import open_local
 
         if options.tensor_parallel_size > 1:

@@ -81,7 +81,12 @@ class Process(Started):
 
 
 def start_worker(job: WorkerJob, secret: str) -> Process:
-    """Start a process of this host that is the worker which `job` describes. It ends with this process."""
+    """Start a process of this host. It ends with this process.
+
+    Args:
+        job: The worker that it is to be.
+        secret: What proves it to the front end; it goes through the environment, which no other user can read.
+    """
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", "from shardprep_runtime.workers.worker_process import main; main()"],
         stdin=subprocess.PIPE,
@@ -113,7 +118,11 @@ class Processes(MeetingLauncher):
 
     @contextlib.contextmanager
     def ready(self, options: WorkerOptions, workers: int, timeout: float | None) -> Iterator[Starter]:
-        """Start them so that they share this host's cores and devices."""
+        """Start them so that they share this host's cores and devices.
+
+        Args:
+            options, workers, timeout: As `MeetingLauncher.ready` has them.
+        """
         yield Starter(
             "127.0.0.1",
             lambda job, secret: start_worker(replace(job, options=_share(job.options)), secret),

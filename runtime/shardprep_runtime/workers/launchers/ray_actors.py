@@ -124,7 +124,14 @@ class RayActors(MeetingLauncher):
 
     @contextmanager
     def ready(self, options: WorkerOptions, workers: int, timeout: float | None) -> Iterator[Starter]:
-        """Connect to Ray, and have it set a place aside for each worker. Raises WorkerError where it has none in time."""
+        """Connect to Ray, and have it set a place aside for each worker.
+
+        Args:
+            options, workers, timeout: As `MeetingLauncher.ready` has them; by default a place is waited for 600 seconds.
+
+        Raises:
+            WorkerError: Where Ray cannot be reached, or has no place in time.
+        """
         import ray
 
         size = options.tensor_parallel_size
@@ -160,7 +167,12 @@ class _Nodes:
         self._bundles: list[tuple[str, list[Actor]]] = [("", [])] * bundles
 
     def start(self, job: WorkerJob, secret: str) -> Actor:
-        """The secret is an argument, which Ray keeps to the actor: it logs the environments that it makes."""
+        """Start an actor.
+
+        Args:
+            job: The worker that it is to be.
+            secret: What proves it to the front end. It is an argument, since Ray logs the environments that it makes.
+        """
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 

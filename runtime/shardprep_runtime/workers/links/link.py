@@ -363,7 +363,15 @@ class Link:
     def send(
         self, header: Header, tail: Mapping[str, object] | None = None, parcel: Parcel | None = None
     ) -> None:
-        """Have a frame sent; waits only while many are on their way. Raises BrokenLink."""
+        """Have a frame sent; waits only while many are on their way.
+
+        Args:
+            tail: What JSON can say, behind the tensor.
+            parcel: The tensor; None: the frame has none.
+
+        Raises:
+            BrokenLink: Where it cannot be sent any more.
+        """
         messages = (parcel or Parcel(None)).messages(header, write_tail(tail or {}))
         nbytes = sum(each.nbytes for each in messages)
         with self._sending:

@@ -199,7 +199,16 @@ def world_size_of(plan: Plan) -> int:
 
 
 def enter(meeting: Meeting | Membership, rank: int, timeout: float) -> None:
-    """Become one of the processes that call each other; returns when all of them are there. Raises WorkerError."""
+    """Become one of the processes that call each other; returns when all of them are there.
+
+    Args:
+        rank: Which of them; 0 is the front end.
+        timeout: Seconds in which all must be there.
+
+    Raises:
+        InputError: Where the plan is not one of rpc, or this process is in such a group already.
+        WorkerError: Where not all come in time, or they do not find each other.
+    """
     import torch.distributed
     from torch.distributed.rpc import constants
 
@@ -296,7 +305,14 @@ def _name(rank: int) -> str:
 
 
 def call(rank: int, function: Any, *arguments: Any, timeout: float) -> torch.futures.Future[Any]:
-    """Have a process of the group run a function; its answer comes later, and never if `timeout` is 0."""
+    """Have a process of the group run a function; its answer comes later.
+
+    Args:
+        rank: Which process.
+        function: One of this module, which it has too.
+        arguments: What the function is given.
+        timeout: Seconds after which the call fails; 0: never.
+    """
     from torch.distributed import rpc
 
     found: torch.futures.Future[Any] = rpc.rpc_async(_name(rank), function, args=arguments, timeout=timeout)

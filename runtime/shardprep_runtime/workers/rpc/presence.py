@@ -95,7 +95,14 @@ class Presence:
                 peer.info, peer.lost = info, None
 
     def wait_for(self, name: str, lost: Lost) -> None:
-        """Have `lost` told if the worker is lost before `done_with`. Raises WorkerLostError where it is vain to ask."""
+        """Have somebody told if a worker is lost before `done_with`.
+
+        Args:
+            lost: Is told, once.
+
+        Raises:
+            WorkerLostError: Where it is vain to ask.
+        """
         with self._lock:
             peer = self._peers.get(name)
             if peer is None:
@@ -112,7 +119,11 @@ class Presence:
                 self._peers[name].waiting.discard(lost)
 
     def answered(self, name: str, *, is_ping: bool = False) -> None:
-        """A worker has said something: one that was taken for hung is there again."""
+        """A worker has said something: one that was taken for hung is there again.
+
+        Args:
+            is_ping: It has answered a ping.
+        """
         with self._lock:
             peer = self._peers[name]
             if is_ping:
@@ -121,7 +132,12 @@ class Presence:
                 peer.lost = None
 
     def lost(self, error: WorkerLostError, *, by_ping: bool = False) -> None:
-        """A worker is lost: tell who waits for it, and, where that is certain, who watches."""
+        """A worker is lost: tell who waits for it, and, where that is certain, who watches.
+
+        Args:
+            error: Names the worker.
+            by_ping: It leaves pings without an answer: an answer to one brings it back.
+        """
         with self._lock:
             peer = self._peers.get(error.worker)
             if peer is None or (peer.lost is not None and peer.lost.is_certain >= error.is_certain):

@@ -39,7 +39,11 @@ LOOK_EVERY: Final = 0.05
 
 
 def open_rpc(meeting: Meeting, still_missing: Callable[[str], None]) -> RpcTransport:
-    """Welcome all workers of a meeting, then be one group with them: torch takes nobody in later."""
+    """Welcome all workers of a meeting, then be one group with them: torch takes nobody in later.
+
+    Args:
+        still_missing: As `TransportKind.open` has it.
+    """
     count, welcome = group.world_size_of(meeting.plan) - 1, 0
     while welcome < count:
         still_missing(f"{count - welcome} of {count} workers")

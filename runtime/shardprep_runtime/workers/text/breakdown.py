@@ -44,7 +44,15 @@ def breakdown_of(
     is_prefill: bool = False,
     tokens: int = 1,
 ) -> Breakdown:
-    """Where the seconds of a trip went, which took `trip` as the front end saw it."""
+    """Say where the seconds of a trip went.
+
+    Args:
+        output: What came of it, with what each worker spent.
+        trip: Seconds that it took as the front end saw it; what nobody says is the network's.
+        sampling, drafting, recovery: Seconds that the front end spent beside, on these.
+        is_prefill: It took a whole prompt.
+        tokens: How many came of it.
+    """
     compute = tuple(each.compute for each in output.timings)
     staging = sum(each.staging for each in output.timings)
     packing = sum(each.packing for each in output.timings) + output.packing

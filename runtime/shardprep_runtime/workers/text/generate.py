@@ -239,7 +239,13 @@ class Generator:
 def plain_tokens(
     sequence: OpenSequence, ids: Sequence[int], sampler: Sampler
 ) -> Iterator[tuple[int, Breakdown]]:
-    """Token after token, each by a trip of its own, without end."""
+    """Generate token after token, each by a trip of its own, without end.
+
+    Args:
+        sequence: What the stages hold; the tokens are fed to it.
+        ids: The prompt.
+        sampler: Chooses the tokens.
+    """
     import torch
 
     known = list(ids)
@@ -264,7 +270,12 @@ def plain_tokens(
 
 
 def completion_of(tokens: Sequence[Token], prompt_tokens: int) -> Completion:
-    """All tokens of a stream as one."""
+    """Make one completion of all tokens of a stream.
+
+    Args:
+        tokens: Those of a stream that has ended.
+        prompt_tokens: How many its prompt had.
+    """
     reason = tokens[-1].finish_reason
     assert reason is not None, "the stream has not ended"
     breakdowns = tuple(each.breakdown for each in tokens if each.breakdown is not None)
@@ -279,7 +290,16 @@ def completion_of(tokens: Sequence[Token], prompt_tokens: int) -> Completion:
 
 
 def check_prompt(tokens: Sequence[int], max_tokens: int, config: Any | None) -> None:
-    """Raises InputError for what the model of this config cannot take."""
+    """Refuse a prompt that a model cannot take.
+
+    Args:
+        tokens: Ids.
+        max_tokens: How many are to follow.
+        config: The model's; None: only what no model can take is refused.
+
+    Raises:
+        InputError: For a prompt that is empty, has ids that are not in the vocabulary, or is too long.
+    """
     if not tokens:
         raise InputError("prompt: no tokens")
     size = getattr(config, "vocab_size", None)

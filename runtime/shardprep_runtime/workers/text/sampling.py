@@ -81,7 +81,12 @@ class Sampler:
             self._generator = torch.Generator().manual_seed(seed)
 
     def choose(self, ids: Sequence[int], logits: torch.Tensor) -> int:
-        """The token that follows `ids`, prompt included, by `logits`, [vocabulary]."""
+        """Choose the next token.
+
+        Args:
+            ids: All tokens before it, prompt included.
+            logits: What the model gives for the next, [vocabulary].
+        """
         import torch
 
         scores = logits.to(copy=True, dtype=torch.float32)[None]
