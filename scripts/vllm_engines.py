@@ -193,6 +193,8 @@ class Found:
 
     name: str
     problem: str = ""
+    impossible: str = ""
+    """Why vLLM itself cannot do it on this processor, so that nothing could be compared."""
     ranks: int = 0
     tensors: int = 0
     linears: int = 0
@@ -240,8 +242,16 @@ def check_states(subject: Subject, folder: Path, *, quick: bool = False) -> Foun
             found.layouts.append(str(layout))
     found.remarks += [f"vLLM's own loader fails at {', '.join(at)}: {why}" for why, at in refused.items()]
     if not found.layouts:
-        found.problem = "nothing was compared: " + "; ".join(found.remarks)
+        why = "nothing was compared: " + "; ".join(found.remarks)
+        if all(NO_BACKEND in each for each in refused):
+            found.impossible = why
+        else:
+            found.problem = why
     return found
+
+
+NO_BACKEND = "backend supports the deployment configuration"
+"""What vLLM says where this processor lacks what its kernels need: AMX, for 4-bit experts."""
 
 
 class TheirsFailed(Exception):  # noqa: N818 - it is no error of ours
@@ -516,7 +526,7 @@ REFUSED: Final[Mapping[Callable[[Path], None], str]] = {
     an_engine_that_cuts_otherwise: r"LayoutError: .*engine",
     experts_that_are_not_whole: r"LayoutError: .*--enable-expert-parallel",
     a_weight_that_nobody_has: r"LayoutError: .*down_proj\.weight of this rank got nothing",
-    a_checkpoint_where_only_shard_sets_may_be: r"ManifestError: .*no shard set",
+    a_checkpoint_where_only_shard_sets_may_be: r"ManifestError: .*not a shard set",
 }
 """What must not load -> the class of the error and words of its message."""
 
@@ -845,6 +855,8 @@ def line(kind: str, found: Found) -> str:
         facts.append(f"{found.read / found.kept:.3f} x read")
     facts += [remark if len(remark) < 200 else remark[:200] + " ..." for remark in found.remarks]
     verdict = f"DIFFERS: {found.problem}" if found.problem else "; ".join(facts) or "equal"
+    if found.impossible:
+        verdict = f"NOT COMPARED: {found.impossible}"
     return f"{kind:8} {found.name}: {verdict} ({found.seconds:.1f} s)"
 
 
@@ -854,7 +866,7 @@ def table(states: Sequence[Found], engines: Sequence[Found]) -> Iterator[str]:
         yield "| checkpoint | grids | ranks | tensors | linears run |"
         yield "| --- | --- | ---: | ---: | ---: |"
     for each in states:
-        grids = "**differs**" if each.problem else " ".join(each.layouts)
+        grids = "**differs**" if each.problem else " ".join(each.layouts) or "not on this processor"
         yield f"| {each.name} | {grids} | {each.ranks} | {each.tensors} | {each.linears} |"
     if engines:
         yield from [""] if states else []
@@ -887,9 +899,14 @@ def main() -> int:
     states = sorted(found["states"], key=lambda each: each.name)
     print("", *table(states, found["engines"]), sep="\n")
     failed = [each for of_kind in found.values() for each in of_kind if each.problem]
+    impossible = [each for of_kind in found.values() for each in of_kind if each.impossible]
     count = sum(map(len, found.values()))
     print(
-        f"\n{versions()}: {count - len(failed)} of {count} checks passed in {time.monotonic() - began:.0f} s"
+        f"\n{versions()}: {count - len(failed) - len(impossible)} of {count} checks passed in "
+        f"{time.monotonic() - began:.0f} s"
+        + "".join(
+            f"; not compared, since vLLM cannot run it on this processor: {each.name}" for each in impossible
+        )
     )
     return int(bool(failed))
 

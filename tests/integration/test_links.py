@@ -38,6 +38,7 @@ from shardprep_runtime.workers.links.link import BrokenLink, Header, Limits, Lin
 from shardprep_runtime.workers.links.transport import LinkTransport
 from shardprep_runtime.workers.meeting import Meeting, Plan, open_meeting
 from shardprep_runtime.workers.transport import Output, Step
+from sweeps import swept
 
 ECHO = Path(__file__).parents[1] / "echo_worker.py"
 
@@ -410,7 +411,8 @@ def test_a_link_that_breaks_between_two_that_live_is_made_anew(processes: Proces
 
 
 @pytest.mark.slow
-def test_fifty_replacements_leave_no_thread_and_no_file_behind(processes: Processes) -> None:
+@pytest.mark.parametrize("count", swept([20, 50], but=[20]))  # what grows with each shows after ten, too
+def test_replacements_leave_no_thread_and_no_file_behind(processes: Processes, count: int) -> None:
     def held(process: int) -> tuple[int, int]:
         gc.collect()
         threads, files = (list(Path(f"/proc/{process}/{each}").iterdir()) for each in ("task", "fd"))
@@ -421,7 +423,7 @@ def test_fifty_replacements_leave_no_thread_and_no_file_behind(processes: Proces
 
     with cluster(processes, 2) as these:
         before: list[int] = []
-        for number in range(50):
+        for number in range(count):
             these.check()
             name = f"r{number}"
             these.add(name, 1)
@@ -434,7 +436,7 @@ def test_fifty_replacements_leave_no_thread_and_no_file_behind(processes: Proces
         these.check()
         # links end a moment after the route that they belong to
         wait_until(lambda: all(now <= then for then, now in zip(before, all_held(), strict=True)), 10)
-        assert len(these.lost) == 50
+        assert len(these.lost) == count
 
 
 # ---------------------------------------------------------------------------------------------------------------- end

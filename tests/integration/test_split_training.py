@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ from shardprep.split import SplitOptions, split
 from shardprep_runtime import load, read_manifest
 from shardprep_runtime.errors import InputError, ProblemError, UnsupportedError, WorkerError, WorkerLostError
 from shardprep_runtime.shard import revisions as remote
+from sweeps import swept
 from trainer import INDEX, SplitTrainer, split_options
 
 # processes of a second or two of imports each: not beside one another
@@ -163,8 +165,9 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
     ("name", "stages", "optimizer"),
     [
         ("trained", 2, "adamw"),
-        pytest.param("trained", 3, "sgd", marks=pytest.mark.slow),
-        pytest.param("tied", 2, "sgd", marks=pytest.mark.slow),
+        pytest.param("trained", 3, "sgd", marks=[pytest.mark.slow, pytest.mark.sweep]),
+        pytest.param("tied", 2, "sgd", marks=[pytest.mark.slow, pytest.mark.sweep]),
+        # three uneven stages, the other optimizer and a tied head: what the swept ones have, at once
         pytest.param("tied", [(0, 1), (1, 2), (2, 4)], "adamw", marks=pytest.mark.slow),
     ],
 )
@@ -285,8 +288,8 @@ def test_only_parts_that_changed_are_pushed(tmp_path: Path, server: S3Server) ->
     assert received < 0.6 * sum(part.size for part in tuned.parts)
 
     with opened("tiny") as store:
-        assert remote.read_manifest(store, "base")[1] == manifest
-        assert remote.read_manifest(store, "tuned", report["manifest_digest"])[1] == tuned
+        assert remote.read_revision(store, "base")[1] == manifest
+        assert remote.read_revision(store, "tuned", report["manifest_digest"])[1] == tuned
 
 
 @pytest.mark.parametrize("limit", [1, 700, 2500, 5000, 9000, 20_000, 10**9])
@@ -412,7 +415,7 @@ def test_nothing_is_saved_over_something(trainer: SplitTrainer, tmp_path: Path) 
     (tmp_path / "mine").write_text("text")
     with pytest.raises(InputError, match="is not empty"):
         trainer.save(tmp_path)
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         trainer.save(tmp_path / "mine")
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
 
@@ -449,8 +452,11 @@ def are_gone(pids: tuple[int, ...], seconds: float = 10) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize(
+    ("busy", "stage"),
+    # the first while it computes and the last while it waits: neighbours on one side each, and both moments
+    swept(itertools.product([False, True], range(3)), but=[(True, 0), (False, 2)], spread=True),
+)
 def test_the_end_of_a_stage_ends_the_training_with_its_name(
     stage: int, busy: bool, case: Callable[[str], Case]
 ) -> None:
@@ -474,7 +480,9 @@ def test_the_end_of_a_stage_ends_the_training_with_its_name(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize(
+    "stage", swept([0, 1], but=[1])
+)  # the last one hangs with a neighbour that waits for it
 def test_a_stage_that_hangs_counts_as_lost_after_the_timeout(stage: int, case: Callable[[str], Case]) -> None:
     given = case("tied")
     with SplitTrainer(given.shards, stages=2, learning_rate=1e-3, threads=1, timeout=60) as trainer:

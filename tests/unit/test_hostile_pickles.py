@@ -583,8 +583,8 @@ def test_opcodes_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     "opener",
     [
         pytest.param(b"]", id="lists"),
-        pytest.param(b"}" + text("w"), id="dicts", marks=pytest.mark.slow),
-        pytest.param(b"}" + text("model"), id="wrappers", marks=pytest.mark.slow),
+        pytest.param(b"}" + text("w"), id="dicts", marks=pytest.mark.sweep),
+        pytest.param(b"}" + text("model"), id="wrappers", marks=pytest.mark.sweep),
     ],
 )
 def test_a_million_levels_are_no_deeper_than_one(path: Path, opener: bytes) -> None:
