@@ -193,8 +193,6 @@ class Found:
 
     name: str
     problem: str = ""
-    impossible: str = ""
-    """Why vLLM itself cannot do it on this processor, so that nothing could be compared."""
     ranks: int = 0
     tensors: int = 0
     linears: int = 0
@@ -203,6 +201,8 @@ class Found:
     layouts: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    impossible: str = ""
+    """Why vLLM itself cannot do it on this processor, so that nothing could be compared."""
 
 
 Print = dict[str, tuple[str, list[int], str]]
