@@ -23,7 +23,10 @@ from shardprep.model.skeleton import default_config
 from shardprep_runtime.errors import InputError, UnsupportedError
 from shardprep_runtime.format.cut import WHOLE, Layout, Segment
 
-pytestmark = pytest.mark.xdist_group("transformers")  # one process that has imported transformers
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("transformers"),
+]  # one process that has imported transformers
 
 LLAMA: dict[str, Any] = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096, "num_hidden_layers": 32,

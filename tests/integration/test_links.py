@@ -40,6 +40,8 @@ from shardprep_runtime.workers.meeting import Meeting, Plan, open_meeting
 from shardprep_runtime.workers.transport import Output, Step
 from sweeps import swept
 
+pytestmark = pytest.mark.slow  # many processes; tests/unit/test_link_frames.py has the frames
+
 ECHO = Path(__file__).parents[1] / "echo_worker.py"
 
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9]])

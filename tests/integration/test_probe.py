@@ -31,7 +31,7 @@ from shardprep_runtime.stage.stage import build_stage
 from shardprep_runtime.stores.open import open_store
 
 # one process that starts the ranks for all of this file
-pytestmark = pytest.mark.xdist_group("transformers, probed")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers, probed")]
 
 TRAINED = Path(__file__).parents[1] / "data/tiny-llama"
 """Six layers in bfloat16."""

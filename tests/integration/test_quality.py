@@ -27,7 +27,10 @@ from shardprep.source import open_source, read_checkpoint
 from shardprep_runtime.errors import FormatError, InputError, IntegrityError, UnsupportedError
 from small_models import llama_config, llama_shapes, random_tensors, write_checkpoint
 
-pytestmark = pytest.mark.xdist_group("transformers, too")  # one process that has imported transformers
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("transformers, too"),
+]  # one process that has imported transformers
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-llama"
 CONTEXT = 256

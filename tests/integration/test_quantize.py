@@ -40,7 +40,7 @@ from shardprep_runtime import load
 from shardprep_runtime.errors import InputError, LayoutError, ProblemError, UnsupportedError
 from sweeps import swept
 
-pytestmark = pytest.mark.xdist_group("quantize")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quantize")]
 
 CHECKPOINT = Path(__file__).parent.parent / "data" / "tiny-llama"
 HELDOUT = CHECKPOINT / "heldout.txt"

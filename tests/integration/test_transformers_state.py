@@ -28,7 +28,7 @@ from stores import make_store
 from transformers_ranks import Ranks
 
 # one process that starts transformers' ranks for all of this file
-pytestmark = pytest.mark.xdist_group("transformers, too")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers, too")]
 
 GRAIN = 4
 

@@ -37,7 +37,10 @@ from shardprep.quantize.calibration import (
 from shardprep.quantize.texts import Text, parse_dataset
 from shardprep_runtime.errors import FormatError, InputError, MissingError, UnsupportedError, WriteError
 
-pytestmark = pytest.mark.xdist_group("transformers, too")  # one process that has imported transformers
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("transformers, too"),
+]  # one process that has imported transformers
 
 LLAMA = Path(__file__).parent.parent / "data" / "tiny-llama"
 BOS, EOS = 0, 1
