@@ -211,11 +211,14 @@ def _memory(
 ) -> tuple[int, int]:
     """Bytes at the most, of this machine and of another device.
 
-    `hidden` is the bytes of the hidden states of all tokens, `width` those of a number. GPTQModel holds one layer, the hidden states before and behind it on the host, and the embeddings. While it works
-    on a layer, for GPTQ: a float32 Hessian of each input of a group of linears (and a copy, and its inverse, of those
-    that are being worked on), and float32 copies of the weights, of the quantized ones and of the losses. For AWQ: the
-    inputs of all linears of the layer, a float32 copy of a group's weights, and products of 256 rows with the tokens
-    on which clipping is tried.
+    `hidden` is the bytes of the hidden states of all tokens, `width` those of a number. GPTQModel holds one layer, the
+    hidden states before and behind it on the host, and the embeddings.
+
+    While it works on a layer by GPTQ, it holds a float32 Hessian of each input of a group of linears. Of those that are
+    being worked on it holds a copy and the inverse, too. Weights, quantized ones and losses are float32 copies.
+
+    By AWQ it holds the inputs of all linears of the layer, and a float32 copy of a group's weights. Clipping is tried on
+    products of 256 rows with the tokens.
     """
     tokens = recipe.samples * length
     layer = most(linears, lambda own: sum(each.numbers for each in own)) * width

@@ -1,6 +1,6 @@
 """Give what an engine made the names that the source's tensors have: engines write those of transformers' modules.
 
-Where transformers fuses the experts of a layer, engines take them apart again and call the parts of each expert
+Where transformers fuses the experts of a layer, engines take them apart again. They call the parts of each expert
 `gate_proj`, `up_proj` and `down_proj`, whatever the checkpoint called them (Mixtral's w1, w3 and w2). GPTQModel takes
 Phi-3's `gate_up_proj` apart too.
 """

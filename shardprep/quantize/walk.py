@@ -131,6 +131,7 @@ class Walk:
         """The hidden states that a loaded layer hands on.
 
         Args:
+            layer: Its number.
             ids: The tokens, texts x tokens, on which masks, positions and the like depend.
             given: What the layer before handed on, in this or another model of the same kind.
         """

@@ -454,7 +454,7 @@ def _parse_tensors(raw: dict[str, Any], forms: list[Form], layers: int, experts:
         layer = value[1]
         if not (is_size(layer) and layer < layers) and layer not in PLACEMENTS:
             raise ManifestError(
-                f"tensor {quote(name)}: layer {quote(layer)} is none of the {layers} layers nor a placement"
+                f"tensor {quote(name)}: layer {quote(layer)} is neither one of the {layers} layers nor a placement"
             )
         expert, run = None, None
         if len(value) == 3:

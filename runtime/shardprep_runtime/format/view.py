@@ -52,6 +52,8 @@ class Place:
         """The place of a worker that holds a stage of a transformers module, or a tensor rank of one.
 
         Args:
+            pp_rank: The stage, from 0.
+            stages: Layers [start, stop) of each stage; default: as `Place.stages` has it.
             tp_rank: From 0, within the stage.
         """
         return cls(

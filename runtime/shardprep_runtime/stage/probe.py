@@ -6,11 +6,12 @@ for the states. What comes out differs in its last bits between CPUs, devices, d
 manifest holds a few projections of it, and they are compared within a tolerance that was measured with them.
 
 It finds what changes the numbers: the shard of another stage or revision, tensors that are missing, damaged or in
-another's place, a config.json with another RoPE base or norm, kernels that compute wrongly, NaN. It does not find a
-change below the tolerance (0.05 % of what a layer adds in float32, 0.5 % in float16, 2 to 5 % in bfloat16 and of
-quantized models), an expert to which hardly a position is routed, a row of the embedding that none of the tokens asks
-for, tensor ranks that have changed places in a sum, or what matters only far behind the first positions: windows, RoPE
-scaling. That every byte is the right one is what digests prove.
+another's place, a config.json with another RoPE base or norm, kernels that compute wrongly, NaN.
+
+It does not find a change below the tolerance: 0.05 % of what a layer adds in float32, 0.5 % in float16, 2 to 5 % in
+bfloat16 and of quantized models. Nor does it find an expert to which hardly a position is routed, or a row of the
+embedding that none of the tokens asks for. Tensor ranks may have changed places in a sum. What matters only far behind the
+first positions is not seen either: windows, RoPE scaling. That every byte is the right one is what digests prove.
 """
 
 from __future__ import annotations

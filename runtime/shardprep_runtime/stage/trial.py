@@ -37,6 +37,7 @@ def try_cuts(
 
     Args:
         path: Where in the model the list of its layers is.
+        layers: The modules of that list.
         cuts: The layers in front of which it is to be cut.
         embeds: Whether each part has the tokens and their embedding, so that its layers may need those too.
 

@@ -33,10 +33,11 @@ def check_host(host: str, *, allow_public: bool) -> tuple[socket.AddressFamily, 
     """Family and address of a host.
 
     Args:
+        host: A name, or an address.
         allow_public: Let it be one that the Internet may reach.
 
     Raises:
-        InputError: Where there is no such host, or the Internet may reach it.
+        InputError: Where the host is not known, or the Internet may reach it.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)

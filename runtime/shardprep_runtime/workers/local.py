@@ -250,7 +250,13 @@ class LayerByLayer(Transport):
             caches.pop(sequence, None)
 
     def health(self, worker: str, *, probe: bool, timeout: float) -> Health:
-        """Without a forward: each takes as long as a token, and the first have proved each of the layers."""
+        """Tell how the layers are, without a forward: one takes as long as a token, and the first proved each layer.
+
+        Args:
+            worker: There is but one.
+            probe: Makes no difference.
+            timeout: Nothing is waited for.
+        """
         if self._is_closed:
             raise WorkerError(CLOSED)
         return Health(self.workers()[self._worker], len(self._caches[0]))
@@ -273,8 +279,8 @@ class LayerByLayer(Transport):
 def _give_memory_back() -> None:
     """Have what tensors free go back to the system at once, in all of this process.
 
-    glibc keeps it for others else: with each large block that is freed it maps fewer of them, so that after a few runs
-    of layers twice as much is held as any of them needs (mallopt(3), M_MMAP_THRESHOLD).
+    Otherwise glibc keeps it for later: with each large block that is freed it maps fewer of them (mallopt(3),
+    M_MMAP_THRESHOLD). After a few runs of layers twice as much is held as any of them needs.
     """
     import ctypes
 

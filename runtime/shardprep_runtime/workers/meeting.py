@@ -306,6 +306,7 @@ class Invitation:
         """Say what this worker holds, and wait to be welcomed.
 
         Args:
+            info: What the worker holds; its name is the one that it asks for.
             timeout: Seconds for which the answer is waited for.
 
         Raises:

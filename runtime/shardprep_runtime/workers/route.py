@@ -8,9 +8,9 @@ One thread mends at a time. For each lost worker, in this order:
 4. Another worker is started, or waited for; it is then found by 2.
 5. This process takes over, as far as it may.
 
-Meanwhile others may lose workers and report them, so whoever takes a place is held against the losses of today alone: what
-was said of a worker of that name before it took the place is forgotten (`Losses.forget`), and what is reported about
-the route that is being mended is not counted twice (`Losses.dealt`).
+Meanwhile others may lose workers and report them, so whoever takes a place is held against new losses alone. What was said
+of a worker of that name before it took the place is forgotten (`Losses.forget`). What is reported about the route that is
+being mended is not counted twice (`Losses.dealt`).
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def seal(secret: str, place: str, nonce: str, said: Mapping[str, object]) -> str
     """Make a message that only who has the secret can make.
 
     Args:
+        secret: What workers and front end share.
         place: Where it is put: it is of no value anywhere else.
         nonce: The receiver's, who takes it once.
         said: What JSON can say.
@@ -55,6 +56,9 @@ def unseal(secret: str, place: str, nonce: str, raw: bytes) -> dict[str, Any]:
     """Read what was sealed for this place and nonce.
 
     Args:
+        secret: What workers and front end share.
+        place: Where it was found.
+        nonce: This receiver's.
         raw: What was found there, from whoever wrote it.
 
     Raises:
@@ -150,6 +154,8 @@ def connect(host: str, port: int, deadline: float) -> TCPStore:
     """Connect to a store, once it is served. torch's own waiting fills the log with stacks, and knows no end in time.
 
     Args:
+        host: Name or address of the front end.
+        port: Its port.
         deadline: When to give up, as time.monotonic() has it.
 
     Raises:

@@ -138,6 +138,7 @@ class Transport(ABC):
         """Ask a worker how it is.
 
         Args:
+            worker: Name of the worker.
             probe: Have it compute a forward of its stage as well.
             timeout: Seconds for which the answer is waited for.
         """
@@ -156,6 +157,8 @@ class Transport(ABC):
         """Have a spare take a stage, and prove by a forward that it is the right one.
 
         Args:
+            worker: Name of the spare.
+            pp_rank: The stage, from 0.
             timeout: Seconds for which it is waited for.
         """
 

@@ -1,7 +1,7 @@
 """Hold one stage of a model in a process, whichever way it is reached: fetch, build, step, prove, take another.
 
 A worker begins to fetch before it imports torch, and says what its start took. A spare fetches and verifies the shards
-of all stages that it may have to take, builds each once so that nothing is left to import, and keeps only the shards.
+of all stages that it may have to take. It builds each once, so that nothing is left to import, and keeps only the shards.
 """
 
 from __future__ import annotations

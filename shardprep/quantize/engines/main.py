@@ -84,7 +84,12 @@ class Engine(Protocol):
         """
 
     def run(self, job: Job, tell: Tell) -> None:
-        """Write the quantized checkpoint into `job.destination`."""
+        """Write the quantized checkpoint into `job.destination`.
+
+        Args:
+            job: What to do.
+            tell: Is told of progress.
+        """
 
 
 def load(name: str) -> Engine:
@@ -140,5 +145,10 @@ def sow(seed: int) -> None:
 
 
 def missing(package: str, error: ImportError) -> str:
-    """The problem that a library is not there, or not whole."""
+    """The problem that a library is not there, or not whole.
+
+    Args:
+        package: As it is imported.
+        error: What importing it raised.
+    """
     return f"{package} cannot be imported by {sys.executable}: {error}"

@@ -50,7 +50,11 @@ def spell(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 
 def link(source: str, folder: Path) -> tuple[str, ...]:
-    """Make `folder` the checkpoint `source` with its config in the old spelling. Returns what was spelled anew."""
+    """Make `folder` the checkpoint `source`, by links, with its config in the old spelling.
+
+    Returns:
+        What was spelled anew.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in Path(source).resolve().iterdir():
@@ -62,7 +66,13 @@ def link(source: str, folder: Path) -> tuple[str, ...]:
 
 
 def readable(source: str, folder: Path, transformers: str) -> str:
-    """The source, or, for an old transformers, `folder` with links to its files and a config.json that it can read."""
+    """The source, or, for an old transformers, a folder with links to its files and a config.json that it can read.
+
+    Args:
+        source: A checkpoint's folder.
+        folder: Is made where it is needed.
+        transformers: The version that reads it.
+    """
     if not is_old(transformers):
         return source
     for note in link(source, folder):
@@ -71,7 +81,13 @@ def readable(source: str, folder: Path, transformers: str) -> str:
 
 
 def respell(source: str, destination: str, dtype: str) -> None:
-    """Give the checkpoint that a library wrote the source's own config, as it was spelled, with how it is quantized."""
+    """Give the checkpoint that a library wrote the source's own config, as it was spelled, with how it is quantized.
+
+    Args:
+        source: The folder of the original.
+        destination: The folder that the library wrote.
+        dtype: torch's name of the dtype of what is not quantized.
+    """
     path = Path(destination, "config.json")
     how = json.loads(path.read_text("utf-8"))["quantization_config"]
     config = json.loads(Path(source, "config.json").read_text("utf-8"))

@@ -115,8 +115,8 @@ def _quantizer(job: Job, tell: Tell) -> type:
     class Apart(torch.nn.Module):  # type: ignore[misc, name-defined, unused-ignore]
         """A module whose state is a copy.
 
-        AutoAWQ remembers the weights before it scales them in place, with `.cpu()`: which on a CPU is no copy, so
-        that the search would start from weights that its own first step has scaled, and leave them so.
+        AutoAWQ remembers the weights by `.cpu()` before it scales them in place, which does not copy on a CPU. The
+        search would start from weights that its own first step has scaled, and leave them so.
         """
 
         def __init__(self, module: Any) -> None:
@@ -170,7 +170,12 @@ def _quantizer(job: Job, tell: Tell) -> type:
             tell("layer", done=self.layer, of=len(self.modules))
 
         def wanted(self, layer: Any, linears: Mapping[str, Any]) -> dict[str, Any]:
-            """Those linears of a layer that the job does not leave alone."""
+            """Those linears of a layer that the job does not leave alone.
+
+            Args:
+                layer: The layer's module.
+                linears: Its linears by name, within the layer.
+            """
             stem = get_op_name(self.model, layer)
             return {
                 name: linear

@@ -59,7 +59,7 @@ def run(job: Job, tell: Tell) -> None:
         store = Path(job.work) / "checkpoint"
         if "incompatible" not in str(error) or not store.is_dir():
             raise
-        # what was captured differs by a bit from what the killed run had captured, say: what it left is no use
+        # what was captured differs by a bit from what the killed run had captured, say: what it left cannot be used
         tell("note", text=f"GPTQModel cannot go on where it was ({error}); it begins anew")
         shutil.rmtree(store)
         _quantize(job, tell)

@@ -1,7 +1,7 @@
 """Read requests as OpenAI's HTTP interface has them, strictly, and word what is answered.
 
-A parameter that is not known here is refused, and so is one that is known and would change the answer but cannot be done
-(it may come with the value that changes nothing). Nothing is ignored in silence. Three parameters are vLLM's:
+A parameter that is not known here is refused. So is one that is known, would change the answer and cannot be done; it may
+come with the value that changes nothing. Nothing is ignored in silence. Three parameters are vLLM's:
 `top_k`, `ignore_eos` and `return_token_ids` (with `stop_token_ids`).
 """
 
@@ -383,7 +383,12 @@ class Answer:
         return found
 
     def first(self, index: int, choice: Choice) -> dict[str, Any] | None:
-        """The event before any text of a choice; None where there is nothing to say."""
+        """The event before any text of a choice; None where there is nothing to say.
+
+        Args:
+            index: Number of the choice.
+            choice: The choice, whose prompt may be told.
+        """
         if self.is_chat:
             found = self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
             if self.with_token_ids:
@@ -397,7 +402,14 @@ class Answer:
     def more(
         self, index: int, text: str, tokens: Sequence[int], finish_reason: FinishReason | None
     ) -> dict[str, Any] | None:
-        """The event of what a choice has grown by; None where there is nothing to say."""
+        """The event of what a choice has grown by; None where there is nothing to say.
+
+        Args:
+            index: Number of the choice.
+            text: What has come since the last event.
+            tokens: The tokens that it was made of.
+            finish_reason: Why the choice has ended; None while it goes on.
+        """
         if not text and finish_reason is None and not self.with_token_ids:
             return None
         if self.is_chat:
@@ -454,7 +466,15 @@ def models(name: str, created: int) -> dict[str, Any]:
 
 
 def check_model(asked: str | None, name: str) -> None:
-    """Raises RequestError where another model is asked for."""
+    """Refuse a request for another model.
+
+    Args:
+        asked: The name in the request; None: whatever is served.
+        name: The name of the model that is served.
+
+    Raises:
+        RequestError: Where they differ.
+    """
     if asked not in (None, name):
         raise RequestError(
             f"no model {quote(asked)}; there is {quote(name)}",
@@ -468,6 +488,7 @@ def error(message: str, kind: str, *, param: str | None = None, code: str | None
     """An error as OpenAI words it.
 
     Args:
+        message: For people.
         kind: `invalid_request_error`, `server_error` and the like.
         param: The parameter of the request that is wrong.
         code: A word for programs.

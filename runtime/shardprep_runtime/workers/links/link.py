@@ -10,11 +10,15 @@ A frame is one message, or two where its tensor is large:
 
 Nothing is unpickled. What a header says is checked against limits before memory is set aside for it.
 
-What gloo does, measured with torch 2.13 on Linux: a wait that runs out of time closes the connection for good, so an
-idle link waits for years; `abort` and `shutdown` leave a wait of this process as it is, and end nothing at the other
-side, so a link is closed by a second wait of a millisecond; a process that exits while one of its threads waits is
-aborted (SIGABRT), so links are closed before; a message that is longer than the memory that waits for it ends the
-process that receives it, so both sides hold to EAGER; a send is lost where nobody keeps its handle.
+What gloo does, measured with torch 2.13 on Linux:
+
+- A wait that runs out of time closes the connection for good, so an idle link waits for years.
+- `abort` and `shutdown` leave a wait of this process as it is, and end nothing at the other side. So a link is closed by
+  a second wait of a millisecond.
+- A process that exits while one of its threads waits is aborted (SIGABRT), so links are closed before.
+- A message that is longer than the memory that waits for it ends the process that receives it, so both sides hold to
+  EAGER.
+- A send is lost where nobody keeps its handle.
 """
 
 from __future__ import annotations
@@ -187,7 +191,15 @@ def _write(
 
 
 def read_header(raw: bytes | bytearray | memoryview, limits: Limits) -> Header:
-    """The header that `raw` is. Raises FormatError where it is none, contradicts itself or exceeds the limits."""
+    """Read the header of a frame.
+
+    Args:
+        raw: Its bytes, all of them.
+        limits: What a peer may announce.
+
+    Raises:
+        FormatError: For bytes that are not a header, contradict themselves or exceed the limits.
+    """
     if len(raw) != HEADER.size:
         raise FormatError(f"a frame's header has {HEADER.size} bytes, not {len(raw)}")
     values = HEADER.unpack(raw)
@@ -326,7 +338,12 @@ class Parcel:
             self._large = _bytes_of(tensor)
 
     def messages(self, header: Header, tail: bytes) -> list[torch.Tensor]:
-        """What to send, once `header` says the rest."""
+        """What to send.
+
+        Args:
+            header: The frame's, but for what is known of the tensor.
+            tail: Bytes that go with the header.
+        """
         start, stop = self._start, self._start + len(tail)
         box = self.box or Box(stop)
         _write(box.raw, header, self.dtype, self.shape, self.nbytes, len(tail))
@@ -485,12 +502,18 @@ def connect(
     max_pending: int = MAX_PENDING,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Link:
-    """One end of the link of that name, once both sides, which have ranks 0 and 1, are there.
-
-    Raises BrokenLink.
+    """One end of the link of that name, once both sides are there.
 
     Args:
+        rank: 0 at one side, 1 at the other.
+        device: gloo's, which says on which address it listens.
+        timeout: Seconds in which the other side must come.
+        limits: What the other side may announce.
+        max_pending: Frames that may wait to be sent.
         is_over: Whether not to wait any longer.
+
+    Raises:
+        BrokenLink: Where the other side does not come.
     """
     import torch.distributed
 

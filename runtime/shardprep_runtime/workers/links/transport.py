@@ -132,7 +132,12 @@ class _Route:
             link.close()
 
     def add(self, number: int, flight: _Flight) -> Link:
-        """The link by which to send it. Raises the error of a route that has failed."""
+        """The link by which to send a step. Raises the error of a route that has failed.
+
+        Args:
+            number: The step's, which its answer has too.
+            flight: Who waits for the answer.
+        """
         with self._lock:
             if self._error is not None:
                 raise again(self._error)
@@ -639,7 +644,12 @@ class _Clock:
         self._thread.start()
 
     def at(self, when: float, call: Callable[[], None]) -> None:
-        """When: of time.monotonic()."""
+        """Have something called, in the clock's thread.
+
+        Args:
+            when: As time.monotonic() tells it, in seconds.
+            call: Must neither wait nor raise.
+        """
         with self._changed:
             heapq.heappush(self._due, (when, next(self._numbers), call))
             if self._due[0][0] == when:

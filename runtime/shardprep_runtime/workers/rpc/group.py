@@ -74,7 +74,13 @@ class _Served:
         self._thread.start()
 
     def take(self, job: str, arguments: tuple[Any, ...], answer: torch.futures.Future[Any]) -> None:
-        """Do a job now, if it takes no time, or else in its turn."""
+        """Do a job now, if it takes no time, or else in its turn.
+
+        Args:
+            job: What to do, by name.
+            arguments: As the front end has sent them.
+            answer: Is given what comes of it.
+        """
         self.heard = time.monotonic()
         worker = self.worker
         if job == "ping":

@@ -29,7 +29,13 @@ class Draft:
     def tokens(
         self, target: OpenSequence, ids: Sequence[int], sampler: Sampler, max_tokens: int
     ) -> Iterator[tuple[int, Breakdown | None]]:
-        """The tokens that `sampler`, which is greedy, chooses; None: of the same trip as the one before.
+        """The tokens that a greedy sampler chooses, each with its trip; None: of the same trip as the one before.
+
+        Args:
+            target: The sequence of the large model, which proves what the draft guesses.
+            ids: The prompt.
+            sampler: Chooses greedily.
+            max_tokens: How many tokens at most.
 
         Raises:
             InputError: Where the two models do not go together.
