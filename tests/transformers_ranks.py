@@ -91,6 +91,7 @@ def main() -> None:
         for rank in range(job["size"]):
             child = os.fork()
             if child == 0:
+                torch.set_num_threads(1)  # makes its pool of threads anew, which two threads at once must not
                 _rank(job, rank)
             children[child] = rank
         _await(children)
