@@ -273,6 +273,14 @@ def test_nobody_comes() -> None:
         assert meeting.joined(0) is None
 
 
+def test_who_waits_at_a_meeting_that_was_closed_hears_of_it() -> None:
+    """A signal may end a front end between its first thread and the first line that would end that thread."""
+    meeting = open_meeting("127.0.0.1", plan=PLAN, secret=SECRET)
+    meeting.close()
+    with pytest.raises(WorkerError, match="was closed"):
+        meeting.joined(1)
+
+
 def test_a_worker_that_finds_no_front_end_says_so() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -136,6 +136,7 @@ class Meeting:
         """Served by this process. One blocking call at a time: take `store.clone()` for a thread of one's own."""
         self._secret = secret
         self._lock = threading.Lock()
+        self._is_closed = False
         self._waiting: dict[int, float] = {}
         self._seen = 0
         self._welcomed = 0
@@ -181,6 +182,8 @@ class Meeting:
         self._answer(member.number, member.nonce, {"refused": why})
 
     def _look(self) -> None:
+        if self._is_closed:
+            raise WorkerError(f"the meeting at {self.address} was closed")
         now = time.monotonic()
         try:
             taken = self.store.add(MEMBERS, 0)
@@ -256,6 +259,7 @@ class Meeting:
     def close(self) -> None:
         """Stop to serve: those who are connected see that the front end has gone."""
         with self._lock:
+            self._is_closed = True
             del self.store  # torch has no other way
 
 
