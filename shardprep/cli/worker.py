@@ -11,9 +11,7 @@ import click
 from shardprep_runtime.shard.shard_set import ShardSet
 
 from . import parse
-
-ENDED = 128 + signal.SIGTERM
-"""The exit status of a process that a SIGTERM ends, as a shell reports it."""
+from .launching import ENDED
 
 
 @click.command("worker")

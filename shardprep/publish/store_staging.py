@@ -25,7 +25,6 @@ from shardprep_runtime.errors import (
     WriteError,
     quote,
 )
-from shardprep_runtime.format import manifest as manifests
 from shardprep_runtime.shard.revisions import (
     blob_key,
     check_revision,
@@ -37,7 +36,7 @@ from shardprep_runtime.stores.store import Access, Store
 
 from ..write.conduct import Conduct
 from ..write.plan import Plan, PlannedPart
-from ..write.staging import KeyOf, Written
+from ..write.staging import KeyOf, Written, write_whole
 from .push import in_parallel, put_manifest
 from .send import CONNECTIONS, Blob, Sender, is_there, open_blob
 
@@ -234,15 +233,7 @@ class StoreStaging:
             self._changed.notify_all()
 
     def write(self, name: str, data: bytes) -> None:
-        fd = self.create(name)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-        except BaseException:
-            os.close(fd)
-            raise
-        self.finish(name, fd, Written(len(data), len(data), manifests.digest_of(data)))
+        write_whole(self, name, data)
 
     def reopen(self) -> tuple[Store, KeyOf]:
         self._sender.drain()

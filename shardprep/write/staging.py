@@ -250,15 +250,7 @@ class Staging:
         Args:
             data: All of its bytes.
         """
-        fd = self.create(name)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-        except BaseException:
-            os.close(fd)
-            raise
-        self.finish(name, fd, Written(len(data), len(data), digest_of(data)))
+        write_whole(self, name, data)
 
     def reopen(self) -> tuple[Store, KeyOf]:
         def key(file: Part | SideFile) -> str:
@@ -295,3 +287,21 @@ class Staging:
         # not there: renamed by an earlier run, where `finished` has found it
         with contextlib.suppress(FileNotFoundError):
             (self.folder / name).rename(self.destination / name)
+
+
+def write_whole(staging: Destination, name: str, data: bytes) -> None:
+    """Write a small file whole into a destination.
+
+    Args:
+        staging: Where it is created and finished.
+        data: All of its bytes.
+    """
+    fd = staging.create(name)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+    except BaseException:
+        os.close(fd)
+        raise
+    staging.finish(name, fd, Written(len(data), len(data), digest_of(data)))

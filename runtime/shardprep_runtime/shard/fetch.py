@@ -264,8 +264,6 @@ class Fetch:
         self._then: Callable[[], None] | None = None
         self.bytes_fetched = 0
         """Bytes of blocks that this process has brought."""
-        self.bytes_found = 0
-        """Bytes of blocks that were there before, or that another process has brought."""
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -493,8 +491,6 @@ class Fetch:
         with self._changed:
             if fetched:
                 self.bytes_fetched += nbytes
-            else:
-                self.bytes_found += nbytes
             arrival.done[number] = 1
             self._changed.notify_all()
         self._progress(nbytes)
